@@ -1,0 +1,109 @@
+"""Choose the library of each matrix product: BLAS (``aten.mm``) or oneDNN, by measurement.
+
+On some machines they differ by a factor of two in float32 (an AMD EPYC with AVX-512 runs MKL at 215 GFLOP/s and oneDNN
+at 480 on two cores), and neither always wins, so the candidates are timed for each distinct product.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeAlias
+
+import torch
+import torch.fx as fx
+
+#: (m, k, n, stride of the left operand, stride of the right operand) -> "onednn" or "blas".
+GemmChoice: TypeAlias = Callable[[int, int, int, tuple[int, int], tuple[int, int]], str]
+
+_aten = torch.ops.aten
+
+
+@torch.library.custom_op("effcc::onednn_linear", mutates_args=(), device_types="cpu")
+def onednn_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """``x @ weight.t() + bias`` by oneDNN, for float32 matrices of any strides. x: [m, k], weight: [n, k], bias: [n]."""
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+
+@onednn_linear.register_fake
+def _(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    return x.new_empty((x.shape[0], weight.shape[0]))
+
+
+def use_library_kernels(module: fx.GraphModule, choose: GemmChoice) -> dict[str, str]:
+    """Rewrite ``mm`` and ``addmm`` in place where oneDNN is chosen. Returns node name -> library.
+
+    rewrite: ``aten.mm(a, b)`` -> ``effcc.onednn_linear(a, aten.permute(b, [1, 0]), None)``
+    """
+    chosen: dict[str, str] = {}
+    for node in list(module.graph.nodes):
+        if node.op != "call_function" or node.target not in (_aten.mm.default, _aten.addmm.default):
+            continue
+        parts = product_parts(node)
+        if parts is None:
+            continue
+        left, right, bias = parts
+        a, b = left.meta["val"], right.meta["val"]
+        library = choose(
+            hint(a.shape[0]), hint(a.shape[1]), hint(b.shape[1]), strides(a), strides(b)
+        )
+        chosen[node.name] = library
+        if library != "onednn":
+            continue
+        with module.graph.inserting_before(node):
+            weight = transposed(module.graph, right)
+            product = module.graph.call_function(torch.ops.effcc.onednn_linear.default, (left, weight, bias))
+            product.meta = dict(node.meta)
+        node.replace_all_uses_with(product)
+        module.graph.erase_node(node)
+    if chosen:
+        module.graph.eliminate_dead_code()
+        module.recompile()
+    return chosen
+
+
+def product_parts(node: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node | None] | None:
+    """Left, right and bias of a product that oneDNN can run: float32 on CPU, nothing empty, a plain row bias."""
+    if node.target is _aten.mm.default:
+        left, right = node.args
+        bias = None
+    else:
+        if node.kwargs or len(node.args) != 3:
+            return None
+        bias, left, right = node.args
+    if not isinstance(left, fx.Node) or not isinstance(right, fx.Node):
+        return None
+    values = [left.meta.get("val"), right.meta.get("val"), node.meta.get("val")]
+    if isinstance(bias, fx.Node):
+        values.append(bias.meta.get("val"))
+        if values[-1] is None or values[-1].dim() != 1 or values[-1].shape[0] != values[1].shape[1]:
+            return None
+    for value in values:
+        if not isinstance(value, torch.Tensor) or value.dtype != torch.float32 or value.device.type != "cpu":
+            return None
+        if any(hint(size) == 0 for size in value.shape):
+            return None
+    result = values[2]
+    if result.stride() != (result.shape[1], 1):
+        return None
+    return left, right, bias if isinstance(bias, fx.Node) else None
+
+
+def transposed(graph: fx.Graph, node: fx.Node) -> fx.Node:
+    """``node`` transposed, without a second transposition where it is one already."""
+    if node.target is _aten.permute.default and list(node.args[1]) in ([1, 0], [-1, -2]):  # type: ignore[arg-type]
+        return node.args[0]  # type: ignore[return-value]
+    result = graph.call_function(_aten.permute.default, (node, [1, 0]))
+    result.meta = {"val": node.meta["val"].permute(1, 0)}
+    if "stack_trace" in node.meta:
+        result.meta["stack_trace"] = node.meta["stack_trace"]
+    return result
+
+
+def hint(size: Any) -> int:
+    """A size as a number; a symbolic one by the value it was traced with."""
+    return int(size.node.hint) if isinstance(size, torch.SymInt) else int(size)
+
+
+def strides(value: torch.Tensor) -> tuple[int, int]:
+    first, second = value.stride()
+    return hint(first), hint(second)

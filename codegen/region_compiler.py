@@ -1,0 +1,168 @@
+"""Compile the segments of a graph, each distinct one once; what cannot be compiled runs as eager ops, with a reason."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch.fx as fx
+from torch._dynamo.exc import ShortenTraceback, SkipFrame
+
+from .. import torch_internals
+from .library_kernels import GemmChoice, use_library_kernels
+from .segments import EAGER, Segment, cut
+
+
+@dataclass(frozen=True)
+class Fallback:
+    """An op, or a run of ops, that does not go through the region compiler."""
+
+    op: str
+    reason: str
+    source: str
+
+
+@dataclass
+class CompiledSegment:
+    """Callable code of a segment: ``run(boxed args) -> outputs``."""
+
+    run: Callable[[list[Any]], Any]
+    source: str
+    kernels: int
+    output_strides: list[tuple[int, ...] | None]
+    library: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass
+class CompiledSegments:
+    segments: list[Segment]
+    code: dict[str, CompiledSegment]
+    fallbacks: list[Fallback]
+
+
+def compile_segments(
+    gm: fx.GraphModule, kwargs: dict[str, Any], *, gemm: GemmChoice | None, strict: bool
+) -> CompiledSegments:
+    """Cut ``gm`` and compile every distinct segment. ``strict`` raises instead of falling back to eager ops.
+
+    An op that Inductor cannot lower is put into a segment of its own and the rest is tried again, so that one such op
+    costs one fallback; a failure that names no op makes its whole segment eager.
+    """
+    eager_ops: set[str] = set()
+    whole: set[str] = set()
+    fallbacks: list[Fallback] = []
+    graph_donated = torch_internals.donated_inputs() if kwargs.get("is_backward") else []
+    while True:
+        segments = cut(gm, eager_ops)
+        donated = donated_by_identity(gm, segments, graph_donated)
+        code: dict[str, CompiledSegment] = {}
+        retry = False
+        for segment in segments:
+            if segment.identity in code:
+                continue
+            if segment.kind == EAGER or segment.identity in whole:
+                code[segment.identity] = eager_segment(segment)
+                continue
+            try:
+                code[segment.identity] = compile_segment(segment, kwargs, gemm, donated[segment.identity])
+            except (ShortenTraceback, SkipFrame):
+                raise
+            except Exception as error:
+                if strict:
+                    raise
+                target = torch_internals.lowering_error_target(error)
+                reason = f"{type(error).__name__}: {first_line(error)}"
+                if target and target in segment.ops and target not in eager_ops and segment.kind != "call":
+                    eager_ops.add(target)
+                    fallbacks.append(Fallback(target, reason, source_of(segment, target)))
+                    retry = True
+                    break
+                whole.add(segment.identity)
+                fallbacks.append(Fallback(f"{len(segment.ops)} ops", reason, source_of(segment)))
+                retry = True
+                break
+        if not retry:
+            return CompiledSegments(segments, code, fallbacks)
+        if eager_ops:
+            # A finer cut renumbers the segments, so whole-segment decisions of the coarser one no longer apply.
+            whole = {identity for identity in whole if identity.startswith("call:")}
+
+
+def compile_segment(
+    segment: Segment, kwargs: dict[str, Any], gemm: GemmChoice | None, donated: Sequence[int]
+) -> CompiledSegment:
+    library = use_library_kernels(segment.module, gemm) if gemm is not None else {}
+    settings = dict(kwargs)
+    statics = set(settings.pop("static_input_idxs", ()) or ())
+    settings["static_input_idxs"] = [
+        index for index, node in enumerate(segment.inputs) if isinstance(node, fx.Node) and input_index(node) in statics
+    ]
+    with torch_internals.collect_output_strides() as strides, torch_internals.donating(donated):
+        compiled = torch_internals.compile_region(segment.module, segment.fake_inputs(), **settings)
+    source = getattr(compiled, "source_code", "") or ""
+    known = list(strides) if len(strides) == len(segment.outputs) else [None] * len(segment.outputs)
+    return CompiledSegment(compiled, source, source.count("async_compile."), known, library)
+
+
+def donated_by_identity(
+    gm: fx.GraphModule, segments: Sequence[Segment], graph_donated: Sequence[int]
+) -> dict[str, list[int]]:
+    """Per distinct segment, the inputs whose memory it may reuse: graph inputs that are donated, read for the last time
+    there, once, in every one of its calls."""
+    placeholders = gm.graph.find_nodes(op="placeholder")
+    (output,) = gm.graph.find_nodes(op="output")
+    free = {placeholders[position] for position in graph_donated} - set(output.all_input_nodes)
+    last = {
+        node: position
+        for position, segment in enumerate(segments)
+        for node in segment.inputs
+        if isinstance(node, fx.Node)
+    }
+    table: dict[str, list[int]] = {}
+    for position, segment in enumerate(segments):
+        mine = {
+            index
+            for index, node in enumerate(segment.inputs)
+            if node in free and last[node] == position and segment.inputs.count(node) == 1
+        }
+        before = table.get(segment.identity)
+        table[segment.identity] = sorted(mine if before is None else mine & set(before))
+    return table
+
+
+def input_index(node: fx.Node) -> int:
+    """Position of a graph input among the inputs, -1 for a computed value."""
+    if node.op != "placeholder":
+        return -1
+    return node.graph.find_nodes(op="placeholder").index(node)
+
+
+def eager_segment(segment: Segment) -> CompiledSegment:
+    module = segment.module
+    module.recompile()
+
+    def run(args: list[Any]) -> Any:
+        local = list(args)
+        args.clear()
+        return module(*local)
+
+    return CompiledSegment(run, module.code, 0, [None] * len(segment.outputs))
+
+
+def first_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0][:300] if lines else ""
+
+
+def source_of(segment: Segment, target: str = "") -> str:
+    """``file:line`` of the user's model for the first op (named ``target``, if given) that knows it."""
+    for node in segment.module.graph.nodes:
+        if target and str(node.target) != target:
+            continue
+        trace = node.meta.get("stack_trace")
+        if trace:
+            frames = [line.strip() for line in str(trace).splitlines() if line.strip().startswith("File ")]
+            if frames:
+                return frames[-1]
+    return ""

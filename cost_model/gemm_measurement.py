@@ -1,0 +1,130 @@
+"""Time the libraries that can run a matrix product on this machine, once per distinct product, and remember it.
+
+The answers lie in ``gemm.json`` in the cache directory, keyed by machine, torch version and thread count, and are shared
+between processes. A directory that cannot be written is not an error: the answers then last as long as the process.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+#: Products below this many FLOP take BLAS unmeasured: the call costs more than the product.
+SMALL_FLOP = 2_000_000
+#: Seconds after which no further round is timed, and the most rounds.
+ROUND_SECONDS, ROUNDS = 0.02, 7
+#: How much faster oneDNN must be: a tie keeps BLAS, which can write to a given address.
+MARGIN = 0.95
+
+Product = tuple[int, int, int, tuple[int, int], tuple[int, int]]
+
+
+class GemmMeasurements:
+    """Library of a product by measurement. Call it with (m, k, n, left strides, right strides)."""
+
+    def __init__(self, directory: Path | None, mode: str = "measure") -> None:
+        self.mode = mode
+        self.path = directory / "gemm.json" if directory is not None else None
+        self.machine = f"{platform.processor() or platform.machine()} {cpu_model()} torch {torch.__version__} threads {torch.get_num_threads()}"
+        self.lock = threading.Lock()
+        self.known: dict[str, dict[str, float]] = self.load()
+
+    def __call__(self, m: int, k: int, n: int, left: tuple[int, int], right: tuple[int, int]) -> str:
+        if not torch.backends.mkldnn.is_available() or 2 * m * k * n < SMALL_FLOP:
+            return "blas"
+        if self.mode in ("onednn", "blas"):
+            return self.mode
+        key = f"{m}x{k}x{n} {layout(left, (m, k))}{layout(right, (k, n))}"
+        with self.lock:
+            seconds = self.known.get(key)
+            if seconds is None:
+                seconds = self.known[key] = measure((m, k, n, left, right))
+                self.save()
+        return "onednn" if seconds["onednn"] < MARGIN * seconds["blas"] else "blas"
+
+    def load(self) -> dict[str, dict[str, float]]:
+        if self.path is None:
+            return {}
+        try:
+            stored = json.loads(self.path.read_text())[self.machine]
+            return {key: {name: float(value) for name, value in entry.items()} for key, entry in stored.items()}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            return {}
+
+    def save(self) -> None:
+        """Merge with what other processes stored, and replace the file in one step."""
+        if self.path is None:
+            return
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                stored = json.loads(self.path.read_text())
+                assert isinstance(stored, dict)
+            except (OSError, ValueError, AssertionError):
+                stored = {}
+            mine = stored.setdefault(self.machine, {})
+            mine.update(self.known)
+            handle, name = tempfile.mkstemp(dir=self.path.parent, prefix="gemm", suffix=".tmp")
+            with os.fdopen(handle, "w") as file:
+                json.dump(stored, file)
+            os.replace(name, self.path)
+        except OSError:
+            self.path = None
+
+
+def layout(stride: tuple[int, int], shape: tuple[int, int]) -> str:
+    """``n`` for row-major, ``t`` for column-major, else the strides."""
+    if stride == (shape[1], 1):
+        return "n"
+    if stride == (1, shape[0]):
+        return "t"
+    return f"[{stride[0]},{stride[1]}]"
+
+
+def measure(product: Product) -> dict[str, float]:
+    """Seconds of each library: the best of interleaved rounds, on uninitialised operands of the product's layout."""
+    m, k, n, left, right = product
+    a = operand((m, k), left)
+    b = operand((k, n), right)
+    weight = b.t()
+    candidates: dict[str, Callable[[], torch.Tensor]] = {
+        "blas": lambda: torch.mm(a, b),
+        "onednn": lambda: torch.ops.mkldnn._linear_pointwise(a, weight, None, "none", [], ""),
+    }
+    best = dict.fromkeys(candidates, float("inf"))
+    with torch.no_grad():
+        for run in candidates.values():
+            run()
+        begin = time.perf_counter()
+        for _ in range(ROUNDS):
+            for name, run in candidates.items():
+                start = time.perf_counter()
+                run()
+                best[name] = min(best[name], time.perf_counter() - start)
+            if time.perf_counter() - begin > ROUND_SECONDS:
+                break
+    return best
+
+
+def operand(shape: tuple[int, int], stride: tuple[int, int]) -> torch.Tensor:
+    """Finite data of the given strides (subnormal numbers in uninitialised memory would slow a product down)."""
+    extent = 1 + sum((size - 1) * step for size, step in zip(shape, stride, strict=True))
+    return torch.ones(max(extent, 1), dtype=torch.float32).as_strided(shape, stride)
+
+
+def cpu_model() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return ""

@@ -1,0 +1,259 @@
+"""The cost of an op, a fused kernel, a region: operations, bytes and seconds by the roofline.
+
+``seconds = max(flop / rate, bytes / bandwidth) + launch`` (Williams et al., Roofline, CACM 2009), with the rate and the
+bandwidth scaled by the device's efficiency for that class of work, a matrix product's rate by how evenly its tiles fill
+the units, and the bandwidth by the cache the working set fits in. Measured matrix products are preferred where the
+device was calibrated.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+
+from ..ir.graph import Graph, Node, Symbol
+from . import op_classes
+from .devices import Device, GemmMeasurement
+from .flops import Call, contraction_flop, executed_fraction
+from .fusion import Kernel, group_kernels
+from .op_classes import kind_of, packet
+from .tensors import Bindings, Tensor, TensorTable
+
+
+@dataclass(frozen=True)
+class Cost:
+    """``flop`` counts everything, ``matmul_flop`` the part in matrix products, convolutions and attention; ``bytes`` is
+    memory traffic; ``bound`` says what the time is made of: compute, memory, launch or none (views)."""
+
+    flop: int = 0
+    bytes: int = 0
+    seconds: float = 0.0
+    bound: str = "none"
+    matmul_flop: int = 0
+
+
+FREE = Cost()
+
+#: Operations an element beyond the plain one: exp, rsqrt and the several sweeps of norms.
+_FLOP_PER_ELEMENT = {**dict.fromkeys(op_classes.SOFTMAX, 5), **dict.fromkeys(op_classes.NORM, 7)}
+#: Tile of a GPU matrix product and the least depth worth splitting over idle units.
+_TILE_ROWS, _TILE_COLUMNS, _SPLIT_DEPTH = 128, 128, 256
+
+
+def op_cost(
+    node: Node, graph: Graph, device: Device, bindings: Bindings | None = None, table: TensorTable | None = None
+) -> Cost:
+    """Cost of one op run as a kernel of its own; a ``call`` costs the sum of its subgraph's ops.
+
+    ``table`` saves rebuilding the graph's sizes when many ops are asked for. Raises ShapeError for a symbolic size
+    without a binding.
+    """
+    if table is None:
+        table = TensorTable(graph, bindings)
+    if node.op == "call":
+        subgraph = called(node, graph)
+        return graph_cost(subgraph, device, table.bindings) if subgraph is not None else FREE
+    kind = kind_of(node.op)
+    if kind in ("structural", "view"):
+        return FREE
+    moved = _op_bytes(node, table)
+    return _kernel_cost(kind, [node], moved, table, device)
+
+
+def graph_cost(graph: Graph, device: Device, bindings: Bindings | None = None) -> Cost:
+    """Sum of the costs of all ops of a graph, one kernel each (what eager execution does)."""
+    table = TensorTable(graph, bindings)
+    return total(op_cost(node, graph, device, table=table) for node in graph.nodes)
+
+
+def region_cost(
+    nodes: Sequence[Node],
+    graph: Graph,
+    device: Device,
+    bindings: Bindings | None = None,
+    table: TensorTable | None = None,
+) -> Cost:
+    """Cost of a region compiled as fused kernels: flop of all ops, bytes of what kernels read and write."""
+    if table is None:
+        table = TensorTable(graph, bindings)
+    return total(kernel_cost(kernel, graph, device, table) for kernel in group_kernels(nodes, graph, table))
+
+
+def kernel_cost(kernel: Kernel, graph: Graph, device: Device, table: TensorTable) -> Cost:
+    """Cost of one fused kernel: its inputs are read once, its outputs written once, whatever happens inside."""
+    if kernel.kind in ("call", "structural"):
+        return total(op_cost(node, graph, device, table=table) for node in kernel.nodes)
+    if len(kernel.nodes) == 1:
+        return op_cost(kernel.nodes[0], graph, device, table=table)
+    touched = {storage for name in kernel.reads for storage in _bytes_of(name, table)}
+    moved = sum(size for _, size in touched)
+    moved += sum(size for name in kernel.writes for _, size in _bytes_of(name, table))
+    # What an indexing op touches is not its whole operand.
+    for node in kernel.nodes:
+        if kind_of(node.op) == "index":
+            external = set(kernel.reads)
+            whole = sum(t.bytes for name in set(node.operands()) & external for t in table.of(name))
+            own = sum(t.bytes for t in table.of(node.name))
+            moved += min(0, _op_bytes(node, table) - own - whole)
+    return _kernel_cost(kernel.kind, list(kernel.nodes), max(moved, 0), table, device)
+
+
+def total(costs: Iterable[Cost]) -> Cost:
+    """Costs one after another; bound by what takes the most time."""
+    flop = moved = matmul = 0
+    seconds = 0.0
+    shares: dict[str, float] = {}
+    for cost in costs:
+        flop, moved, matmul = flop + cost.flop, moved + cost.bytes, matmul + cost.matmul_flop
+        seconds += cost.seconds
+        shares[cost.bound] = shares.get(cost.bound, 0.0) + cost.seconds
+    bound = max(shares, key=lambda name: (shares[name], name)) if seconds > 0 else "none"
+    return Cost(flop, moved, seconds, bound, matmul)
+
+
+def called(node: Node, graph: Graph) -> Graph | None:
+    """The subgraph of a ``call`` node. Subgraphs may share their parent's table of subgraphs."""
+    target = node.args[0]
+    if not isinstance(target, Symbol):
+        return None
+    found = graph.subgraphs.get(target.text.removeprefix("@"))
+    if found is not None and not found.subgraphs and graph.subgraphs:
+        found = replace(found, subgraphs=graph.subgraphs)
+    return found
+
+
+def _bytes_of(name: str, table: TensorTable) -> list[tuple[str, int]]:
+    return [(f"{name}.{index}", tensor.bytes) for index, tensor in enumerate(table.of(name))]
+
+
+def _op_bytes(node: Node, table: TensorTable) -> int:
+    """Bytes an op moves when it runs alone."""
+    base = packet(node.op)
+    read = [tensor.bytes for tensor in table.read(node)]
+    written = [tensor.bytes for tensor in table.of(node.name)]
+    if base in op_classes.UNWRITTEN:
+        return 0
+    if base in op_classes.GATHER:  # rows that are picked, their indices, the result
+        return sum(read[1:]) + 2 * sum(written)
+    if base == "aten.embedding_dense_backward":  # zeroes the table, then adds each row
+        return sum(read) + sum(written) + read[0]
+    if base in op_classes.SCATTER:  # copy of the base, then a read and a write of what is added
+        base_bytes = 0 if node.op.split(".")[1].endswith("_") else sum(written) + (read[0] if read else 0)
+        return base_bytes + 3 * sum(read[1:])
+    if base == "aten.copy_":
+        return sum(read[1:]) + sum(written)
+    return sum(read) + sum(written)
+
+
+def _kernel_cost(kind: str, nodes: list[Node], moved: int, table: TensorTable, device: Device) -> Cost:
+    matmul, other, executed = 0, 0, 0.0
+    for node in nodes:
+        contraction = contraction_flop(node, table)
+        matmul += contraction
+        executed += contraction * executed_fraction(node, table)
+        other += _vector_flop(node, table)
+    dtype = _dtype(nodes, table)
+    if kind == "gemm" and len(nodes) == 1:
+        compute = gemm_seconds(*gemm_shape(nodes[0], table), dtype, device, executed)
+    elif matmul:
+        compute = executed / (device.matrix_rate(dtype) * device.efficiency_of(kind))
+    else:
+        compute = 0.0
+    compute += other / device.vector_rate(dtype)
+    memory = moved / bandwidth(moved, kind, device)
+    launch = device.launch.value
+    bound = "launch" if launch >= max(compute, memory) else "compute" if compute >= memory else "memory"
+    return Cost(matmul + other, moved, max(compute, memory) + launch, bound, matmul)
+
+
+def bandwidth(moved: int, kind: str, device: Device) -> float:
+    """Bytes a second that a kernel of this class reaches when it moves that many bytes."""
+    efficiency = device.efficiency_of(kind if kind in ("reduction", "index") else "memory")
+    for cache in sorted(device.caches, key=lambda cache: cache.bytes.value):
+        if moved <= cache.bytes.value:
+            return max(cache.bandwidth.value, device.bandwidth) * efficiency
+    return device.bandwidth * efficiency
+
+
+def gemm_shape(node: Node, table: TensorTable) -> tuple[int, int, int, int]:
+    """(batch, m, k, n) of a matrix product, batch 1 for a plain one."""
+    call = Call(node, table)
+    first = 1 if packet(node.op) in ("aten.addmm", "aten.baddbmm", "aten.addbmm", "aten.addmv") else 0
+    left, out = call.shape(first), call.outputs()
+    if not left or not out or not out[0].shape:
+        return 1, 1, max(1, math.prod(left)), 1
+    shape = out[0].shape
+    if packet(node.op) in ("aten.bmm", "aten.baddbmm"):
+        return shape[0], shape[1], left[-1], shape[2]
+    return 1, max(1, math.prod(shape[:-1])), left[-1], shape[-1]
+
+
+def gemm_seconds(batch: int, m: int, k: int, n: int, dtype: str, device: Device, flop: float | None = None) -> float:
+    """Seconds of ``batch`` products (m, k) @ (k, n), without memory traffic and launch.
+
+    A measured rate of the nearest shape is used where there is one; else peak × efficiency × how full the tiles keep
+    the units: ``tiles / (ceil(tiles / units) · units)``, with deep products split over idle units.
+    """
+    work = float(2 * batch * m * k * n) if flop is None else flop
+    measured = nearest(device.gemm, dtype, m, k, n)
+    if measured is not None:
+        return work / measured.rate
+    rate = device.matrix_rate(dtype) * device.efficiency_of("gemm")
+    if device.kind in ("cuda", "rocm"):
+        units = int(device.units.value)
+        tiles = batch * math.ceil(m / _TILE_ROWS) * math.ceil(n / _TILE_COLUMNS)
+        if tiles < units:
+            tiles *= max(1, min(units // tiles, k // _SPLIT_DEPTH))
+        rate *= tiles / (math.ceil(tiles / units) * units)
+    return work / rate
+
+
+def nearest(
+    measurements: Iterable[GemmMeasurement], dtype: str, m: int, k: int, n: int, layout: str = ""
+) -> GemmMeasurement | None:
+    """The fastest library's measurement of the shape class nearest in log size (and of the layout, if given)."""
+    best: tuple[float, float, GemmMeasurement] | None = None
+    for entry in measurements:
+        if entry.dtype != dtype or (layout and entry.layout != layout):
+            continue
+        distance = sum(
+            abs(math.log2(max(1, have)) - math.log2(max(1, want)))
+            for have, want in ((entry.m, m), (entry.k, k), (entry.n, n))
+        )
+        key = (round(distance, 6), -entry.rate, entry)
+        if best is None or key[:2] < best[:2]:
+            best = key
+    return best[2] if best is not None else None
+
+
+def _vector_flop(node: Node, table: TensorTable) -> int:
+    """Operations outside of matrix products: one an element for pointwise ops and reductions (of their input)."""
+    kind = kind_of(node.op)
+    outputs = table.of(node.name)
+    largest = max((tensor.elements for tensor in outputs), default=0)
+    if kind == "pointwise":
+        return largest
+    if kind == "reduction":
+        read = max((tensor.elements for tensor in table.read(node)), default=0)
+        return max(read, largest) * _FLOP_PER_ELEMENT.get(packet(node.op), 1)
+    if kind == "sort":
+        read = max((tensor.elements for tensor in table.read(node)), default=0)
+        return read * max(1, math.ceil(math.log2(max(2, read))))
+    if kind == "attention":  # exp, maximum and rescale of each score
+        shape = Call(node, table).shape(1 if "backward" in node.op else 0)
+        keys = Call(node, table).shape(2 if "backward" in node.op else 1)
+        return 4 * math.prod(shape[:-1]) * keys[-2] if len(keys) >= 2 and shape else 0
+    if kind == "index":
+        return sum(tensor.elements for tensor in table.read(node)[1:]) if packet(node.op) in op_classes.SCATTER else 0
+    return 0
+
+
+def _dtype(nodes: list[Node], table: TensorTable) -> str:
+    """The dtype that decides the rate: of the operands of a matrix product, else of the largest tensor."""
+    best: Tensor | None = None
+    for node in nodes:
+        for tensor in (*table.read(node), *table.of(node.name)):
+            if best is None or tensor.elements > best.elements:
+                best = tensor
+    return best.dtype if best is not None else "f32"

@@ -1,0 +1,64 @@
+"""What effcc raises. Each error says what happened, where, and what to do about it."""
+
+from __future__ import annotations
+
+
+class EffccError(Exception):
+    """Base of all errors. ``where`` names the place (a source line, a file), ``remedy`` what to do."""
+
+    def __init__(self, message: str, *, where: str = "", remedy: str = "") -> None:
+        self.message, self.where, self.remedy = message, where, remedy
+        parts = [message]
+        if where:
+            parts.append(f"  at {where}")
+        if remedy:
+            parts.append(f"  {remedy}")
+        super().__init__("\n".join(parts))
+
+
+class OptionError(EffccError):
+    """An option's name or value is not understood."""
+
+
+class VerificationError(EffccError):
+    """A graph breaks a rule of the IR; the message shows the lines around the place."""
+
+
+class ParseError(EffccError):
+    """IR text is not well-formed; ``where`` holds line and column."""
+
+
+class PlanError(EffccError):
+    """A plan is damaged, inconsistent, over its budget, or made for another graph."""
+
+
+class ModelFileError(EffccError):
+    """A model file is missing, does not offer a model, or fails while it is loaded."""
+
+
+class DeviceError(EffccError):
+    """A device is unknown or not present on this machine."""
+
+
+class MissingExtraError(EffccError):
+    """An optional dependency is not installed; the remedy names the extra."""
+
+
+class PassError(EffccError):
+    """A pass failed; the remedy is the command that repeats it on the saved graph."""
+
+
+class ShapeError(EffccError):
+    """A symbolic size has no value, or shapes do not fit the op that uses them."""
+
+
+class ScheduleError(EffccError):
+    """Steps wait for each other in a circle, or depend on a step that does not exist."""
+
+
+class OutputError(EffccError):
+    """A file cannot be written: no space, no permission, no such folder."""
+
+
+class MappingError(EffccError):
+    """A memory-mapping problem or its file is malformed."""

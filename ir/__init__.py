@@ -1,0 +1,1 @@
+"""The intermediate forms: graph, cascade, tile program; the plan and its file."""

@@ -1,0 +1,183 @@
+"""What an op does besides returning a value: write to memory, draw random numbers, act on the outside.
+
+Known without torch, so that text IR can be rewritten where torch is not loaded. The tables are checked against torch's own
+op schemas and tags in ``tests/passes/test_effects.py``.
+"""
+
+from __future__ import annotations
+
+import sympy
+
+from ..ir.graph import Graph, Node, Symbol
+from ..ir.types import ScalarType, TensorType, TupleType, Type
+
+#: ATen ops that draw random numbers whatever their arguments (torch's tag ``nondeterministic_seeded``).
+RANDOM_OPS = frozenset(
+    """_cudnn_rnn _fused_dropout _standard_gamma alpha_dropout bernoulli cauchy dropout exponential feature_dropout
+    feature_alpha_dropout geometric gru log_normal lstm miopen_rnn multinomial native_dropout normal poisson rand rand_like
+    randint randint_like randn randn_like randperm rnn_relu rnn_tanh rrelu_with_noise rrelu_with_noise_functional uniform
+    binomial _sample_dirichlet _efficient_attention_forward _flash_attention_forward
+    _flash_attention_forward_no_dropout_inplace _scaled_dot_product_attention_math_for_mps inductor_random
+    inductor_randint inductor_seed inductor_seeds""".split()
+)
+
+#: Attention ops that draw random numbers only if this argument (position, name) is a probability above zero.
+DROPOUT_ARGUMENT: dict[str, int] = {
+    "_scaled_dot_product_flash_attention": 3,
+    "_scaled_dot_product_flash_attention_for_cpu": 3,
+    "_scaled_dot_product_fused_attention_overrideable": 4,
+    "_scaled_dot_product_efficient_attention": 5,
+    "_scaled_dot_product_cudnn_attention": 5,
+    "scaled_dot_product_attention": 4,
+}
+
+#: ATen ops that write to an argument although neither their name (``add_``) nor their overload (``out``) says so.
+HIDDEN_WRITES = frozenset(
+    """aten._batch_norm_with_update.default aten._flash_attention_forward_no_dropout_inplace.default
+    aten._fused_moving_avg_obs_fq_helper.default aten._native_batch_norm_legit.default aten.rrelu_with_noise.default
+    aten.native_batch_norm.default aten.cudnn_batch_norm.default aten.miopen_batch_norm.default
+    aten._cudnn_rnn.default""".split()
+)
+
+#: ATen ops whose result may share storage with their first argument.
+VIEW_OPS = frozenset(
+    """_reshape_alias alias as_strided conj _conj detach diagonal expand flatten imag lift_fresh narrow permute positive
+    real reshape select slice split split_with_sizes squeeze t tensor_split to transpose unbind unfold unsqueeze view
+    view_as view_as_complex view_as_real _unsafe_view contiguous""".split()
+)
+
+#: ATen ops that check or steer instead of computing: their result is not what they are for.
+ACTING_OPS = frozenset(
+    """_assert_async _functional_assert_async _assert_scalar _functional_assert_scalar _assert_tensor_metadata
+    sym_constrain_range sym_constrain_range_for_size _functional_sym_constrain_range
+    _functional_sym_constrain_range_for_size _print _linalg_check_errors record_stream""".split()
+)
+
+#: Higher-order ops that do nothing beyond what their subgraphs do.
+TRANSPARENT_HIGHER_ORDER = frozenset(
+    """cond while_loop scan associative_scan map_impl invoke_subgraph flex_attention flex_attention_backward
+    wrap_with_autocast wrap_with_set_grad_enabled tag_activation_checkpoint""".split()
+)
+
+#: Namespaces whose functional ops are known to have no effect besides their result.
+PURE_NAMESPACES = frozenset({"aten", "prims", "prim", "quantized_decomposed", "math", "operator"})
+
+STRUCTURAL_OPS = frozenset({"input", "getitem", "call", "constant"})
+
+
+def split_op(op: str) -> tuple[str, str, str]:
+    """``aten.mm.default`` -> ``("aten", "mm", "default")``. Parts that are absent are empty."""
+    namespace, _, rest = op.partition(".")
+    name, _, overload = rest.partition(".")
+    return namespace, name, overload
+
+
+def is_random(node: Node) -> bool:
+    """Whether the op draws from a random generator; two such ops are never the same value."""
+    _, name, _ = split_op(node.op)
+    name = name.removesuffix("_") if not name.startswith("__") else name
+    position = DROPOUT_ARGUMENT.get(name)
+    if position is None:
+        return name in RANDOM_OPS
+    probability = dict(node.kwargs).get("dropout_p", node.args[position] if position < len(node.args) else 0.0)
+    return not (isinstance(probability, int | float) and probability == 0)
+
+
+def writes_memory(node: Node, graph: Graph) -> bool:
+    """Whether the op changes a tensor that existed before it."""
+    namespace, name, overload = split_op(node.op)
+    if any(alias.writes and alias.name == node.name for alias in graph.aliases) or node.op in HIDDEN_WRITES:
+        return True
+    in_place = name.endswith("_") and not name.endswith("__") or (name.startswith("__i") and name.endswith("__"))
+    out = overload == "out" or overload.endswith("_out") or "out" in dict(node.kwargs)
+    return namespace not in ("higher_order", "") and (in_place or out)
+
+
+def written_names(node: Node, graph: Graph) -> tuple[str, ...]:
+    """The values whose storage the op writes. All its operands where it is not known which."""
+    if not writes_memory(node, graph):
+        return ()
+    recorded = tuple(alias.base for alias in graph.aliases if alias.writes and alias.name == node.name)
+    operands = tuple(dict.fromkeys(node.operands()))
+    namespace, name, _ = split_op(node.op)
+    if namespace == "aten" and name.endswith("_") and not name.startswith("_") and operands:
+        return tuple(dict.fromkeys((operands[0], *recorded)))
+    return recorded or operands
+
+
+def has_effect(node: Node, graph: Graph) -> bool:
+    """Whether the op must stay although nobody reads its result. True for ops that are not known."""
+    if node.op == "input" or is_random(node) or writes_memory(node, graph):
+        return True
+    namespace, name, _ = split_op(node.op)
+    if node.op in ("getitem", "constant"):
+        return False
+    if node.op == "call" or namespace == "higher_order":
+        bodies = [graph.subgraphs.get(body.removeprefix("@")) for body in subgraph_symbols(node)]
+        known = node.op == "call" or name in TRANSPARENT_HIGHER_ORDER
+        return not known or any(body is None or graph_has_effect(body) for body in bodies)
+    return namespace not in PURE_NAMESPACES or name in ACTING_OPS
+
+
+def graph_has_effect(graph: Graph) -> bool:
+    """Whether running the graph does anything besides returning its outputs."""
+    return any(node.op != "input" and has_effect(node, graph) for node in graph.nodes)
+
+
+def subgraph_symbols(node: Node) -> tuple[str, ...]:
+    """The ``@name`` symbols among the op's arguments."""
+    values = (*node.args, *(value for _, value in node.kwargs))
+    return tuple(value.text for value in values if isinstance(value, Symbol) and value.text.startswith("@"))
+
+
+def size_symbols(type_: Type | None) -> frozenset[sympy.Symbol]:
+    """The shape symbols that a type mentions."""
+    if isinstance(type_, TensorType):
+        sizes = (*type_.shape, *(type_.stride or ()))
+    elif isinstance(type_, ScalarType):
+        sizes = (type_.value,) if type_.value is not None else ()
+    elif isinstance(type_, TupleType):
+        return frozenset[sympy.Symbol]().union(*(size_symbols(item) for item in type_.items))
+    else:
+        return frozenset()
+    found: set[sympy.Symbol] = set()
+    for size in sizes:
+        if isinstance(size, sympy.Expr):
+            found.update(symbol for symbol in size.free_symbols if isinstance(symbol, sympy.Symbol))
+    return frozenset(found)
+
+
+class Storages:
+    """Which values share storage, and which storages are written or handed out.
+
+    A union-find over value names from the graph's alias facts and, for graphs that carry none, the view ops.
+    """
+
+    def __init__(self, graph: Graph) -> None:
+        self._parent: dict[str, str] = {}
+        for alias in graph.aliases:
+            self._join(alias.name, alias.base)
+        for node in graph.nodes:
+            namespace, name, _ = split_op(node.op)
+            first = next(node.operands(), None)
+            if first is not None and (node.op == "getitem" or (namespace == "aten" and name in VIEW_OPS)):
+                self._join(node.name, first)
+        for node in graph.nodes:
+            written = written_names(node, graph)
+            for name in written[:1] if split_op(node.op)[0] == "aten" else written:
+                self._join(node.name, name)
+        self.written = frozenset(self.root(name) for node in graph.nodes for name in written_names(node, graph))
+        self.escaping = frozenset(self.root(name) for name in graph.output_names())
+        self.inputs = frozenset(self.root(node.name) for node in graph.inputs)
+
+    def root(self, name: str) -> str:
+        """The name that stands for all values in one storage."""
+        while (parent := self._parent.get(name, name)) != name:
+            self._parent[name] = self._parent.get(parent, parent)
+            name = parent
+        return name
+
+    def _join(self, name: str, base: str) -> None:
+        left, right = self.root(name), self.root(base)
+        if left != right:
+            self._parent[left] = right
