@@ -38,7 +38,7 @@ def effcc(
     number = next(_graph_numbers)
     inner = functools.partial(compile_graph, options=settings, number=number)
     with (
-        torch_internals.without_autograd_cache(),
+        torch_internals.graph_settings(),
         torch_internals.inductor_settings(torch_internals.mode_options(mode)),
     ):
         return torch_internals.compile_fx(gm, example_inputs, inner)  # type: ignore[no-any-return]
@@ -54,8 +54,10 @@ def compile_graph(
     if torch_internals.cudagraphs_wanted(kwargs):
         # A CUDA graph records the whole call, so the graph stays one region.
         return torch_internals.compile_region(gm, example_inputs, **kwargs)
+    torch_internals.refresh_fake_values(gm, example_inputs)
     gemm = gemm_measurements(str(options.cache_path()), options.gemm)
-    compiled = compile_segments(gm, kwargs, gemm=gemm, strict=options.fallback == "error")
+    with torch_internals.region_settings():
+        compiled = compile_segments(gm, kwargs, gemm=gemm, strict=options.fallback == "error")
     report = GraphReport(name=name, phase=phase)
     identities = list(dict.fromkeys(segment.identity for segment in compiled.segments))
     functions = {identity: f"_region_{index}" for index, identity in enumerate(identities)}
@@ -65,7 +67,7 @@ def compile_graph(
     namespace.update({functions[identity]: code.run for identity, code in compiled.code.items()})
     fill_report(report, compiled, functions)
     report.host_source = source
-    result = CompiledGraph(source, namespace, report)
+    result = CompiledGraph(source, namespace, report, compiled.collector.finish)
     torch_internals.report_output_strides(output_strides(gm, compiled))
     report.compile_seconds = time.perf_counter() - begin
     add_report(report)

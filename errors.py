@@ -62,3 +62,15 @@ class OutputError(EffccError):
 
 class MappingError(EffccError):
     """A memory-mapping problem or its file is malformed."""
+
+
+class CaptureError(EffccError):
+    """An FX node has no form in the IR; ``where`` is the user's source line."""
+
+
+class ExportError(EffccError):
+    """A graph cannot be turned into an FX graph: an op or a size is not known here."""
+
+
+class CascadeError(EffccError):
+    """A cascade is inconsistent: a rank neither kept nor reduced, a tensor read before it is written, and the like."""

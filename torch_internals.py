@@ -7,6 +7,9 @@ this file alone.
 from __future__ import annotations
 
 import contextlib
+import functools
+import platform
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,20 +17,22 @@ from typing import Any
 import torch
 import torch._inductor.config as inductor_config
 from torch._guards import TracingContext
-from torch._inductor.utils import fresh_cache as _fresh_cache  # noqa: F401  (kept for tests that need a cold cache)
+from torch._inductor.exc import CppCompileError
 
 __all__ = [
+    "CppCompileError",
     "cache_directory",
     "collect_output_strides",
     "compile_fx",
     "compile_region",
+    "graph_settings",
     "is_invoke_subgraph",
     "donated_inputs",
     "donating",
     "lowering_error_target",
+    "region_settings",
     "report_output_strides",
     "structured_trace",
-    "without_autograd_cache",
 ]
 
 
@@ -45,13 +50,21 @@ def compile_region(gm: torch.fx.GraphModule, example_inputs: Sequence[Any], **kw
     return compile_fx_inner(gm, list(example_inputs), **kwargs)
 
 
-@contextlib.contextmanager
-def without_autograd_cache() -> Iterator[None]:
-    """AOTAutograd's own cache would hand back code that Inductor, not effcc, compiled for the same graph."""
+def graph_settings() -> contextlib.AbstractContextManager[Any]:
+    """How AOTAutograd is run. Its own cache would hand back code that Inductor, not effcc, compiled for the same graph;
+    and the backward is compiled at once, while the forward's C++ kernels are still on their way."""
     import torch._functorch.config as functorch_config
 
-    with functorch_config.patch(enable_autograd_cache=False):
-        yield
+    return functorch_config.patch(  # type: ignore[no-any-return]
+        enable_autograd_cache=False, force_non_lazy_backward_lowering=True
+    )
+
+
+def region_settings() -> contextlib.AbstractContextManager[Any]:
+    """How regions are compiled. The processor's own flags say which vector instructions it has; building and loading a
+    probe for each, as Inductor does by default, takes seconds of a cold start."""
+    trusted = sys.platform == "linux" and platform.machine() in ("x86_64", "AMD64")
+    return inductor_settings({"cpp.vec_isa_ok": True} if trusted else {})
 
 
 @contextlib.contextmanager
@@ -97,6 +110,23 @@ def report_output_strides(strides: Sequence[tuple[int, ...] | None]) -> None:
         context.output_strides.extend(strides)
 
 
+def refresh_fake_values(gm: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> None:
+    """Bring ``meta["val"]`` of all nodes up to date where an example input is laid out otherwise than its placeholder.
+
+    The backward of a graph with layout optimisation (convolutions kept channels-last) gets saved tensors with the strides
+    that the forward really gave them, and AOTAutograd says so in the example inputs alone.
+    """
+    from torch._inductor.compile_fx import fake_tensor_prop
+
+    for node, value in zip(gm.graph.find_nodes(op="placeholder"), example_inputs, strict=True):
+        traced = node.meta.get("val")
+        # As texts: comparing symbolic strides would add guards.
+        if isinstance(traced, torch.Tensor) and isinstance(value, torch.Tensor) and value.layout == torch.strided:
+            if [str(step) for step in traced.stride()] != [str(step) for step in value.stride()]:
+                fake_tensor_prop(gm, example_inputs)
+                return
+
+
 def donated_inputs() -> list[int]:
     """Inputs of the backward graph being compiled whose memory it may reuse, by position."""
     context = TracingContext.try_get()
@@ -137,6 +167,72 @@ def lowering_error_target(error: BaseException) -> str:
     return ""
 
 
+def divert_cpp_kernels(current: Callable[[], Any]) -> None:
+    """From now on, wrappers loaded while ``current()`` gives a collector hand their C++ kernels to it.
+
+    The collector has ``add(argument types, source, compile alone)``, and ``scopes``, which receives each wrapper's
+    namespace. Installed once; other compilations are untouched.
+    """
+    from torch._inductor.async_compile import AsyncCompile
+
+    if getattr(AsyncCompile, "_effcc_diverted", False):
+        return
+    plain_kernel, plain_wait = AsyncCompile.cpp_pybinding, AsyncCompile.wait
+
+    @functools.wraps(plain_kernel)
+    def cpp_pybinding(self: Any, argtypes: list[str], source_code: str) -> Any:
+        collector = current()
+        if collector is None:
+            return plain_kernel(self, argtypes, source_code)
+        return collector.add(argtypes, source_code, lambda: load_cpp_kernel(argtypes, source_code))
+
+    @functools.wraps(plain_wait)
+    def wait(self: Any, scope: dict[str, Any]) -> None:
+        plain_wait(self, scope)
+        collector = current()
+        if collector is not None:
+            collector.scopes.append(scope)
+
+    AsyncCompile.cpp_pybinding, AsyncCompile.wait = cpp_pybinding, wait
+    AsyncCompile._effcc_diverted = True
+
+
+def load_cpp_kernel(argument_types: list[str], source: str) -> Any:
+    """One C++ kernel compiled and bound the way Inductor does it. Raises CppCompileError."""
+    from torch._inductor.codecache import CppPythonBindingsCodeCache
+
+    return CppPythonBindingsCodeCache.load_pybinding(argument_types, source)
+
+
+def compile_cpp_module(source: str) -> Callable[[], Any]:
+    """Start compiling a Python extension module named ``effcc_kernels``; the result waits for it and loads it."""
+    from torch._inductor.async_compile import AsyncCompile
+
+    load = _cpp_module_cache().load_async(source, submit_fn=AsyncCompile.submit)
+
+    def result() -> Any:
+        module = load()
+        module.bind(torch._C._dynamo.guards._torchinductor_pyobject_tensor_data_ptr)
+        return module
+
+    return result
+
+
+@functools.cache
+def _cpp_module_cache() -> Any:
+    from torch._inductor.codecache import CppPythonBindingsCodeCache, clear_on_fresh_cache
+
+    class CppModuleCache(CppPythonBindingsCodeCache):
+        cache: dict[str, Any] = {}
+        entry_function = "effcc_kernels"
+
+        @staticmethod
+        def cache_clear() -> None:
+            CppModuleCache.cache.clear()
+
+    return clear_on_fresh_cache(CppModuleCache)
+
+
 def structured_trace(name: str, text: Callable[[], str]) -> None:
     """Hand a text artifact to ``TORCH_TRACE`` / tlparse."""
     from torch._logging import trace_structured
@@ -158,3 +254,11 @@ def mode_options(mode: str | None) -> dict[str, Any]:
 
 def inductor_settings(settings: dict[str, Any]) -> contextlib.AbstractContextManager[Any]:
     return inductor_config.patch(settings)  # type: ignore[no-any-return]
+
+
+def memory_events(profile: Any) -> Iterator[int]:
+    """Bytes that each allocation (positive) or release (negative) changed, in order, from a finished
+    ``torch.profiler.profile(profile_memory=True)``."""
+    for event in profile.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            yield event.nbytes()

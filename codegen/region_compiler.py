@@ -10,6 +10,7 @@ import torch.fx as fx
 from torch._dynamo.exc import ShortenTraceback, SkipFrame
 
 from .. import torch_internals
+from .kernel_batch import Collector, collecting
 from .library_kernels import GemmChoice, use_library_kernels
 from .segments import EAGER, Segment, cut
 
@@ -39,6 +40,8 @@ class CompiledSegments:
     segments: list[Segment]
     code: dict[str, CompiledSegment]
     fallbacks: list[Fallback]
+    #: C++ kernels still being compiled; ``collector.finish()`` waits for them.
+    collector: Collector
 
 
 def compile_segments(
@@ -57,6 +60,7 @@ def compile_segments(
         segments = cut(gm, eager_ops)
         donated = donated_by_identity(gm, segments, graph_donated)
         code: dict[str, CompiledSegment] = {}
+        collector = Collector()
         retry = False
         for segment in segments:
             if segment.identity in code:
@@ -65,7 +69,8 @@ def compile_segments(
                 code[segment.identity] = eager_segment(segment)
                 continue
             try:
-                code[segment.identity] = compile_segment(segment, kwargs, gemm, donated[segment.identity])
+                code[segment.identity] = compile_segment(segment, kwargs, gemm, donated[segment.identity], collector)
+                collector.flush()
             except (ShortenTraceback, SkipFrame):
                 raise
             except Exception as error:
@@ -83,14 +88,15 @@ def compile_segments(
                 retry = True
                 break
         if not retry:
-            return CompiledSegments(segments, code, fallbacks)
+            collector.flush(last=True)
+            return CompiledSegments(segments, code, fallbacks, collector)
         if eager_ops:
             # A finer cut renumbers the segments, so whole-segment decisions of the coarser one no longer apply.
             whole = {identity for identity in whole if identity.startswith("call:")}
 
 
 def compile_segment(
-    segment: Segment, kwargs: dict[str, Any], gemm: GemmChoice | None, donated: Sequence[int]
+    segment: Segment, kwargs: dict[str, Any], gemm: GemmChoice | None, donated: Sequence[int], collector: Collector
 ) -> CompiledSegment:
     library = use_library_kernels(segment.module, gemm) if gemm is not None else {}
     settings = dict(kwargs)
@@ -98,7 +104,11 @@ def compile_segment(
     settings["static_input_idxs"] = [
         index for index, node in enumerate(segment.inputs) if isinstance(node, fx.Node) and input_index(node) in statics
     ]
-    with torch_internals.collect_output_strides() as strides, torch_internals.donating(donated):
+    with (
+        torch_internals.collect_output_strides() as strides,
+        torch_internals.donating(donated),
+        collecting(collector),
+    ):
         compiled = torch_internals.compile_region(segment.module, segment.fake_inputs(), **settings)
     source = getattr(compiled, "source_code", "") or ""
     known = list(strides) if len(strides) == len(segment.outputs) else [None] * len(segment.outputs)

@@ -10,15 +10,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
-from ..ir.graph import Graph, Node, Symbol
+from ..ir.graph import Graph, Node
 from . import op_classes
 from .devices import Device, GemmMeasurement
 from .flops import Call, contraction_flop, executed_fraction
 from .fusion import Kernel, group_kernels
 from .op_classes import kind_of, packet
-from .tensors import Bindings, Tensor, TensorTable
+from .storages import StorageTable, storage_table
+from .tensors import Bindings, Tensor, TensorTable, called
 
 
 @dataclass(frozen=True)
@@ -77,25 +78,22 @@ def region_cost(
     """Cost of a region compiled as fused kernels: flop of all ops, bytes of what kernels read and write."""
     if table is None:
         table = TensorTable(graph, bindings)
-    return total(kernel_cost(kernel, graph, device, table) for kernel in group_kernels(nodes, graph, table))
+    storages = storage_table(graph, table)
+    kernels = group_kernels(nodes, graph, table, storages)
+    return total(kernel_cost(kernel, graph, device, table, storages) for kernel in kernels)
 
 
-def kernel_cost(kernel: Kernel, graph: Graph, device: Device, table: TensorTable) -> Cost:
+def kernel_cost(kernel: Kernel, graph: Graph, device: Device, table: TensorTable, storages: StorageTable) -> Cost:
     """Cost of one fused kernel: its inputs are read once, its outputs written once, whatever happens inside."""
     if kernel.kind in ("call", "structural"):
         return total(op_cost(node, graph, device, table=table) for node in kernel.nodes)
     if len(kernel.nodes) == 1:
         return op_cost(kernel.nodes[0], graph, device, table=table)
-    touched = {storage for name in kernel.reads for storage in _bytes_of(name, table)}
-    moved = sum(size for _, size in touched)
-    moved += sum(size for name in kernel.writes for _, size in _bytes_of(name, table))
-    # What an indexing op touches is not its whole operand.
-    for node in kernel.nodes:
-        if kind_of(node.op) == "index":
-            external = set(kernel.reads)
-            whole = sum(t.bytes for name in set(node.operands()) & external for t in table.of(name))
-            own = sum(t.bytes for t in table.of(node.name))
-            moved += min(0, _op_bytes(node, table) - own - whole)
+    moved = sum(storages.storages[s].bytes for s in (*kernel.reads, *kernel.writes))
+    for node in kernel.nodes:  # what an indexing op touches is not its whole operand
+        if packet(node.op) in op_classes.GATHER:
+            whole = [storages.storages[s].bytes for s in storages.read(node)[:1] if s in kernel.reads]
+            moved -= max(0, sum(whole) - sum(tensor.bytes for tensor in table.of(node.name)))
     return _kernel_cost(kernel.kind, list(kernel.nodes), max(moved, 0), table, device)
 
 
@@ -110,21 +108,6 @@ def total(costs: Iterable[Cost]) -> Cost:
         shares[cost.bound] = shares.get(cost.bound, 0.0) + cost.seconds
     bound = max(shares, key=lambda name: (shares[name], name)) if seconds > 0 else "none"
     return Cost(flop, moved, seconds, bound, matmul)
-
-
-def called(node: Node, graph: Graph) -> Graph | None:
-    """The subgraph of a ``call`` node. Subgraphs may share their parent's table of subgraphs."""
-    target = node.args[0]
-    if not isinstance(target, Symbol):
-        return None
-    found = graph.subgraphs.get(target.text.removeprefix("@"))
-    if found is not None and not found.subgraphs and graph.subgraphs:
-        found = replace(found, subgraphs=graph.subgraphs)
-    return found
-
-
-def _bytes_of(name: str, table: TensorTable) -> list[tuple[str, int]]:
-    return [(f"{name}.{index}", tensor.bytes) for index, tensor in enumerate(table.of(name))]
 
 
 def _op_bytes(node: Node, table: TensorTable) -> int:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import sympy
 
 from ..errors import ShapeError
-from ..ir.graph import Graph, Node, Ref
+from ..ir.graph import Graph, Node, Ref, Symbol
 from ..ir.types import DTYPES, Size, TensorType, TupleType, Type
 
 Bindings = Mapping[str, int]
@@ -100,3 +100,14 @@ class TensorTable:
     def read(self, node: Node) -> list[Tensor]:
         """Distinct tensors that a node reads."""
         return [tensor for name in dict.fromkeys(node.operands()) for tensor in self.of(name)]
+
+
+def called(node: Node, graph: Graph) -> Graph | None:
+    """The subgraph of a ``call`` node. Subgraphs may share their parent's table of subgraphs."""
+    target = node.args[0]
+    if not isinstance(target, Symbol):
+        return None
+    found = graph.subgraphs.get(target.text.removeprefix("@"))
+    if found is not None and not found.subgraphs and graph.subgraphs:
+        found = replace(found, subgraphs=graph.subgraphs)
+    return found

@@ -71,6 +71,10 @@ class Step(msgspec.Struct, frozen=True, kw_only=True):
     ops: tuple[str, ...] = ()
     source: str = ""
     module: str = ""
+    #: Index of the device (rank) whose stream it is; streams of one name on two devices are two streams.
+    device: int = 0
+    #: Steps of one collective, one a device, share a name here: they begin together when all have arrived.
+    rendezvous: str = ""
 
 
 class Solver(msgspec.Struct, frozen=True, kw_only=True):

@@ -47,7 +47,7 @@ LIMITS = {MANIFEST: 16 * MEBIBYTE, PLAN: 512 * MEBIBYTE, GRAPH: 512 * MEBIBYTE}
 SOURCE_LIMIT, TOTAL_LIMIT, MEMBER_LIMIT = 16 * MEBIBYTE, 1024 * MEBIBYTE, 10_000
 
 _TIMESTAMP = (1980, 1, 1, 0, 0, 0)
-_GRAPH_HEADER = re.compile(r'// graph ("(?:[^"\\]|\\.)*") (\d{1,9}) lines')
+_GRAPH_HEADER = re.compile(r'# graph ("(?:[^"\\]|\\.)*") (\d{1,9}) lines')
 #: What zipfile and zlib raise on damaged input.
 _DAMAGE = (
     zipfile.BadZipFile,
@@ -323,7 +323,7 @@ def _join_graphs(graphs_text: Mapping[str, str]) -> str:
     """One text of all graphs, each under a comment line with its name and length in lines."""
     parts = []
     for name, text in graphs_text.items():
-        parts.append(f"// graph {json.dumps(name)} {text.count(chr(10)) + 1} lines\n{text}\n")
+        parts.append(f"# graph {json.dumps(name)} {text.count(chr(10)) + 1} lines\n{text}\n")
     return "".join(parts)
 
 

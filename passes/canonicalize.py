@@ -58,9 +58,9 @@ NEUTRAL_NUMBER: dict[str, float] = {
 class Canonicalize:
     """Write equal operations in one way and drop those that change nothing.
 
-    Transposes become ``permute``; dimensions count from the front; ``-1`` in a view gives way to the size; a chain of views
-    or permutes becomes one; views, casts, copies and scalings that change neither type nor bits are skipped. A value
-    that the graph returns, or whose storage is written, is never replaced by another.
+    Transposes become ``permute``; dimensions count from the front; ``-1`` in a view gives way to the size; a chain of
+    views or permutes becomes one; views, casts, copies and scalings that change neither type nor bits are skipped. A
+    value that the graph returns, or whose storage is written, is never replaced by another.
 
     rewrite::
 
@@ -94,8 +94,11 @@ class Canonicalize:
 
 
 def _may_share(name: str, source: str, storages: Storages) -> bool:
-    """Whether ``source`` may stand for ``name``: neither's storage is written, and a fresh storage that leaves the graph
-    (through a view of it) is not exchanged for another."""
+    """Whether ``source`` may stand for ``name``.
+
+    It may when neither's storage is written, and no fresh storage that leaves the graph (through a view of it) would be
+    exchanged for another.
+    """
     one, other = storages.root(name), storages.root(source)
     if one in storages.written or other in storages.written:
         return False

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from ..ir.graph import Argument, Graph, Node, Ref, argument_key
-from .effects import Storages, has_effect, split_op, written_names
+from .effects import Storages, has_effect, written_names
 from .rewriting import rebuild, rename_node, with_subgraphs
 
 #: ATen ops of two tensors that give the same bits when the two change places.
@@ -29,7 +29,7 @@ class CommonSubexpressions:
         %c: f32[4] = aten.add.Tensor(%a, %b)       %c: f32[4] = aten.add.Tensor(%a, %a)
     """
 
-    name: ClassVar[str] = "common_subexpressions"
+    name: ClassVar[str] = "common-subexpressions"
 
     def apply(self, graph: Graph) -> Graph:
         graph = with_subgraphs(graph, self.apply)

@@ -64,7 +64,7 @@ class ConstantFolding:
         %c: f32[8] = aten.add.Tensor(%x, %b)                  %c: f32[8] = aten.add.Tensor(%x, %b)
     """
 
-    name: ClassVar[str] = "constant_folding"
+    name: ClassVar[str] = "constant-folding"
 
     def apply(self, graph: Graph) -> Graph:
         graph = with_subgraphs(graph, self.apply)
@@ -97,7 +97,9 @@ def _known_number(node: Node, graph: Graph) -> Number | None:
         return None
     value = node.type.value
     if isinstance(value, bool | int | float):
-        return {"int": int, "float": float, "bool": bool}[node.type.kind](value)
+        if node.type.kind == "bool":
+            return bool(value)
+        return float(value) if node.type.kind == "float" else int(value)
     return None
 
 
@@ -160,7 +162,7 @@ def _in_dtype(value: object, dtype: str) -> Number | None:
             limits = np.iinfo(kind)
             return int(value) if float(value).is_integer() and limits.min <= value <= limits.max else None
         with np.errstate(over="ignore"):
-            return float(kind(value).item())  # type: ignore[arg-type]
+            return float(kind(value).item())
     small = isinstance(value, int) or float(value).is_integer()
     return float(value) if dtype in ("bf16", "f16") and small and abs(value) <= 256 else None
 

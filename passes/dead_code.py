@@ -26,7 +26,7 @@ class DeadCode:
         return %b                                  return %b
     """
 
-    name: ClassVar[str] = "dead_code"
+    name: ClassVar[str] = "dead-code"
 
     def apply(self, graph: Graph) -> Graph:
         graph = with_subgraphs(graph, self.apply)

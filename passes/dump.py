@@ -1,8 +1,8 @@
 """A folder of dumps: what each pass did to a graph, one numbered pair of files a pass.
 
-``NNN-pass.json`` records every pass (time, sizes, which files hold the graph before and after); ``NNN-pass.ir`` is written
-where the pass changed something. ``NNN-input.ir`` is the graph before the first pass. Several graphs, and several
-processes, may share a folder: numbers are claimed by creating the ``.json`` file exclusively.
+``NNN-pass.json`` records every pass (time, sizes, which files hold the graph before and after); ``NNN-pass.ir`` is
+written where the pass changed something. ``NNN-input.ir`` is the graph before the first pass. Several graphs, and
+several processes, may share a folder: numbers are claimed by creating the ``.json`` file exclusively.
 """
 
 from __future__ import annotations
@@ -21,8 +21,11 @@ _NUMBERED = re.compile(r"(\d{3,})-(.+)\.json")
 
 @dataclass(frozen=True)
 class PassRecord:
-    """What one pass did. ``seconds`` is its own time without verification; ``before`` and ``after`` name the files that
-    hold the graph on either side (equal when nothing changed). ``failed`` is the error's text, empty if it went well."""
+    """What one pass did.
+
+    ``seconds`` is its own time without verification; ``before`` and ``after`` name the files that hold the graph on
+    either side (equal when nothing changed). ``failed`` is the error's text, empty if it went well.
+    """
 
     index: int
     text: str

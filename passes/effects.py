@@ -1,7 +1,7 @@
 """What an op does besides returning a value: write to memory, draw random numbers, act on the outside.
 
-Known without torch, so that text IR can be rewritten where torch is not loaded. The tables are checked against torch's own
-op schemas and tags in ``tests/passes/test_effects.py``.
+Known without torch, so that text IR can be rewritten where torch is not loaded. The tables are checked against torch's
+own op schemas and tags in ``tests/passes/test_effects.py``.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from ..ir.types import ScalarType, TensorType, TupleType, Type
 #: ATen ops that draw random numbers whatever their arguments (torch's tag ``nondeterministic_seeded``).
 RANDOM_OPS = frozenset(
     """_cudnn_rnn _fused_dropout _standard_gamma alpha_dropout bernoulli cauchy dropout exponential feature_dropout
-    feature_alpha_dropout geometric gru log_normal lstm miopen_rnn multinomial native_dropout normal poisson rand rand_like
-    randint randint_like randn randn_like randperm rnn_relu rnn_tanh rrelu_with_noise rrelu_with_noise_functional uniform
-    binomial _sample_dirichlet _efficient_attention_forward _flash_attention_forward
+    feature_alpha_dropout geometric gru log_normal lstm miopen_rnn multinomial native_dropout normal poisson rand
+    rand_like randint randint_like randn randn_like randperm rnn_relu rnn_tanh rrelu_with_noise
+    rrelu_with_noise_functional uniform binomial _sample_dirichlet _efficient_attention_forward _flash_attention_forward
     _flash_attention_forward_no_dropout_inplace _scaled_dot_product_attention_math_for_mps inductor_random
     inductor_randint inductor_seed inductor_seeds""".split()
 )
@@ -88,7 +88,7 @@ def writes_memory(node: Node, graph: Graph) -> bool:
     namespace, name, overload = split_op(node.op)
     if any(alias.writes and alias.name == node.name for alias in graph.aliases) or node.op in HIDDEN_WRITES:
         return True
-    in_place = name.endswith("_") and not name.endswith("__") or (name.startswith("__i") and name.endswith("__"))
+    in_place = (name.endswith("_") and not name.endswith("__")) or (name.startswith("__i") and name.endswith("__"))
     out = overload == "out" or overload.endswith("_out") or "out" in dict(node.kwargs)
     return namespace not in ("higher_order", "") and (in_place or out)
 

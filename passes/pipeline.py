@@ -1,6 +1,7 @@
-"""Pipelines as text: ``dead_code,regions{max_ops=64,cut_at=[mm,bmm]}``.
+"""Pipelines as text: ``dead-code,regions{max_ops=64,cut_at=[mm,bmm]}``.
 
-A pass is found by the ``name`` of its class. Options are the fields of its dataclass; their types say how a value is read.
+A pass is found by the ``name`` of its class. Options are the fields of its dataclass; their types say how a value is
+read.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ class Pass(Protocol):
 
 #: Names that stand for several passes in a row.
 PIPELINES: Mapping[str, str] = {
-    "normalize": "canonicalize,constant_folding,common_subexpressions,dead_code",
+    "normalize": "canonicalize,constant-folding,common-subexpressions,dead-code",
 }
 
 _NAME = re.compile(r"\s*([A-Za-z_][\w.-]*)\s*")
@@ -90,7 +91,7 @@ def pass_options(cls: type) -> dict[str, tuple[Field[Any], Any]]:
 def find_pass(name: str) -> type:
     """The class of the pass called ``name``. Raises OptionError, with the nearest name, if there is none."""
     try:
-        found = _passes_in(name)
+        found = _passes_in(name.replace("-", "_"))
     except ModuleNotFoundError:
         found = {}
     if name in found:
@@ -122,14 +123,9 @@ def _passes_in(module_name: str) -> dict[str, type]:
     if not module_name.isidentifier():
         return {}
     module = importlib.import_module(f".{module_name}", __package__)
-    return {
-        cls.name: cls
-        for cls in vars(module).values()
-        if isinstance(cls, type)
-        and cls.__module__ == module.__name__
-        and isinstance(getattr(cls, "name", None), str)
-        and callable(getattr(cls, "apply", None))
-    }
+    classes = [cls for cls in vars(module).values() if isinstance(cls, type) and cls.__module__ == module.__name__]
+    named = [(getattr(cls, "name", None), cls) for cls in classes if is_dataclass(cls)]
+    return {name: cls for name, cls in named if isinstance(name, str) and callable(getattr(cls, "apply", None))}
 
 
 def _items(text: str) -> Iterator[tuple[str, dict[str, str]]]:

@@ -1,0 +1,134 @@
+"""``effcc explain``: what holds the memory, what takes the time, what did not go as planned."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from .cli_support import JsonOption, console, open_plan, print_json, table
+from .formatting import bytes_text, count_text, seconds_text
+from .summary import Summary, device_of, summarize
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from .cost_model.devices import Device
+    from .ir.plan import Plan
+
+
+def explain_command(
+    plan: Annotated[Path, typer.Argument(help="A plan file made by 'effcc plan'.")],
+    top: Annotated[int, typer.Option("--top", min=1, help="Rows in each table.")] = 10,
+    json: JsonOption = False,
+) -> None:
+    """Explain a plan: who holds the peak, what is slow and why, which ops fell back, what the solvers proved."""
+    loaded = open_plan(plan).plan
+    summary = summarize(loaded)
+    if json:
+        print_json({"summary": summary, "fallbacks": fallback_rows(loaded), "solvers": solver_rows(loaded)})
+        return
+    print_explanation(console(), loaded, summary, top)
+
+
+def print_explanation(out: Console, plan: Plan, summary: Summary, top: int) -> None:
+    for line in summary.words:
+        out.print(line, markup=False)
+    _holders(out, summary, top)
+    _steps(out, plan, summary, top)
+    _fallbacks(out, plan, top)
+    _solvers(out, plan)
+    for note in plan.notes:
+        out.print(f"note: {note}", markup=False)
+
+
+def _holders(out: Console, summary: Summary, top: int) -> None:
+    if not summary.holders:
+        return
+    rows = table("bytes", "share", "role", "count", "what", "where", right=("bytes", "share", "count"))
+    rows.title = f"What holds the peak (step {summary.peak_position})"
+    total = max(summary.peak, 1)
+    for holder in summary.holders[:top]:
+        share = f"{100 * holder.bytes / total:.1f} %"
+        role = holder.role if holder.decision == "keep" else f"{holder.role} ({holder.decision})"
+        where = holder.place if holder.place != holder.what else ""
+        rows.add_row(bytes_text(holder.bytes), share, role, str(holder.count), holder.what, where)
+    rest = sum(holder.bytes for holder in summary.holders[top:])
+    if rest:
+        rows.add_row(bytes_text(rest), f"{100 * rest / total:.1f} %", "", "", f"{len(summary.holders) - top} more", "")
+    out.print(rows)
+
+
+def why(seconds: float, flop: int, moved: int, bound: str, device: Device | None, dtype: str, count: int) -> str:
+    """A step group's bound in words, with the rate it reaches against the device's peak."""
+    if device is None or seconds <= 0:
+        return bound
+    if bound == "compute":
+        rate, peak = flop / seconds, device.matrix_rate(dtype or "f32")
+        return f"compute: {count_text(rate, 'FLOP/s')}, {100 * rate / peak:.0f} % of peak"
+    if bound == "memory":
+        rate = moved / seconds
+        return f"memory: {count_text(rate, 'B')}/s, {100 * rate / device.bandwidth:.0f} % of peak"
+    if bound == "launch":
+        return f"launch: {seconds_text(device.launch.value)} for each of {count}"
+    return bound
+
+
+def _steps(out: Console, plan: Plan, summary: Summary, top: int) -> None:
+    if not summary.groups:
+        return
+    device = device_of(plan)
+    rows = table("time", "share", "times", "step", "phase", "why", "where", right=("time", "share", "times"))
+    rows.title = "Where the time goes"
+    total = sum(group.seconds for group in summary.groups) or 1.0
+    for group in summary.groups[:top]:
+        reason = why(group.seconds, group.flop, group.bytes_moved, group.bound, device, plan.dtype, group.count)
+        share = f"{100 * group.seconds / total:.1f} %"
+        rows.add_row(
+            seconds_text(group.seconds), share, str(group.count), f"{group.kind} {group.name}", group.phase, reason,
+            group.place,
+        )  # fmt: skip
+    out.print(rows)
+
+
+def fallback_rows(plan: Plan) -> list[dict[str, str]]:
+    return [{"op": op, "reason": reason, "source": source} for op, reason, source in plan.fallbacks]
+
+
+def _fallbacks(out: Console, plan: Plan, top: int) -> None:
+    if not plan.fallbacks:
+        out.print("No fallbacks: every op runs the planned way.")
+        return
+    rows = table("op", "reason", "where", title=f"Fallbacks ({len(plan.fallbacks)})")
+    for op, reason, source in plan.fallbacks[:top]:
+        rows.add_row(op, reason, source)
+    out.print(rows)
+
+
+def solver_rows(plan: Plan) -> list[dict[str, object]]:
+    return [
+        {
+            "problem": solver.problem,
+            "solver": solver.name,
+            "value": solver.value,
+            "bound": solver.bound,
+            "gap": solver.gap,
+            "seconds": solver.seconds,
+            "seed": solver.seed,
+        }
+        for solver in plan.solvers
+    ]
+
+
+def _solvers(out: Console, plan: Plan) -> None:
+    if not plan.solvers:
+        return
+    rows = table("decision", "solver", "value", "bound", "gap", "time", right=("value", "bound", "gap", "time"))
+    rows.title = "How it was decided"
+    for solver in plan.solvers:
+        rows.add_row(
+            solver.problem, solver.name, f"{solver.value:,.6g}", f"{solver.bound:,.6g}", f"{100 * solver.gap:.2f} %",
+            seconds_text(solver.seconds),
+        )  # fmt: skip
+    out.print(rows)

@@ -1,0 +1,145 @@
+"""``effcc plan``: from a model file to a plan, a summary and a report."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from .cli_support import JsonOption, console, print_json, stage, write_text
+from .errors import OptionError
+from .options import parse_bytes
+
+if TYPE_CHECKING:
+    from .planning import Planned
+    from .summary import Summary
+
+
+def plan_command(
+    model: Annotated[
+        str,
+        typer.Argument(metavar="FILE.py[:name]", help="A file with model and example_inputs, or KernelBench's Model."),
+    ],
+    train: Annotated[bool, typer.Option("--train", help="Plan a training step, not a forward pass.")] = False,
+    optimizer: Annotated[
+        str | None, typer.Option(help="Count this optimizer's state (adamw, sgd, ...), not the file's.")
+    ] = None,
+    dtype: Annotated[str | None, typer.Option(help="Convert parameters and inputs: f32, bf16, f16, f64.")] = None,
+    device: Annotated[
+        str, typer.Option("--device", "-d", help="A name from 'effcc devices', or a device file.")
+    ] = "cpu",
+    memory_budget: Annotated[
+        str | None, typer.Option("--memory-budget", metavar="SIZE", help="Most bytes on the device, such as 8GiB.")
+    ] = None,
+    dynamic: Annotated[bool, typer.Option("--dynamic", help="Keep the inputs' sizes symbolic.")] = False,
+    output: Annotated[Path, typer.Option("-o", "--output", help="Where the plan goes.")] = Path("plan.effcc"),
+    report: Annotated[
+        Path | None, typer.Option("--report", help="Where the HTML report goes. Default: beside the plan.")
+    ] = None,
+    no_report: Annotated[bool, typer.Option("--no-report", help="Write no report.")] = False,
+    emit: Annotated[
+        str | None, typer.Option("--emit", metavar="mlir", help="Also write the captured graph as MLIR (extra 'mlir').")
+    ] = None,
+    dump_dir: Annotated[
+        Path | None, typer.Option("--dump", help="Write every pass's IR to this folder (as EFFCC_DUMP does).")
+    ] = None,
+    pipeline: Annotated[
+        str | None, typer.Option("-p", "--passes", help="Passes to run instead of the usual ones.")
+    ] = None,
+    json: JsonOption = False,
+) -> None:
+    """Capture a model and plan its memory and time for a device, without running it.
+
+    No weights are allocated, and the device need not be on this machine. The plan says whether the model fits, what
+    holds the peak and what bounds the time.
+    """
+    from .planning import PIPELINE, PlanRequest, plan_model
+
+    if emit not in (None, "mlir"):
+        raise OptionError(f"--emit {emit!r} is not understood", remedy="the only form is mlir")
+    if report is not None and no_report:
+        raise OptionError("--report and --no-report exclude each other")
+    request = PlanRequest(
+        model=model,
+        train=train,
+        optimizer=optimizer,
+        dtype=dtype,
+        device=device,
+        memory_budget=parse_bytes(memory_budget, option="--memory-budget") if memory_budget else None,
+        dynamic=dynamic,
+        pipeline=pipeline or PIPELINE,
+        dump_dir=dump_dir,
+    )
+    planned = plan_model(request, lambda description: stage(description, quiet=json))
+    paths = _write(planned, output, None if no_report else report or output.with_suffix(".html"), dump_dir)
+    if emit:
+        paths["mlir"] = str(_emit_mlir(request.model, output, train))
+    _finish(planned, paths, json)
+
+
+def _write(planned: Planned, output: Path, report: Path | None, dump_dir: Path | None) -> dict[str, str]:
+    from .ir.plan_file import load_plan, save_plan
+
+    output.parent.mkdir(parents=True, exist_ok=True)
+    save_plan(output, planned.plan, planned.graphs_text, {})
+    paths = {"plan": str(output)}
+    if report is not None:
+        from .report.page import render_report
+
+        write_text(report, render_report(load_plan(output, validate=False), dump_dir))
+        paths["report"] = str(report)
+    if dump_dir is not None:
+        paths["dumps"] = str(dump_dir)
+    return paths
+
+
+def _emit_mlir(model: str, output: Path, train: bool) -> Path:
+    from .frontend.mlir import emit_mlir
+
+    return emit_mlir(model, output, train)
+
+
+def _finish(planned: Planned, paths: dict[str, str], json: bool) -> None:
+    from .summary import summarize
+
+    summary = summarize(planned.plan)
+    if json:
+        print_json({"summary": summary, "paths": paths, "notes": planned.plan.notes})
+        return
+    out = console()
+    out.print(f"[bold]{planned.plan.model}[/bold] on {planned.plan.device}")
+    _print_summary(summary, planned)
+    for note in planned.plan.notes:
+        out.print(f"  note: {note}", markup=False, style="dim")
+    for kind, path in paths.items():
+        out.print(f"{kind + ':':8} {path}", markup=False)
+
+
+def _print_summary(summary: Summary, planned: Planned) -> None:
+    from .cli_explain import fallback_rows
+    from .formatting import bytes_text
+
+    out = console()
+    for index, line in enumerate(summary.words):
+        style = ("green" if summary.fits else "red") if index == 0 and summary.fits is not None else ""
+        out.print(f"  {line}", style=style, markup=False)
+    for holder in summary.holders[:3]:
+        count = f"{holder.count} x " if holder.count > 1 else ""
+        where = f" in {holder.place}" if holder.place and holder.place != holder.what else ""
+        out.print(f"    {bytes_text(holder.bytes):>11}  {count}{holder.role}: {holder.what}{where}", markup=False)
+    for repeat, count in _repeats(planned).items():
+        out.print(f"  {repeat} repeats {count} times and is planned once.", markup=False)
+    for row in fallback_rows(planned.plan)[:3]:
+        out.print(f"  fallback {row['op']}: {row['reason']} ({row['source']})", markup=False)
+
+
+def _repeats(planned: Planned) -> dict[str, int]:
+    """Distinct layers of the forward graphs and how often each runs."""
+    import re
+
+    found: dict[str, int] = {}
+    for text in planned.graphs_text.values():
+        for match in re.finditer(r"^\s*repeat @(\S+) x (\d+)", text, re.MULTILINE):
+            found[match[1]] = max(found.get(match[1], 0), int(match[2]))
+    return found

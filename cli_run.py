@@ -1,0 +1,56 @@
+"""``effcc run``: run a planned model here, predicted beside measured."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .cli_support import JsonOption, console, open_plan, print_json, stage, table
+from .formatting import bytes_text, seconds_text
+
+
+def run_command(
+    plan: Annotated[Path, typer.Argument(help="A plan file made by 'effcc plan'.")],
+    model: Annotated[str, typer.Argument(metavar="FILE.py[:name]", help="The model file the plan was made from.")],
+    rounds: Annotated[int, typer.Option("--rounds", "-n", min=1, help="Timed runs; the median is reported.")] = 10,
+    seed: Annotated[int, typer.Option(help="Seed of the random weights.")] = 0,
+    json: JsonOption = False,
+) -> None:
+    """Run a plan's model on this machine and print predicted beside measured time and peak memory.
+
+    The model is built with random weights from the model file, compiled with the plan, and run: a training step if the
+    plan is one. Peak: the allocator's, from torch's profiler. Time: the median.
+    """
+    from .measuring import measure
+
+    loaded = open_plan(plan)
+    measured = measure(
+        plan, loaded.plan, model, rounds=rounds, seed=seed, progress=lambda text: stage(text, quiet=json)
+    )
+    predicted_peak = loaded.plan.peak.get("device", 0)
+    if json:
+        print_json(
+            {
+                "predicted": {"seconds": loaded.plan.seconds, "peak": predicted_peak},
+                "measured": measured,
+                "device": loaded.plan.device,
+            }
+        )
+        return
+    rows = table("", "predicted", "measured", "measured / predicted", right=("predicted", "measured"))
+    rows.add_row(
+        "time", seconds_text(loaded.plan.seconds), seconds_text(measured.seconds),
+        f"{measured.seconds / loaded.plan.seconds:.3f}" if loaded.plan.seconds else "",
+    )  # fmt: skip
+    rows.add_row(
+        "peak memory", bytes_text(predicted_peak), bytes_text(measured.peak),
+        f"{measured.peak / predicted_peak:.3f}" if predicted_peak else "",
+    )  # fmt: skip
+    out = console()
+    out.print(rows)
+    if loaded.plan.device != measured.device:
+        out.print(f"The plan is for {loaded.plan.device}; this machine ran it on {measured.device}.")
+    for reason in measured.fallbacks:
+        out.print(f"fallback: {reason}", markup=False)

@@ -1,0 +1,92 @@
+"""What the commands share: consoles, JSON output, reading plans, files and folders."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from .errors import OptionError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+    from .ir.plan_file import PlanFile
+
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for programs instead of text for people.")]
+
+
+def console() -> Console:
+    """Standard output: coloured on a terminal; in a pipe plain, and wide enough that no line is folded."""
+    from rich.console import Console
+
+    return Console(highlight=False, soft_wrap=not sys.stdout.isatty(), width=None if sys.stdout.isatty() else 160)
+
+
+def error_console() -> Console:
+    from rich.console import Console
+
+    return Console(stderr=True, highlight=False)
+
+
+def print_json(value: Any) -> None:
+    """``value`` (dataclasses and msgspec structs too) as indented JSON on standard output."""
+    import msgspec
+
+    text = msgspec.json.format(msgspec.json.encode(value), indent=2)
+    sys.stdout.write(text.decode() + "\n")
+
+
+def table(*columns: str, right: tuple[str, ...] = (), title: str | None = None) -> Table:
+    """A plain table; the columns named in ``right`` hold numbers."""
+    from rich import box
+    from rich.table import Table
+
+    result = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left", pad_edge=False, title_style="bold")
+    for column in columns:
+        result.add_column(column, justify="right" if column in right else "left", overflow="fold")
+    return result
+
+
+def open_plan(path: Path, *, validate: bool = True) -> PlanFile:
+    """The plan in a file. Raises PlanError if there is none, or it is damaged."""
+    from .ir.plan_file import load_plan
+
+    return load_plan(path, validate=validate)
+
+
+def read_text(path: Path, what: str) -> str:
+    """The text of a file. Raises OptionError if it cannot be read."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise OptionError(f"cannot read {what} {path}: {error.strerror}", remedy="check the path") from error
+    except UnicodeDecodeError as error:
+        raise OptionError(f"{what} {path} is not text", remedy=f"byte {error.start} is not UTF-8") from error
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file whole or not at all. Raises OutputError."""
+    from .ir.plan_file import write_atomically
+
+    write_atomically(path, text.encode("utf-8", "surrogatepass"))
+
+
+@contextlib.contextmanager
+def stage(description: str, quiet: bool = False) -> Iterator[None]:
+    """Shows on a terminal what is going on, with a spinner, and how long it took; silent elsewhere."""
+    err = error_console()
+    if quiet or not err.is_terminal:
+        yield
+        return
+    import time
+
+    begin = time.perf_counter()
+    with err.status(f"{description} ..."):
+        yield
+    err.print(f"[dim]{description}: {time.perf_counter() - begin:.1f} s[/dim]")

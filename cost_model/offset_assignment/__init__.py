@@ -1,0 +1,1 @@
+"""Offset assignment (dynamic storage allocation): where buffers with known lifetimes lie in one arena."""

@@ -1,0 +1,126 @@
+"""A problem as arrays: what the compiled searches read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .compiled import compiled
+
+Ints = NDArray[np.int64]
+
+
+@compiled
+def _neighbour_lists(lower: Ints, upper: Ints, by_lower: Ints) -> tuple[Ints, Ints]:
+    """Buffers that share time with each buffer, as one array with starts. O(pairs)."""
+    count = lower.size
+    degree = np.zeros(count + 1, np.int64)
+    for i in range(count):
+        a = by_lower[i]
+        for j in range(i + 1, count):
+            b = by_lower[j]
+            if lower[b] >= upper[a]:
+                break
+            degree[a + 1] += 1
+            degree[b + 1] += 1
+    start = np.cumsum(degree)
+    fill = start[:-1].copy()
+    lists = np.empty(start[count], np.int64)
+    for i in range(count):
+        a = by_lower[i]
+        for j in range(i + 1, count):
+            b = by_lower[j]
+            if lower[b] >= upper[a]:
+                break
+            lists[fill[a]] = b
+            fill[a] += 1
+            lists[fill[b]] = a
+            fill[b] += 1
+    return start, lists
+
+
+@dataclass(frozen=True)
+class Tables:
+    """Buffers with half-open lifetimes ``lower <= t < upper``, sizes and alignments in bytes; no gaps.
+
+    A *section* is a maximal set of buffers live at one time; a buffer lies in the sections ``first_section`` to
+    ``last_section``, both included.
+    """
+
+    lower: Ints
+    upper: Ints
+    size: Ints
+    alignment: Ints
+
+    @cached_property
+    def length(self) -> Ints:
+        return self.upper - self.lower
+
+    @cached_property
+    def by_lower(self) -> Ints:
+        return np.argsort(self.lower, kind="stable").astype(np.int64)
+
+    @cached_property
+    def _section_times(self) -> Ints:
+        """One time inside each section: a start after which the next event is an end (Helly: cliques of intervals)."""
+        starts = np.unique(self.lower)
+        ends = np.unique(self.upper)
+        next_end = ends[np.searchsorted(ends, starts, side="right")]
+        next_start = np.append(starts[1:], np.iinfo(np.int64).max)
+        return np.asarray(starts[next_end <= next_start], np.int64)
+
+    @cached_property
+    def sections(self) -> int:
+        return int(self._section_times.size)
+
+    @cached_property
+    def first_section(self) -> Ints:
+        return np.searchsorted(self._section_times, self.lower, side="left").astype(np.int64)
+
+    @cached_property
+    def last_section(self) -> Ints:
+        return np.searchsorted(self._section_times, self.upper, side="left").astype(np.int64) - 1
+
+    @cached_property
+    def section_load(self) -> Ints:
+        """Bytes live in each section."""
+        change = np.zeros(self.sections + 1, np.int64)
+        np.add.at(change, self.first_section, self.size)
+        np.add.at(change, self.last_section + 1, -self.size)
+        return np.cumsum(change)[:-1]
+
+    def contention(self) -> Ints:
+        """For each buffer the largest load of a section that it lies in."""
+        return range_maximum(self.section_load, self.first_section, self.last_section)
+
+    @cached_property
+    def _neighbour_pair(self) -> tuple[Ints, Ints]:
+        return _neighbour_lists(self.lower, self.upper, self.by_lower)
+
+    @property
+    def neighbours_start(self) -> Ints:
+        return self._neighbour_pair[0]
+
+    @property
+    def neighbours(self) -> Ints:
+        return self._neighbour_pair[1]
+
+
+def range_maximum(values: Ints, first: Ints, last: Ints) -> Ints:
+    """Maximum of ``values[first..last]`` for each pair, by doubling (a sparse table)."""
+    if values.size == 0:
+        return np.zeros(first.size, np.int64)
+    levels = [values]
+    while 2 ** len(levels) <= values.size:
+        half = 2 ** (len(levels) - 1)
+        levels.append(np.maximum(levels[-1][:-half], levels[-1][half:]))
+    span = last - first + 1
+    level = np.frexp(span.astype(np.float64))[1] - 1
+    result = np.empty(first.size, np.int64)
+    for number, table in enumerate(levels):
+        chosen = level == number
+        result[chosen] = np.maximum(table[first[chosen]], table[last[chosen] - (1 << number) + 1])
+    return result

@@ -1,0 +1,132 @@
+"""What happens inside a compiled region: its kernels in order, and the memory they use.
+
+Either read from the code a compiler generated, or estimated here from the ops.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import msgspec
+
+from ..ir.graph import Graph, Node
+from .fusion import Kernel, group_kernels
+from .op_classes import FUSABLE, packet
+from .storages import StorageTable
+from .tensors import TensorTable
+
+
+class RegionKernel(msgspec.Struct, frozen=True, kw_only=True):
+    """One launch. ``kind`` is ``kernel`` (generated) or ``library``; ``ops`` are the graph's nodes that it computes,
+    as far as known; ``seconds`` a measured time, if there is one."""
+
+    name: str
+    kind: str = "kernel"
+    ops: tuple[str, ...] = ()
+    seconds: float | None = None
+
+
+class RegionBuffer(msgspec.Struct, frozen=True, kw_only=True):
+    """Memory in use from the start of kernel ``first`` to the end of kernel ``last`` (counted in the region's order).
+
+    ``values`` are the region's inputs and outputs that lie in it (none for internal memory; an input and an output
+    share a buffer where the region overwrites its input); ``name#i`` is tensor i of a value that holds several. Memory that a kernel takes over from another is one buffer
+    with the union of both ranges. Outputs live on after ``last``, inputs existed before ``first``.
+    """
+
+    name: str
+    bytes: int
+    first: int
+    last: int
+    values: tuple[str, ...] = ()
+
+
+class RegionMemory(msgspec.Struct, frozen=True, kw_only=True):
+    """Kernels and buffers of one region."""
+
+    kernels: tuple[RegionKernel, ...]
+    buffers: tuple[RegionBuffer, ...]
+
+    def problems(self) -> list[str]:
+        """What makes the answer unusable; empty if nothing does."""
+        count = len(self.kernels)
+        found = [f"buffer {b.name!r} has negative size {b.bytes}" for b in self.buffers if b.bytes < 0]
+        found += [
+            f"buffer {b.name!r} is used by kernels {b.first} to {b.last} of {count}"
+            for b in self.buffers
+            if not 0 <= b.first <= b.last < count
+        ]
+        return found
+
+
+def estimate(
+    nodes: Sequence[Node], graph: Graph, table: TensorTable, storages: StorageTable, kept: set[int]
+) -> tuple[RegionMemory, tuple[Kernel, ...]]:
+    """Kernels and memory of a region as a fusing compiler would make them.
+
+    A generated kernel writes into an internal buffer of equal size that it is the last to read, as Inductor does.
+    ``kept`` are the storages used after the region.
+    """
+    kernels = group_kernels(nodes, graph, table, storages, kept)
+    inside = {node.name for node in nodes}
+    first: dict[int, int] = {}
+    last: dict[int, int] = {}
+    for position, kernel in enumerate(kernels):
+        for s in (*kernel.reads, *kernel.writes):
+            first.setdefault(s, position)
+            last[s] = position
+    internal = {s for s in first if storages.storages[s].node in inside and s not in kept}
+    members: dict[int, list[int]] = {}
+    for s, root in _taken_over(kernels, storages, internal, last).items():
+        members.setdefault(root, []).append(s)
+    buffers = tuple(
+        RegionBuffer(
+            name=_value_name(root, storages),
+            bytes=storages.storages[root].bytes,
+            first=min(first[s] for s in shared),
+            last=max(last[s] for s in shared),
+            values=tuple(_value_name(s, storages) for s in shared if s not in internal),
+        )
+        for root, shared in members.items()
+    )
+    launches = tuple(
+        RegionKernel(
+            name="+".join(dict.fromkeys(packet(node.op).partition(".")[2] for node in kernel.nodes)) or kernel.kind,
+            kind="kernel" if kernel.kind in FUSABLE else "library",
+            ops=tuple(node.name for node in kernel.nodes),
+        )
+        for kernel in kernels
+    )
+    return RegionMemory(kernels=launches, buffers=buffers), kernels
+
+
+def _taken_over(
+    kernels: Sequence[Kernel], storages: StorageTable, internal: set[int], last: dict[int, int]
+) -> dict[int, int]:
+    """Storage -> the storage whose memory it uses (itself, where it has memory of its own)."""
+    root: dict[int, int] = {}
+    for position, kernel in enumerate(kernels):
+        for s in (*kernel.reads, *kernel.writes):
+            root.setdefault(s, s)
+        if kernel.kind not in ("pointwise", "reduction"):
+            continue
+        dying = [s for s in kernel.reads if s in internal and last[s] == position]
+        for written in kernel.writes:
+            size = storages.storages[written].bytes
+            taken = next((s for s in dying if storages.storages[s].bytes == size and s != written), None)
+            if taken is not None and root[written] == written:
+                dying.remove(taken)
+                root[written] = root[taken]
+    return root
+
+
+def _value_name(storage: int, storages: StorageTable) -> str:
+    entry = storages.storages[storage]
+    return entry.node if len(storages.of[entry.node]) == 1 else f"{entry.node}#{entry.index}"
+
+
+def storages_named(value: str, storages: StorageTable) -> tuple[int, ...]:
+    """Storages of a value of a ``RegionBuffer``: ``%name``'s, or with ``name#i`` its i-th tensor's."""
+    name, _, index = value.partition("#")
+    found = storages.of.get(name, ())
+    return found[int(index) : int(index) + 1] if index.isdecimal() else found

@@ -1,0 +1,171 @@
+"""The backend of the offline capture: it keeps what AOTAutograd hands over, and compiles nothing."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+
+from ..ir.graph import Graph, Location, Node
+from .fx_import import from_fx
+from .without_weights import Weightless
+
+_NUMBERED = re.compile(r"^(?:primals_|arg)(\d+)(?:_1)?$")
+
+
+@dataclass
+class _AotGraphs:
+    """What AOTAutograd made of one Dynamo graph; ``outputs`` is the number of the forward's own outputs."""
+
+    forward: torch.fx.GraphModule | None = None
+    backward: torch.fx.GraphModule | None = None
+    inference: torch.fx.GraphModule | None = None
+    outputs: int = 0
+
+
+@dataclass
+class CollectingBackend:
+    """Callable as a Dynamo backend. ``frames`` holds (dynamo, forward, backward, names) for each graph, in order."""
+
+    model: torch.nn.Module
+    weightless: Weightless
+    train: bool
+    frames: list[tuple[Graph, Graph, Graph | None, dict[str, str]]] = field(default_factory=list)
+    graph_breaks: list[tuple[str, str, int]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.paths: dict[int, tuple[str, str]] = {}
+        for name, parameter in self.model.named_parameters():
+            self.paths.setdefault(id(parameter), ("parameter", name))
+        for name, buffer in self.model.named_buffers():
+            self.paths.setdefault(id(buffer), ("buffer", name))
+
+    def __call__(self, gm: torch.fx.GraphModule, example_inputs: Sequence[Any], **_: Any) -> Callable[..., Any]:
+        self._note_break(gm)
+        roles, paths = self._roles(gm)
+        index = len(self.frames)
+        dynamo = from_fx(gm, f"dynamo_{index}", "joint", roles=roles)
+        # AOTAutograd writes into the module it is given; what runs on afterwards is a copy.
+        running = torch.fx.GraphModule(gm, gm.graph)
+        found = self._aot(gm, example_inputs)
+        names: dict[str, str] = {}
+        backward = None
+        if found.forward is not None and found.backward is not None:
+            saved = len(_outputs(found.forward)) - found.outputs
+            forward = self._import(found.forward, f"forward_{index}", "forward", roles, paths, names, saved)
+            backward = self._import(
+                found.backward, f"backward_{index}", "backward", roles, paths, names, forward=found.forward
+            )
+        else:
+            module = found.inference if found.inference is not None else found.forward
+            assert module is not None
+            forward = self._import(module, f"inference_{index}", "inference", roles, paths, names)
+        self.frames.append((dynamo, forward, backward, names))
+        return self.weightless.runner(running)
+
+    def _aot(self, gm: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> _AotGraphs:
+        import torch._functorch.config as functorch_config
+        from torch._dynamo.backends.common import aot_autograd
+        from torch._functorch.partitioners import min_cut_rematerialization_partition
+        from torch._inductor.decomposition import select_decomp_table
+
+        found = _AotGraphs()
+
+        def keep(slot: str) -> Callable[..., Any]:
+            def compiler(module: torch.fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+                setattr(found, slot, module)
+                return module.forward  # type: ignore[no-any-return]
+
+            return compiler
+
+        def partition(joint: torch.fx.GraphModule, inputs: Any, *, num_fwd_outputs: int, **kwargs: Any) -> Any:
+            found.outputs = num_fwd_outputs  # repeated modules are partitioned first, the whole graph last
+            return min_cut_rematerialization_partition(joint, inputs, num_fwd_outputs=num_fwd_outputs, **kwargs)
+
+        backend = aot_autograd(
+            fw_compiler=keep("forward"),
+            bw_compiler=keep("backward"),
+            inference_compiler=keep("inference"),
+            partition_fn=partition,
+            decompositions=select_decomp_table(),
+            keep_inference_input_mutations=True,
+        )
+        with functorch_config.patch(force_non_lazy_backward_lowering=True, enable_autograd_cache=False):
+            backend(gm, list(example_inputs))
+        return found
+
+    def _note_break(self, gm: torch.fx.GraphModule) -> None:
+        reason = getattr(gm, "compile_subgraph_reason", None)
+        if reason is None or not getattr(reason, "graph_break", False):
+            return
+        stack = [frame for frame in (reason.user_stack or []) if frame is not None]
+        place = stack[-1] if stack else None
+        headline = next((line.strip() for line in str(reason.reason).splitlines() if line.strip()), "")
+        self.graph_breaks.append((headline, place.filename if place else "", (place.lineno or 0) if place else 0))
+
+    def _roles(self, gm: torch.fx.GraphModule) -> tuple[list[str], list[str]]:
+        """Role and path of each Dynamo placeholder ("" where it is neither parameter nor buffer)."""
+        roles, paths = [], []
+        for node in gm.graph.find_nodes(op="placeholder"):
+            argument = node.meta.get("grapharg")
+            example = getattr(argument, "example", None)
+            role, path = self.paths.get(id(example), ("input", ""))
+            if isinstance(node.meta.get("example_value"), torch.SymInt):
+                role = "symbol"
+            roles.append(role)
+            paths.append(path)
+        return roles, paths
+
+    def _import(
+        self,
+        module: torch.fx.GraphModule,
+        name: str,
+        phase: str,
+        roles: Sequence[str],
+        paths: Sequence[str],
+        names: dict[str, str],
+        saved: int = 0,
+        forward: torch.fx.GraphModule | None = None,
+    ) -> Graph:
+        found_roles = []
+        for node in module.graph.find_nodes(op="placeholder"):
+            numbered = _NUMBERED.match(node.name)
+            index = -1 if numbered is None else int(numbered[1]) - (1 if node.name.startswith("primals") else 0)
+            if 0 <= index < len(roles):
+                found_roles.append(roles[index])
+                if paths[index]:
+                    names[node.name] = paths[index]
+            else:
+                found_roles.append(_other_role(node, phase))
+        graph = from_fx(module, name, phase, roles=found_roles, saved=saved, forward=forward)
+        return with_paths(graph, names)
+
+
+def _other_role(node: torch.fx.Node, phase: str) -> str:
+    if node.name.startswith("tangents"):
+        return "tangent"
+    if "rng" in node.name or "seed" in node.name:
+        return "seed"
+    if isinstance(node.meta.get("val"), torch.SymInt):
+        return "symbol"
+    return "saved" if phase == "backward" else "input"
+
+
+def _outputs(module: torch.fx.GraphModule) -> Sequence[Any]:
+    (output,) = module.graph.find_nodes(op="output")
+    returned = output.args[0]
+    return returned if isinstance(returned, tuple | list) else (returned,)
+
+
+def with_paths(graph: Graph, names: Mapping[str, str]) -> Graph:
+    """The graph with the path of each parameter and buffer as the module of its input's location."""
+
+    def located(node: Node) -> Node:
+        if node.op != "input" or node.name not in names:
+            return node
+        return replace(node, location=Location(module=names[node.name]))
+
+    return graph.with_nodes(tuple(located(node) for node in graph.nodes))

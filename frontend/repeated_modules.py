@@ -1,0 +1,195 @@
+"""Repeated modules are traced once.
+
+While Dynamo traces a frame for one of our backends, a call of a module that has equal siblings in its container
+(``model.layers[3](hidden)``) becomes an ``invoke_subgraph`` of a subgraph traced at the first sibling, with the sibling's
+own parameters as arguments. Torch's own machinery (``torch.compiler.nested_compile_region``) does the tracing; this
+module decides *which* calls, and takes a class of calls back when it turns out that they cannot be shared.
+
+    rewrite: hidden = layers[0](hidden)            hidden = invoke_subgraph(@layer, layers[0].w, hidden)
+             hidden = layers[1](hidden)   ->       hidden = invoke_subgraph(@layer, layers[1].w, hidden)
+
+What is never shared, and inlined as Dynamo always does: calls that write to anything outside (buffers, caches, lists), that
+return or alias one of their inputs, that contain other higher-order operators (checkpointing inside), that break the
+graph, that read attributes which differ in more than a few ways. The analysis of the frame then starts
+again with that group of modules left out, so the result is what it would have been without this module.
+
+Use: ``@trace_repeated_modules_once`` on a backend function, for all frames compiled by it; or
+``with repeated_regions() as report:`` around a capture, for all frames compiled by this thread.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import types
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import torch
+
+from .module_groups import ModuleGroup, ModuleGroups
+
+Backend = TypeVar("Backend", bound=Callable[..., Any])
+
+#: More different traces than this for one group, and its members have too little in common.
+MAXIMUM_VARIANTS = 4
+
+_MARK = "_effcc_traces_repeated_modules_once"
+_KEPT_REPORTS = 256
+
+
+@dataclass(frozen=True)
+class Rejection:
+    """A group of modules that was inlined after all."""
+
+    module: str
+    class_name: str
+    reason: str
+
+
+@dataclass
+class RegionReport:
+    """What happened to repeated modules in one compilation (or in all of one ``repeated_regions()``)."""
+
+    calls: dict[str, int] = field(default_factory=dict)
+    traces: dict[str, int] = field(default_factory=dict)
+    rejections: list[Rejection] = field(default_factory=list)
+
+
+@dataclass
+class CompileState:
+    """Decisions for one frame; they outlive the restarts of its analysis."""
+
+    report: RegionReport = field(default_factory=RegionReport)
+    rejected: set[Hashable] = field(default_factory=set)
+    groups: ModuleGroups = field(default_factory=ModuleGroups)
+    functions: dict[Hashable, types.FunctionType] = field(default_factory=dict)
+    calls: dict[Hashable, int] = field(default_factory=dict)
+    inside: bool = False
+    attempt: object = None
+
+    def begin_attempt(self, output_graph: object) -> None:
+        """Counts start anew with each analysis of the frame; what was rejected stays rejected."""
+        if self.attempt is not output_graph:
+            self.attempt = output_graph
+            self.inside = False
+            self.groups = ModuleGroups()
+            self.functions, self.calls = {}, {}
+            self.report.calls.clear()
+            self.report.traces.clear()
+
+    def reject(self, group: ModuleGroup, module: str, reason: str) -> None:
+        self.rejected.add(group.key)
+        self.report.rejections.append(Rejection(module, group.class_name, reason))
+
+    def function(self, group: ModuleGroup, mode: Hashable) -> types.FunctionType:
+        """A function that calls its first argument; one for each group and global mode, as reuse is keyed on its code."""
+        key = (group.key, mode)
+        if key not in self.functions:
+            code = _call_module.__code__.replace(co_name=f"call_{group.class_name.rpartition('.')[2]}")
+            self.functions[key] = types.FunctionType(code, _call_module.__globals__, code.co_name)
+        return self.functions[key]
+
+
+def _call_module(module: Any, *args: Any, **kwargs: Any) -> Any:
+    return module(*args, **kwargs)
+
+
+class _Active(threading.local):
+    """Per thread: the nesting of ``repeated_regions()``, and the states of the frames being compiled."""
+
+    def __init__(self) -> None:
+        self.depth = 0
+        self.suspended = 0
+        self.states: OrderedDict[object, CompileState] = OrderedDict()
+
+
+_active = _Active()
+
+
+def trace_repeated_modules_once(backend: Backend) -> Backend:
+    """Mark a backend function: frames that Dynamo traces for it call repeated modules as shared subgraphs."""
+    from . import torch_patches
+
+    torch_patches.install()
+    setattr(backend, _MARK, True)
+    return backend
+
+
+@contextlib.contextmanager
+def repeated_regions(model: torch.nn.Module | None = None) -> Iterator[RegionReport]:
+    """Trace repeated modules once in every frame that this thread compiles inside the block, for whatever backend.
+
+    model: not needed (the modules are found from the values that a frame calls); given, a model without any repeated
+    module costs nothing. Yields the report, which is filled while frames are compiled.
+    """
+    from . import torch_patches
+
+    report = RegionReport()
+    if model is not None:
+        groups = ModuleGroups()
+        groups.add(model)
+        if not groups.by_module:
+            yield report
+            return
+    torch_patches.install()
+    outer, _active.states = _active.states, OrderedDict()
+    _active.depth += 1
+    try:
+        yield report
+    finally:
+        _active.depth -= 1
+        for state in _active.states.values():
+            _merge(report, state.report)
+        _active.states = outer
+
+
+@contextlib.contextmanager
+def without_repeated_regions() -> Iterator[None]:
+    """Inline everything in the frames that this thread compiles inside the block."""
+    _active.suspended += 1
+    try:
+        yield
+    finally:
+        _active.suspended -= 1
+
+
+def report_of_frame(compile_id: object) -> RegionReport:
+    """The report of a compilation by a marked backend on this thread (``CompileContext.current_compile_id()``)."""
+    state = _active.states.get(compile_id)
+    return state.report if state is not None else RegionReport()
+
+
+def state_of_frame(compile_id: object, backend: object) -> CompileState | None:
+    """The state if repeated modules are to be traced once in this frame, else None."""
+    if _active.suspended or not (_active.depth or getattr(backend, _MARK, False)):
+        return None
+    state = _active.states.get(compile_id)
+    if state is None:
+        state = _active.states[compile_id] = CompileState()
+        while len(_active.states) > _KEPT_REPORTS:
+            _active.states.popitem(last=False)
+    return state
+
+
+def is_active(compile_id: object) -> bool:
+    """True while a frame is compiled in which some module call became a shared subgraph."""
+    state = _active.states.get(compile_id)
+    return state is not None and bool(state.calls)
+
+
+def forget_modules(compile_id: object) -> None:
+    """Drop the references to modules once a frame's trace is over; the report stays."""
+    state = _active.states.get(compile_id)
+    if state is not None:
+        state.groups, state.attempt = ModuleGroups(), None
+
+
+def _merge(report: RegionReport, other: RegionReport) -> None:
+    for name, count in other.calls.items():
+        report.calls[name] = report.calls.get(name, 0) + count
+    for name, count in other.traces.items():
+        report.traces[name] = report.traces.get(name, 0) + count
+    report.rejections += other.rejections

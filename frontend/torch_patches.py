@@ -1,0 +1,405 @@
+"""The changes made to torch's tracing so that repeated modules are traced once. Each is inert unless a frame is being
+compiled for which ``repeated_modules`` is active in this thread, and then does what torch does, for less or with more care.
+
+- ``UnspecializedNNModuleVariable.call_function``: the hook that turns a call into a shared subgraph.
+- ``is_reusable``: torch evaluates the first layer's guards on the next layer and then drops them; here they are
+  also *installed* for that layer, so that changing an attribute of layer 7 alone recompiles. Arguments that alias each
+  other differently, and constants of another type, are told apart.
+- ``InvokeSubgraphHOP.gen_schema``: torch traces the whole subgraph again at every call under autograd, to see whether it
+  mutates its inputs; the answer does not change from call to call and is kept.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from . import repeated_modules
+from .module_groups import ModuleGroup
+from .repeated_modules import MAXIMUM_VARIANTS, CompileState
+
+_installed = threading.Lock()
+_unavailable: str | None = None
+_done = False
+
+
+def install() -> str | None:
+    """Put the changes in place, once in a process. Returns why not where this torch has no subgraph reuse."""
+    global _done, _unavailable
+    with _installed:
+        if _done:
+            return _unavailable
+        _done = True
+        try:
+            from torch._dynamo.variables import invoke_subgraph as reuse
+            from torch._dynamo.variables.nn_module import UnspecializedNNModuleVariable
+            from torch._higher_order_ops.invoke_subgraph import InvokeSubgraphHOP
+
+            for name in ("find_reuse_match", "is_reusable", "save_reuse_entry", "stamp_out_subgraph"):
+                getattr(reuse, name)
+        except (ImportError, AttributeError) as error:
+            _unavailable = f"torch {torch.__version__} has no subgraph reuse ({error})"
+            return _unavailable
+        UnspecializedNNModuleVariable.call_function = _call_function(UnspecializedNNModuleVariable.call_function)
+        reuse.is_reusable = _is_reusable(reuse.is_reusable)
+        reuse.save_reuse_entry = _save_reuse_entry(reuse.save_reuse_entry)
+        InvokeSubgraphHOP.gen_schema = _gen_schema(InvokeSubgraphHOP.gen_schema)
+        return None
+
+
+def _current_compile_id() -> object:
+    from torch._guards import CompileContext
+
+    return CompileContext.current_compile_id()
+
+
+def _state(tx: Any) -> CompileState | None:
+    from torch._dynamo.eval_frame import innermost_backend
+
+    backend = innermost_backend(tx.output.compiler_fn)
+    backend = getattr(backend, "compiler_fn", backend)
+    return repeated_modules.state_of_frame(_current_compile_id(), backend)
+
+
+# --- the hook ---------------------------------------------------------------------------------------------------------
+
+
+def _call_function(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def call_function(self: Any, tx: Any, args: Any, kwargs: Any) -> Any:
+        state = _state(tx)
+        if state is None or state.inside or self.source is None:
+            return original(self, tx, args, kwargs)
+        state.begin_attempt(tx.output)
+        group = _shareable_group(state, self, tx, args, kwargs)
+        if group is None:
+            return original(self, tx, args, kwargs)
+        return _call_as_region(state, group, self, tx, args, kwargs)
+
+    return call_function
+
+
+def _shareable_group(state: CompileState, module: Any, tx: Any, args: Any, kwargs: Any) -> ModuleGroup | None:
+    if tx.output.export or tx.output.current_tracer.parent is not None or module.is_state_mutated:
+        return None
+    value = module.value
+    if id(value) not in state.groups.seen:
+        state.groups.add(_outermost_module(tx, module.source, value))
+        state.groups.seen.add(id(value))
+    group = state.groups.by_module.get(id(value))
+    if group is None or group.key in state.rejected:
+        return None
+    if torch._C._len_torch_function_stack() or any(_is_model_tensor(state, tx, arg) for arg in (*args, *kwargs.values())):
+        return None
+    return group
+
+
+def _outermost_module(tx: Any, source: Any, value: torch.nn.Module) -> torch.nn.Module:
+    """The module nearest to the root of ``source`` (``L['self'].model.layers[3]`` -> ``L['self']``)."""
+    chain = []
+    while source is not None:
+        chain.append(source)
+        source = getattr(source, "base", None)
+    for candidate in reversed(chain):
+        try:
+            resolved = tx.output.resolve_source_value(candidate)
+        except Exception:
+            continue  # a step on the way that cannot be evaluated by itself
+        if isinstance(resolved, torch.nn.Module):
+            return resolved
+    return value
+
+
+def _is_model_tensor(state: CompileState, tx: Any, variable: Any) -> bool:
+    """An argument that is itself a parameter would be mistaken for an activation when the trace is reused."""
+    source = getattr(variable, "source", None)
+    if source is None:
+        return False
+    try:
+        return id(tx.output.resolve_source_value(source)) in state.groups.tensors
+    except Exception:
+        return True
+
+
+def _global_mode() -> tuple[Any, ...]:
+    """What a trace depends on besides its arguments and guards, as Dynamo simulates it at this point of the frame."""
+    autocast = tuple(
+        (torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)) for device in ("cpu", "cuda")
+    )
+    return (
+        torch.is_grad_enabled(),
+        torch.is_inference_mode_enabled(),
+        torch.get_default_dtype(),
+        torch.is_autocast_cache_enabled(),
+        *autocast,
+    )
+
+
+@functools.cache
+def _region_variable() -> Any:
+    from torch._dynamo.variables.invoke_subgraph import InvokeSubgraphHigherOrderVariable
+
+    class RegionVariable(InvokeSubgraphHigherOrderVariable):
+        """invoke_subgraph for bodies that are pure functions of their inputs; all else is refused while tracing."""
+
+        supports_input_mutation = False
+        allow_side_effects = False
+
+    return RegionVariable(torch.ops.higher_order.invoke_subgraph)
+
+
+def _call_as_region(state: CompileState, group: ModuleGroup, module: Any, tx: Any, args: Any, kwargs: Any) -> Any:
+    from torch._dynamo import exc
+    from torch._dynamo.variables.functions import UserFunctionVariable
+    from torch._dynamo.variables.nn_module import record_nn_module_stack
+
+    function = UserFunctionVariable(state.function(group, _global_mode()))
+    name = module.source.name
+    state.inside = True
+    try:
+        with record_nn_module_stack(
+            str(id(module.value)), module.get_nn_module_stack_source(), tx, module.value
+        ):
+            result = _region_variable().call_function(tx, [function, module, *args], kwargs)
+        reason = _why_not_shareable(state, group, function, tx)
+    except (exc.RestartAnalysis, exc.SkipFrame):
+        raise
+    except Exception as error:  # whatever torch cannot put into a subgraph is inlined instead, and reported
+        reason = _first_line(error)
+    finally:
+        state.inside = False
+    if reason is not None:
+        state.reject(group, name, reason)
+        raise exc.RestartAnalysis(restart_reason=f"effcc inlines {group.class_name}: {reason}")
+    state.calls[group.key] = state.calls.get(group.key, 0) + 1
+    report = state.report
+    report.calls[group.class_name] = report.calls.get(group.class_name, 0) + 1
+    report.traces[group.class_name] = len(_reuse_entries(tx, function))
+    return result
+
+
+def _first_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    generic = "This higher order operator doesn't work unless"
+    lines = [line for line in lines if not line.startswith(generic)] or lines
+    return lines[0] if lines else type(error).__name__
+
+
+def _reuse_entries(tx: Any, function: Any) -> list[Any]:
+    cache = tx.output.tracing_context.hop_dispatch_set_cache.get_cache(torch.ops.higher_order.invoke_subgraph)
+    return list(cache.subgraph_reuse_cache.get(function.get_function().__code__, ()))
+
+
+def _why_not_shareable(state: CompileState, group: ModuleGroup, function: Any, tx: Any) -> str | None:
+    """Reasons that show after a trace. None if it may be used again for the siblings."""
+    entries = _reuse_entries(tx, function)
+    if not entries:
+        return "its outputs or arguments are not plain tensors and constants"
+    if len(entries) > MAXIMUM_VARIANTS:
+        return f"its members differ in more than {MAXIMUM_VARIANTS} ways"
+    for _, entry in entries:
+        if not getattr(entry, "_effcc_checked", False):
+            entry._effcc_checked = True
+            if reason := _entry_hazard(group, entry, tx):
+                return reason
+    return None
+
+
+def _entry_hazard(group: ModuleGroup, entry: Any, tx: Any) -> str | None:
+    from torch._dynamo.variables.invoke_subgraph import LiftedCapturedSource, LiftedSyntheticObject
+
+    own = entry.arg_sources[0]
+    for origin in entry.subgraph_input_mapping:
+        if isinstance(origin, LiftedSyntheticObject):
+            return "it uses an object that is made while tracing"
+        if isinstance(origin, LiftedCapturedSource) and not _is_below(origin.source, own):
+            value = tx.output.resolve_source_value(origin.source)
+            if id(value) not in group.shared:
+                return f"it uses {origin.source.name}, which is not its own"
+    return _body_hazard(entry.body_gmod)
+
+
+def _is_below(source: Any, base: Any) -> bool:
+    while source is not None:
+        if source == base:
+            return True
+        source = getattr(source, "base", None)
+    return False
+
+
+def _body_hazard(body: torch.fx.GraphModule) -> str | None:
+    for node in body.graph.nodes:
+        if isinstance(node.target, torch._ops.HigherOrderOperator):
+            return f"it contains the higher-order operator {node.target.name()}"
+        if "unbacked_bindings" in node.meta:
+            return "it has sizes that depend on data"
+    return None
+
+
+# --- reuse ------------------------------------------------------------------------------------------------------------
+
+
+def _is_reusable(original: Callable[..., bool]) -> Callable[..., bool]:
+    @functools.wraps(original)
+    def is_reusable(tx: Any, condition: Any, fingerprint: Any, cached_entry: Any) -> bool:
+        state = _state(tx)
+        if state is None or not state.inside:
+            return original(tx, condition, fingerprint, cached_entry)
+        return _reuse(tx, condition, fingerprint, cached_entry)
+
+    return is_reusable
+
+
+def _save_reuse_entry(original: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(original)
+    def save_reuse_entry(tx: Any, fn_var: Any, fingerprint: Any, *args: Any, **kwargs: Any) -> None:
+        original(tx, fn_var, fingerprint, *args, **kwargs)
+        state = _state(tx)
+        if state is not None and state.inside:
+            for _, entry in _reuse_entries(tx, fn_var):
+                if not hasattr(entry, "_effcc_arguments"):
+                    entry._effcc_arguments = describe_arguments(fingerprint)
+
+    return save_reuse_entry
+
+
+def _reuse(tx: Any, condition: Any, fingerprint: Any, entry: Any) -> bool:
+    """Whether the trace holds for these arguments; if so its guards are installed for them."""
+    if condition.treespec is not None and condition.treespec != fingerprint.treespec:
+        return False
+    if not hasattr(entry, "_effcc_arguments"):
+        raise AssertionError("a reuse entry was made outside of a region")
+    if entry._effcc_arguments != describe_arguments(fingerprint):
+        return False
+    replaced = {
+        old: new
+        for old, new in zip(entry.arg_sources, fingerprint.arg_sources, strict=True)
+        if old is not None and new is not None and old != new
+    }
+    clone = _SourceCloner(replaced)
+    mutated = tx.output.side_effects.mutated_sources
+    if mutated and any(clone(source) in mutated for source in condition.traced_sources):
+        return False
+    scope = {"G": tx.output.root_tx.f_globals, "L": tx.output.root_tx.f_locals}
+    values: dict[Any, Any] = {}
+    guards = []
+    for source, handler, expected, guard in condition.guards:
+        moved = clone(source)
+        if moved is source:
+            continue
+        try:
+            value = moved.get_value(scope, {}, values)
+        except Exception:
+            return False  # the sibling lacks an attribute that the first module has
+        if not handler.eval_fn(value, expected):
+            return False
+        moved_guard = moved.make_guard(_guard_function(guard, value))
+        moved_guard.user_stack = guard.user_stack
+        guards.append(moved_guard)
+    from torch._dynamo.guards import install_guard
+
+    install_guard(*guards)
+    return True
+
+
+class _SourceCloner:
+    """``Source.clone`` with each distinct source cloned once; sources outside ``replaced`` come back as they are."""
+
+    def __init__(self, replaced: dict[Any, Any]) -> None:
+        self.done: dict[Any, Any] = dict(replaced)
+
+    def __call__(self, source: Any) -> Any:
+        known = self.done.get(source)
+        if known is not None:
+            return known
+        fields = {}
+        for item in dataclasses.fields(source):
+            value = getattr(source, item.name)
+            if isinstance(value, torch._guards.Source):
+                moved = self(value)
+                if moved is not value:
+                    fields[item.name] = moved
+        result = dataclasses.replace(source, **fields) if fields else source
+        self.done[source] = result
+        return result
+
+
+def _guard_function(guard: Any, value: Any) -> Any:
+    """The guard's maker, rebound to ``value`` where it carries the first module's value."""
+    from torch._dynamo.guards import GuardBuilder
+
+    make = guard.create_fn
+    if isinstance(make, functools.partial) and "value" in make.keywords:
+        if make.func is not GuardBuilder.TENSOR_MATCH:
+            return functools.partial(make.func, value=value)
+        from torch._dynamo.guards import TensorWeakRef
+
+        return functools.partial(GuardBuilder.TENSOR_MATCH, value=TensorWeakRef(value))
+    return make
+
+
+def describe_arguments(fingerprint: Any) -> tuple[Any, ...]:
+    """Everything about a call's arguments that its trace may depend on, comparable with ``==``."""
+    from torch._dynamo.guards import extract_tensor_metadata
+    from torch._dynamo.variables.invoke_subgraph import InputTag
+
+    first: dict[Any, int] = {}
+    described: list[Any] = []
+    for position, (tag, variable) in enumerate(fingerprint.flat_vts):
+        if tag in (InputTag.TENSOR, InputTag.SYMNODE):
+            node = variable.as_proxy().node
+            described.append((tag, first.setdefault(node, position)))
+        if tag == InputTag.TENSOR:
+            example = variable.proxy.node.meta["example_value"]
+            shape, stride, *rest = extract_tensor_metadata(example)
+            described += [_sizes(shape), _sizes(stride), *rest]
+        elif tag == InputTag.SYMNODE:
+            described.append(_Same(variable.sym_num))
+        elif tag == InputTag.CONSTANT:
+            described.append((type(variable.value), repr(variable.value)))
+        else:
+            described.append(tag)
+    return tuple(described)
+
+
+def _sizes(sizes: Any) -> tuple[Any, ...]:
+    """Sizes as numbers and expressions; comparing SymInts would specialize them."""
+    return tuple(size.node.expr if isinstance(size, torch.SymInt) else size for size in sizes)
+
+
+class _Same:
+    """Equal only to itself: symbolic numbers must not be compared by value, which would specialize them."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Same) and self.value is other.value
+
+    def __hash__(self) -> int:
+        return id(self.value)
+
+
+# --- cost per call ----------------------------------------------------------------------------------------------------
+
+
+def _gen_schema(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def gen_schema(self: Any, subgraph: Any, identifier: Any, *operands: Any) -> Any:
+        from torch._higher_order_ops.invoke_subgraph import get_invoke_subgraph_cache
+
+        cache = get_invoke_subgraph_cache() if repeated_modules.is_active(_current_compile_id()) else None
+        if cache is None:
+            return original(self, subgraph, identifier, *operands)
+        known = cache.__dict__.setdefault("_effcc_schemas", {})
+        key = (id(subgraph), identifier, tuple(type(operand) for operand in operands))
+        if key not in known:
+            known[key] = (subgraph, original(self, subgraph, identifier, *operands))
+        return known[key][1]
+
+    return gen_schema

@@ -1,0 +1,56 @@
+"""What all tests share: warm caches in one temporary folder, and a clean compiler where a test asks for one.
+
+The caches lie in ``EFFCC_TEST_CACHE``, else in a folder of the system's temporary directory that belongs to this user and
+this torch. A second run of the suite then compiles almost nothing. Tests that need a cold cache set their own.
+"""
+
+from __future__ import annotations
+
+import getpass
+import importlib.metadata
+import logging
+import os
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+_default = Path(tempfile.gettempdir()) / f"effcc-tests-{getpass.getuser()}-torch{importlib.metadata.version('torch')}"
+CACHE = Path(os.environ.get("EFFCC_TEST_CACHE") or _default)
+# Before torch is imported by any test: subprocesses and Inductor's workers inherit them.
+os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(CACHE / "inductor"))
+os.environ.setdefault("EFFCC_CACHE_DIR", str(CACHE / "effcc"))
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+# So that tests can import the helpers beside them (``models``, ``sample_plan``).
+sys.path.append(str(Path(__file__).parent))
+
+
+@pytest.fixture
+def clean_compiler() -> Iterator[None]:
+    """Dynamo without compiled code, the default generator at a fixed seed, and no reports of earlier tests."""
+    import torch
+
+    import effcc
+
+    # Otherwise pytest formats and prints thousands of lines of torch's structured trace.
+    logging.getLogger("torch.__trace").propagate = False
+    torch._dynamo.reset()
+    effcc.reset_reports()
+    torch.manual_seed(0)
+    yield
+    torch._dynamo.reset()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip gpu tests where there is no GPU; torch is loaded only if there are such tests."""
+    marked = [item for item in items if item.get_closest_marker("gpu")]
+    if not marked:
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        for item in marked:
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
