@@ -233,6 +233,14 @@ def _cpp_module_cache() -> Any:
     return clear_on_fresh_cache(CppModuleCache)
 
 
+def fake_mode_of(gm: torch.fx.GraphModule) -> Any:
+    """The fake tensor mode that the graph was traced with."""
+    from torch._guards import detect_fake_mode
+
+    values = [node.meta.get("val") for node in gm.graph.nodes if node.op == "placeholder"]
+    return detect_fake_mode(values)
+
+
 def structured_trace(name: str, text: Callable[[], str]) -> None:
     """Hand a text artifact to ``TORCH_TRACE`` / tlparse."""
     from torch._logging import trace_structured

@@ -91,7 +91,8 @@ class Device(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     #: Class of kernel -> fraction of the roofline that good libraries reach; ``calibrate`` replaces them.
     efficiency: dict[str, Figure]
     gemm: tuple[GemmMeasurement, ...] = ()
-    threads: int = 1
+    #: Threads that a CPU's kernels use; 0: one a unit.
+    threads: int = 0
     #: Identity of the machine a calibrated device was measured on; empty for a data file.
     machine: str = ""
 
@@ -108,6 +109,10 @@ class Device(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     @property
     def alignment(self) -> int:
         return self.tiers["device"].alignment
+
+    @property
+    def thread_count(self) -> int:
+        return self.threads or int(self.units.value)
 
     def matrix_rate(self, dtype: str) -> float:
         """Peak rate of a matrix product on ``dtype``; dtypes without matrix units fall back on the vector units."""

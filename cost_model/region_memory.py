@@ -10,10 +10,12 @@ from collections.abc import Sequence
 import msgspec
 
 from ..ir.graph import Graph, Node
+from .devices import Device
 from .fusion import Kernel, group_kernels
 from .op_classes import FUSABLE, packet
 from .storages import StorageTable
 from .tensors import TensorTable
+from .workspace import workspace_bytes
 
 
 class RegionKernel(msgspec.Struct, frozen=True, kw_only=True):
@@ -60,7 +62,12 @@ class RegionMemory(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def estimate(
-    nodes: Sequence[Node], graph: Graph, table: TensorTable, storages: StorageTable, kept: set[int]
+    nodes: Sequence[Node],
+    graph: Graph,
+    table: TensorTable,
+    storages: StorageTable,
+    kept: set[int],
+    device: Device,
 ) -> tuple[RegionMemory, tuple[Kernel, ...]]:
     """Kernels and memory of a region as a fusing compiler would make them.
 
@@ -88,6 +95,11 @@ def estimate(
             values=tuple(_value_name(s, storages) for s in shared if s not in internal),
         )
         for root, shared in members.items()
+    )
+    buffers += tuple(
+        RegionBuffer(name=f"{kernel.nodes[0].name} workspace", bytes=size, first=position, last=position)
+        for position, kernel in enumerate(kernels)
+        if len(kernel.nodes) == 1 and (size := workspace_bytes(kernel.nodes[0], table, device))
     )
     launches = tuple(
         RegionKernel(

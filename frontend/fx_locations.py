@@ -16,6 +16,9 @@ _FRAME = re.compile(r'^\s*File "(?P<file>[^\n]*)", line (?P<line>\d+), in [^\n]*
 _TORCH = os.path.dirname(os.path.abspath(torch.__file__)) + os.sep
 _INDEXED = re.compile(r"\[(?:'([^']*)'|\"([^\"]*)\"|(\d+))\]")
 
+#: Autograd's own copy of a result that it saves, and AOTAutograd's writing back of mutated inputs.
+_NOT_DIFFERENTIATED = (torch.ops.aten.detach.default, torch.ops.aten.copy_.default)
+
 
 def node_location(meta: Mapping[str, Any]) -> Location:
     """The innermost line outside of torch and the innermost module; of a backward op, those of its forward op."""
@@ -69,8 +72,8 @@ def forward_nodes(gm: torch.fx.GraphModule, phase: str) -> dict[int, str]:
     table: dict[int, str] = {}
     for node in gm.graph.nodes:
         number = node.meta.get("seq_nr")
-        if node.target is torch.ops.aten.detach.default and number in table:
-            continue  # autograd's own copy of a result that it saves
+        if node.target in _NOT_DIFFERENTIATED and number in table:
+            continue
         if node.op == "call_function" and isinstance(number, int) and not is_backward(node.meta):
             table[number] = node.name
     return table

@@ -148,7 +148,7 @@ class _Flattener:
         memory = self.region_buffers(region_graph(graph, unit.nodes, label)) if self.region_buffers else None
         groups: tuple[Kernel, ...] | None = None
         if memory is None:
-            memory, groups = estimate(unit.nodes, graph, table, storages, kept)
+            memory, groups = estimate(unit.nodes, graph, table, storages, kept, self.device)
         elif memory.problems():
             raise PlanError(f"memory of region {label!r} is not usable: {'; '.join(memory.problems()[:3])}")
         reads: list[list[int]] = [[] for _ in memory.kernels]
@@ -163,7 +163,8 @@ class _Flattener:
                 piece = self._place(ids[0], flat, place, table, storages)
             else:
                 piece = len(flat.pieces)
-                node = table.node(buffer.name) if buffer.name in inside else None
+                made_by = buffer.name.split()[0]
+                node = table.node(made_by) if made_by in inside else None
                 flat.pieces.append(
                     Piece(
                         name=buffer.name,

@@ -56,7 +56,8 @@ class _Memory:
     module: str = ""
 
     def alike(self, other: _Memory) -> bool:
-        return (self.bytes, self.dtype, self.shape) == (other.bytes, other.dtype, other.shape)
+        """Of one size and dtype. Shapes may differ: an output may be a view of what is stored."""
+        return (self.bytes, self.dtype) == (other.bytes, other.dtype)
 
 
 @dataclass
@@ -245,6 +246,10 @@ def _backward(
         for piece in pieces:
             if placed[piece] < 0:  # gradients of the outputs: given when the backward begins
                 tangent = _from_piece(flat, piece, "input", lower=begin)
+                like = next((builder.memory[r] for r in results if builder.memory[r].alike(tangent)), None)
+                if like is not None:
+                    tangent.name = f"gradient({like.name})"
+                    tangent.source, tangent.module = like.source, like.module
                 of = next((r for r in results if r in builder.gradient_of and builder.memory[r].alike(tangent)), None)
                 if of is None:
                     placed[piece] = builder.add(tangent)

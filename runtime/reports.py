@@ -6,6 +6,8 @@ import threading
 from collections import deque
 from dataclasses import dataclass, field
 
+from ..ir.graph import Graph
+
 
 @dataclass(frozen=True)
 class RegionReport:
@@ -40,7 +42,8 @@ class GraphReport:
     measured_peak: int | None = None
     compile_seconds: float = 0.0
     notes: list[str] = field(default_factory=list)
-    graph_text: str = ""
+    #: The graph after all passes; None when it could not be brought into the IR.
+    graph: Graph | None = None
     host_source: str = ""
     seconds: deque[float] = field(default_factory=lambda: deque(maxlen=100))
     runs: int = 0

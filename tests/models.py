@@ -234,6 +234,34 @@ def resnet(size: str) -> Sample:
     return Sample(model, {"x": torch.randn(batch, 3, side, side)}, torch.randint(0, 10, (batch,)))
 
 
+class Block(nn.Module):
+    """A pre-norm residual layer: x + down(dropout(gelu(up(norm(x)))))."""
+
+    def __init__(self, width: int, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.up = nn.Linear(width, 2 * width)
+        self.down = nn.Linear(2 * width, width)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.down(self.dropout(F.gelu(self.up(self.norm(x)))))
+
+
+class Tower(nn.Module):
+    """Equal layers in a row and a head: the smallest model with repeated modules. x: [batch, width]."""
+
+    def __init__(self, width: int = 8, depth: int = 3, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([Block(width, dropout) for _ in range(depth)])
+        self.head = nn.Linear(width, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return self.head(x)
+
+
 def class_of(module: str, name: str) -> Callable[[], type[nn.Module]]:
     def load() -> type[nn.Module]:
         import importlib

@@ -33,7 +33,7 @@ _BIG = 1 << 62
 def _order_and_check(
     members: Ints, start: int, count: int, floor: int, floor_rank: int, capacity: int, size: Ints, rank: Ints,
     neighbours_start: Ints, neighbours: Ints, first_section: Ints, last_section: Ints, offsets: Ints, lowest: Ints,
-    load: Ints, release: Ints,
+    load: Ints, release: Ints, blame: Ints,
 ) -> int:  # fmt: skip
     """Sort ``members[start:start + count]`` by (release, rank); -1 if they cannot fit, else the ceiling.
 
@@ -58,6 +58,8 @@ def _order_and_check(
                     if bottom < lowest[b] + size[b]:
                         support = min(support, bottom + size[other])
             if support + size[b] > capacity:
+                for section in range(first_section[b], last_section[b] + 1):
+                    blame[section] += 1
                 return -1
             release[b] = max(release[b], support)
     # Insertion sort: the parent's order is nearly right already.
@@ -79,6 +81,7 @@ def _order_and_check(
         for section in range(first_section[b], last_section[b] + 1):
             load[section] += size[b]
             if load[section] > room:
+                blame[section] += 1
                 return -1
     return ceiling
 
@@ -131,7 +134,7 @@ def _split(
 def _run(
     members: Ints, capacity: int, node_limit: int, size: Ints, alignment: Ints, rank: Ints, neighbours_start: Ints,
     neighbours: Ints, first_section: Ints, last_section: Ints, offsets: Ints, lowest: Ints, crossing: Ints, load: Ints,
-    trail: Ints, frames: Ints, nodes: Ints, stop: Ints,
+    trail: Ints, frames: Ints, nodes: Ints, stop: Ints, blame: Ints,
 ) -> int:  # fmt: skip
     """Depth-first search with its own stack (compiled recursive functions cannot be kept in numba's cache).
 
@@ -153,7 +156,7 @@ def _run(
             frame[_MARK], frame[_NEXT] = trail_length, start
             frame[_CEILING] = _order_and_check(
                 members, start, length, frame[_FLOOR], frame[_RANK], capacity, size, rank, neighbours_start,
-                neighbours, first_section, last_section, offsets, lowest, load, release,
+                neighbours, first_section, last_section, offsets, lowest, load, release, blame,
             )  # fmt: skip
             if frame[_CEILING] < 0:
                 entering, result = False, 0
@@ -251,7 +254,7 @@ def ranks(tables: Tables, key: str, noise: float, generator: np.random.Generator
     return rank
 
 
-def search(tables: Tables, rank: Ints, capacity: int, node_limit: int, stop: Ints) -> tuple[int, Ints, int]:
+def search(tables: Tables, rank: Ints, capacity: int, node_limit: int, stop: Ints, blame: Ints) -> tuple[int, Ints, int]:
     """Search for offsets with all ends at or below ``capacity``.
 
     Args:
@@ -273,6 +276,6 @@ def search(tables: Tables, rank: Ints, capacity: int, node_limit: int, stop: Int
     status = _run(
         members, capacity, node_limit, tables.size, tables.alignment, rank, tables.neighbours_start, tables.neighbours,
         tables.first_section, tables.last_section, offsets, np.zeros(count, np.int64), np.cumsum(crossing),
-        np.zeros(sections, np.int64), trail, np.zeros((count + 2, 10), np.int64), nodes, stop,
+        np.zeros(sections, np.int64), trail, np.zeros((count + 2, 10), np.int64), nodes, stop, blame,
     )  # fmt: skip
     return status, offsets, int(nodes[0])

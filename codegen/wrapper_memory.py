@@ -1,0 +1,251 @@
+"""Read what a generated wrapper does with memory: its kernels in order, its allocations and when each is freed.
+
+Inductor's Python wrapper is straight-line code: ``buf = empty_strided_cpu(...)``, kernel calls, ``del buf``. It is parsed
+here with ``ast`` and never run.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from ..cost_model.region_memory import RegionBuffer, RegionKernel, RegionMemory
+from ..ir.types import DTYPES, SHORT_DTYPE
+
+#: Inductor rounds allocations inside its wrappers up to nothing; torch's CPU allocator aligns to 64 bytes without cost.
+_ALLOCATORS = re.compile(r"empty_strided(_\w+)?$")
+
+
+@dataclass
+class _Storage:
+    name: str
+    bytes: int
+    first: int
+    last: int
+    values: list[str] = field(default_factory=list)
+
+
+#: Bytes of what an op that allocates for itself returns: (op's name, size) -> bytes.
+ResultBytes = Callable[[str, tuple[int, ...]], int]
+
+
+def wrapper_memory(
+    source: str,
+    inputs: Sequence[str],
+    outputs: Sequence[str],
+    input_bytes: Mapping[str, int],
+    result_bytes: ResultBytes,
+    symbols: Mapping[str, int] | None = None,
+) -> RegionMemory | None:
+    """Kernels and buffers of a wrapper's ``call``; None where its code is not understood.
+
+    inputs, outputs: names of the region's values in order. input_bytes: size of each input that is a tensor.
+    symbols: values of the sizes that the wrapper computes with.
+    """
+    call = _call_function(source)
+    if call is None:
+        return None
+    reader = _Reader(dict(input_bytes), result_bytes, dict(symbols or {}))
+    try:
+        for statement in _flat(call.body):
+            reader.read(statement, list(inputs), list(outputs))
+    except _NotUnderstood:
+        return None
+    return reader.memory()
+
+
+class _NotUnderstood(Exception):
+    """The wrapper has a form that this reader does not know."""
+
+
+def _call_function(source: str) -> ast.FunctionDef | None:
+    try:
+        tree = ast.parse(source)
+    except SyntaxError:
+        return None
+    found = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef) and node.name == "call"]
+    return found[-1] if found else None
+
+
+def _flat(statements: Sequence[ast.stmt]) -> list[ast.stmt]:
+    """Statements in order, those inside ``with`` blocks (device guards) included."""
+    result: list[ast.stmt] = []
+    for statement in statements:
+        if isinstance(statement, ast.With):
+            result += _flat(statement.body)
+        else:
+            result.append(statement)
+    return result
+
+
+class _Reader:
+    def __init__(self, input_bytes: dict[str, int], result_bytes: ResultBytes, symbols: dict[str, int]) -> None:
+        self.input_bytes, self.result_bytes, self.symbols = input_bytes, result_bytes, symbols
+        self.owner: dict[str, _Storage] = {}
+        self.storages: list[_Storage] = []
+        self.kernels: list[RegionKernel] = []
+        self.unsized: dict[str, tuple[_Storage, str]] = {}
+
+    def read(self, statement: ast.stmt, inputs: list[str], outputs: list[str]) -> None:
+        if isinstance(statement, ast.Assign) and len(statement.targets) == 1:
+            self.assign(statement.targets[0], statement.value, inputs)
+        elif isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Call):
+            self.call(statement.value)
+        elif isinstance(statement, ast.Return):
+            self.result(statement.value, outputs)
+        # ``del`` needs no reading: a buffer's last use is the last kernel that names it.
+
+    def assign(self, target: ast.expr, value: ast.expr, inputs: list[str]) -> None:
+        if isinstance(value, ast.Name) and value.id == "args":
+            self.arguments(target, inputs)
+            return
+        if not isinstance(target, ast.Name):
+            self.launch(value)
+            return
+        base = _base_name(value)
+        if base is not None:
+            if base in self.owner:
+                self.owner[target.id] = self.owner[base]
+                if base in self.unsized:
+                    self.unsized[target.id] = self.unsized[base]
+            return
+        if isinstance(value, ast.Call):
+            name = _dotted(value.func)
+            if _ALLOCATORS.search(name):
+                self.allocate(target.id, self.strided_bytes(value))
+            elif name.endswith((".size", ".stride", "get_raw_stream")):
+                self.bind_size(target.id, value)
+            else:
+                storage = self.allocate(target.id, 0)
+                self.unsized[target.id] = (storage, name.removeprefix("torch.ops."))
+                self.launch(value, storage)
+
+    def arguments(self, target: ast.expr, inputs: list[str]) -> None:
+        names = [item.id for item in target.elts if isinstance(item, ast.Name)] if isinstance(target, ast.Tuple | ast.List) else []
+        if len(names) != len(inputs):
+            raise _NotUnderstood
+        for name, value in zip(names, inputs, strict=True):
+            if value in self.input_bytes:
+                self.allocate(name, self.input_bytes[value]).values.append(value)
+
+    def allocate(self, name: str, size: int) -> _Storage:
+        position = len(self.kernels)
+        storage = _Storage(name, size, position, position)
+        self.storages.append(storage)
+        self.owner[name] = storage
+        return storage
+
+    def call(self, node: ast.Call) -> None:
+        name = _dotted(node.func)
+        if name.startswith("assert_size_stride") and node.args and isinstance(node.args[0], ast.Name):
+            found = self.unsized.pop(node.args[0].id, None)
+            if found is not None:
+                storage, op = found
+                storage.bytes = max(storage.bytes, self.result_bytes(op, self.sizes(node.args[1])))
+            return
+        if name.startswith(("assert_", "args.clear")) or name.endswith((".clear", "set_device")):
+            return
+        self.launch(node)
+
+    def launch(self, node: ast.expr, made: _Storage | None = None) -> None:
+        """A kernel: everything it names is in use while it runs."""
+        position = len(self.kernels)
+        touched = [self.owner[item.id] for item in ast.walk(node) if isinstance(item, ast.Name) and item.id in self.owner]
+        for storage in [*touched, *([made] if made is not None else [])]:
+            storage.last = max(storage.last, position)
+        name = _dotted(node.func) if isinstance(node, ast.Call) else type(node).__name__
+        library = name.startswith(("extern_kernels", "torch.ops", "aten", "inductor_ops"))
+        self.kernels.append(RegionKernel(name=name, kind="library" if library else "kernel"))
+
+    def result(self, value: ast.expr | None, outputs: list[str]) -> None:
+        items = list(value.elts) if isinstance(value, ast.Tuple | ast.List) else []
+        if len(items) != len(outputs):
+            raise _NotUnderstood
+        for item, name in zip(items, outputs, strict=True):
+            base = item.id if isinstance(item, ast.Name) else _base_name(item)
+            if base is not None and base in self.owner and name not in self.owner[base].values:
+                self.owner[base].values.append(name)
+
+    def strided_bytes(self, node: ast.Call) -> int:
+        if len(node.args) < 3:
+            raise _NotUnderstood
+        size, stride = self.sizes(node.args[0]), self.sizes(node.args[1])
+        dtype = SHORT_DTYPE.get(_dotted(node.args[2]).removeprefix("torch."))
+        if dtype is None:
+            raise _NotUnderstood
+        if 0 in size:
+            return 0
+        return (1 + sum((n - 1) * s for n, s in zip(size, stride, strict=True))) * DTYPES[dtype][1]
+
+    def sizes(self, node: ast.expr) -> tuple[int, ...]:
+        if not isinstance(node, ast.Tuple | ast.List):
+            raise _NotUnderstood
+        return tuple(self.number(item) for item in node.elts)
+
+    def number(self, node: ast.expr) -> int:
+        """A size: a number, a known symbol, or arithmetic of these."""
+        if isinstance(node, ast.Constant) and isinstance(node.value, int):
+            return node.value
+        if isinstance(node, ast.Name) and node.id in self.symbols:
+            return self.symbols[node.id]
+        if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
+            return -self.number(node.operand)
+        if isinstance(node, ast.BinOp):
+            left, right = self.number(node.left), self.number(node.right)
+            for kind, apply in _ARITHMETIC:
+                if isinstance(node.op, kind):
+                    return apply(left, right)
+        if isinstance(node, ast.Call) and _dotted(node.func) in ("max", "min") and not node.keywords:
+            return (max if _dotted(node.func) == "max" else min)(*(self.number(item) for item in node.args))
+        raise _NotUnderstood
+
+    def bind_size(self, name: str, node: ast.Call) -> None:
+        """Symbols keep the value the caller gave; a symbol without one makes sizes that use it not understood."""
+
+    def memory(self) -> RegionMemory:
+        count = len(self.kernels)
+        if count == 0:
+            return RegionMemory(kernels=(), buffers=())
+        buffers = [
+            RegionBuffer(
+                name=storage.name,
+                bytes=storage.bytes,
+                first=min(storage.first, count - 1),
+                last=min(max(storage.first, storage.last), count - 1),
+                values=tuple(storage.values),
+            )
+            for storage in self.storages
+        ]
+        return RegionMemory(kernels=tuple(self.kernels), buffers=tuple(buffers))
+
+
+_ARITHMETIC: tuple[tuple[type[ast.operator], Callable[[int, int], int]], ...] = (
+    (ast.Add, lambda a, b: a + b),
+    (ast.Sub, lambda a, b: a - b),
+    (ast.Mult, lambda a, b: a * b),
+    (ast.FloorDiv, lambda a, b: a // b),
+    (ast.Mod, lambda a, b: a % b),
+)
+
+
+def _base_name(node: ast.expr) -> str | None:
+    """The buffer that an expression is a view of: ``b``, ``b[0]``, ``reinterpret_tensor(b, ...)``."""
+    if isinstance(node, ast.Name):
+        return node.id
+    if isinstance(node, ast.Subscript):
+        return _base_name(node.value)
+    if isinstance(node, ast.Call) and _dotted(node.func) in ("reinterpret_tensor", "alloc_from_pool") and node.args:
+        return _base_name(node.args[0])
+    return None
+
+
+def _dotted(node: ast.expr) -> str:
+    parts: list[str] = []
+    while isinstance(node, ast.Attribute):
+        parts.append(node.attr)
+        node = node.value
+    if isinstance(node, ast.Name):
+        parts.append(node.id)
+    return ".".join(reversed(parts))

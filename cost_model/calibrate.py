@@ -1,0 +1,349 @@
+"""Measure this machine's CPU: matrix products by library and layout, memory, call overhead, disk.
+
+The answer is the ``cpu`` device with measured figures, kept as JSON in ``EFFCC_CACHE_DIR`` (default ``~/.cache/effcc``)
+under a name made from the machine, its thread count and torch's version. A directory that cannot be written is no error:
+the measurement then lasts as long as the process.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib.metadata
+import os
+import platform
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from .devices import Cache, Device, Figure, GemmMeasurement, Tier, load_device, parse_device
+from .roofline import nearest
+
+if TYPE_CHECKING:
+    import torch
+
+LIBRARIES = ("blas", "onednn")
+LAYOUTS = ("forward", "input_gradient", "weight_gradient")
+#: (tokens, input features, output features) of the linear layers whose three products are measured: from a single
+#: token to a training batch, square and oblong.
+LINEAR_SHAPES = (
+    (1, 1024, 1024),
+    (16, 1024, 1024),
+    (128, 768, 768),
+    (512, 512, 2048),
+    (512, 2048, 512),
+    (1024, 1024, 1024),
+    (2048, 256, 1024),
+    (1024, 256, 8192),
+)
+#: How much faster oneDNN must be to be chosen: a tie keeps BLAS, which can write to a given address.
+MARGIN = 0.95
+_SHORT = {"f32": "float32", "bf16": "bfloat16"}
+#: Measured on demand in this process: (dtype, layout, m, k, n) -> library.
+_asked: dict[tuple[str, str, int, int, int], str] = {}
+
+
+def calibrate(seconds: float = 20.0, save: bool = True) -> Device:
+    """Measure the CPU for about ``seconds`` and return it; keeps the result for ``calibrated_device`` if ``save``."""
+    gemm = tuple(_products(0.6 * seconds))
+    source = f"measured on {machine()} by effcc calibrate"
+    memory = _memory(0.25 * seconds)
+    device = _device(gemm, memory, _launch(), _disk(), source)
+    if save:
+        _store(device)
+        calibrated_device.cache_clear()
+    return device
+
+
+@functools.cache
+def calibrated_device() -> Device:
+    """This machine's CPU as last calibrated (with this torch and thread count), else the generic ``cpu``."""
+    path = _path()
+    try:
+        return parse_device(path.read_bytes(), where=str(path))
+    except OSError:
+        return load_device("cpu")
+
+
+def gemm_choice(
+    op: str, m: int, k: int, n: int, dtype: str, layout: str = "forward", device: Device | None = None, ask: bool = False
+) -> str:
+    """The library to run ``op`` with, a product (m, k) @ (k, n): ``blas`` (aten) or ``onednn``.
+
+    Args:
+        op: ``aten.mm`` or ``aten.addmm`` (any overload); everything else runs as it is, which is ``blas``.
+        layout: forward (x @ w.t()), input_gradient (dy @ w), weight_gradient (dy.t() @ x).
+        device: whose measurements decide (default: ``calibrated_device()``); the nearest measured shape is taken.
+        ask: measure this very product now (a few milliseconds), and remember it in this process.
+    """
+    if op.split(".")[1 if "." in op else 0] not in ("mm", "addmm", "linear") or dtype not in _SHORT or 0 in (m, k, n):
+        return "blas"
+    key = (dtype, layout, m, k, n)
+    if key in _asked:
+        return _asked[key]
+    if ask:
+        rates = {entry.library: entry.rate for entry in measure_product(dtype, layout, m, k, n, 0.03)}
+    else:
+        table = (device or calibrated_device()).gemm
+        found = [nearest((e for e in table if e.library == library), dtype, m, k, n, layout) for library in LIBRARIES]
+        rates = {entry.library: entry.rate for entry in found if entry is not None}
+    choice = "onednn" if rates.get("onednn", 0.0) * MARGIN > rates.get("blas", 0.0) else "blas"
+    if ask:
+        _asked[key] = choice
+    return choice
+
+
+def measure_product(
+    dtype: str, layout: str, m: int, k: int, n: int, seconds: float
+) -> tuple[GemmMeasurement, ...]:
+    """FLOP a second of each library that is there on (m, k) @ (k, n) with operands laid out as in ``layout``; best of
+    interleaved rounds for about ``seconds``."""
+    import torch
+
+    kind = getattr(torch, _SHORT[dtype])
+
+    def matrix(rows: int, columns: int, transposed: bool) -> torch.Tensor:
+        made = torch.rand((columns, rows) if transposed else (rows, columns), dtype=torch.float32).to(kind)
+        return made.t() if transposed else made
+
+    left = matrix(m, k, layout == "weight_gradient")
+    right = matrix(k, n, layout == "forward")
+    weight = right.t()
+    candidates: dict[str, Callable[[], Any]] = {"blas": lambda: torch.mm(left, right)}
+    if _has_onednn():
+        candidates["onednn"] = lambda: torch.ops.mkldnn._linear_pointwise(left, weight, None, "none", [], "")
+    best = _interleaved(candidates, seconds)
+    flop = 2.0 * m * k * n
+    return tuple(
+        GemmMeasurement(library=library, dtype=dtype, layout=layout, m=m, k=k, n=n, rate=flop / best[library])
+        for library in candidates
+    )
+
+
+def machine() -> str:
+    """This machine in words: processor, usable cores, system, torch."""
+    return f"{_processor()}, {_threads()} threads, {platform.system()} {platform.machine()}, torch {_torch_version()}"
+
+
+def _products(seconds: float) -> Iterator[GemmMeasurement]:
+    """The three products of each linear layer: x @ w.t(), dy @ w, dy.t() @ x."""
+    share = seconds / (len(LINEAR_SHAPES) * len(LAYOUTS) * len(_SHORT))
+    for dtype in _SHORT:
+        for tokens, features, outputs in LINEAR_SHAPES:
+            sizes = {
+                "forward": (tokens, features, outputs),
+                "input_gradient": (tokens, outputs, features),
+                "weight_gradient": (outputs, tokens, features),
+            }
+            for layout in LAYOUTS:
+                yield from measure_product(dtype, layout, *sizes[layout], seconds=share)
+
+
+def _has_onednn() -> bool:
+    import torch
+
+    return bool(torch.backends.mkldnn.is_available()) and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
+def _interleaved(candidates: dict[str, Callable[[], Any]], seconds: float) -> dict[str, float]:
+    """Shortest time of each candidate, in rounds that take turns, at least three after one to warm up."""
+    import torch
+
+    best = dict.fromkeys(candidates, float("inf"))
+    with torch.no_grad():
+        for run in candidates.values():
+            run()
+        begin = time.perf_counter()
+        rounds = 0
+        while rounds < 3 or time.perf_counter() - begin < seconds:
+            for name, run in candidates.items():
+                start = time.perf_counter()
+                run()
+                best[name] = min(best[name], time.perf_counter() - start)
+            rounds += 1
+            if rounds >= 3 and time.perf_counter() - begin > 3 * seconds:
+                break
+    return best
+
+
+def _memory(seconds: float) -> dict[str, float]:
+    """Bytes a second, read and written: ``copy``, ``pointwise`` (two read, one written), ``reduction`` on sizes beyond
+    any cache, and ``cache <bytes>`` for a pointwise op whose working set is half of each cache."""
+    import torch
+
+    count = 1 << 25  # 128 MiB of f32
+    a, b, out = (torch.ones(count) for _ in range(3))
+    share = seconds / (3 + len(_cache_sizes()))
+    found = {
+        "copy": 8 * count / _interleaved({"_": lambda: out.copy_(a)}, share)["_"],
+        "pointwise": 12 * count / _interleaved({"_": lambda: torch.add(a, b, out=out)}, share)["_"],
+        "reduction": 4 * count / _interleaved({"_": lambda: torch.sum(a)}, share)["_"],
+    }
+    for _, size in _cache_sizes():
+        part = max(1024, size // 2 // 12)
+        x, y, z = a[:part], b[:part], out[:part]
+        run = functools.partial(torch.add, x, y, out=z)
+        overhead = _launch()
+        spent = max(_interleaved({"_": run}, share)["_"] - overhead, 1e-7)
+        found[f"cache {size}"] = 12 * part / spent
+    return found
+
+
+@functools.cache
+def _launch() -> float:
+    """Seconds of a call that does next to nothing."""
+    import torch
+
+    x = torch.ones(1)
+    with torch.no_grad():
+        return min(_many(lambda: torch.add(x, x, out=x)) for _ in range(5))
+
+
+def _many(run: Callable[[], Any], times: int = 2000) -> float:
+    begin = time.perf_counter()
+    for _ in range(times):
+        run()
+    return (time.perf_counter() - begin) / times
+
+
+def _disk(size: int = 64 << 20) -> float | None:
+    """Bytes a second of writing a file through to the disk that holds temporary files; None where that fails."""
+    block = os.urandom(1 << 20)
+    try:
+        with tempfile.TemporaryFile() as file:
+            begin = time.perf_counter()
+            for _ in range(size >> 20):
+                file.write(block)
+            file.flush()
+            os.fsync(file.fileno())
+            return size / (time.perf_counter() - begin)
+    except OSError:
+        return None
+
+
+def _device(
+    gemm: tuple[GemmMeasurement, ...], memory: dict[str, float], launch: float, disk: float | None, source: str
+) -> Device:
+    generic = load_device("cpu")
+
+    def figure(value: float) -> Figure:
+        return Figure(value=value, source=source)
+
+    peak = max(memory["copy"], memory["pointwise"], memory["reduction"])
+    capacity = figure(float(_total_memory() or generic.memory))
+    tiers = dict(generic.tiers)
+    changed = msgspec.structs.replace
+    tiers["device"] = changed(generic.tiers["device"], capacity=capacity, bandwidth=figure(peak))
+    tiers["host"] = changed(generic.tiers["host"], capacity=capacity, bandwidth=figure(memory["copy"] / 2))
+    if disk is not None:
+        tiers["disk"] = Tier(
+            capacity=generic.tiers["disk"].capacity,
+            bandwidth=figure(disk),
+            latency=generic.tiers["disk"].latency,
+            alignment=generic.tiers["disk"].alignment,
+        )
+    matrix = dict(generic.matrix)
+    for dtype in _SHORT:
+        rates = [entry.rate for entry in gemm if entry.dtype == dtype]
+        if rates:
+            matrix[dtype] = figure(max(rates))
+    caches = tuple(
+        Cache(name=name, bytes=figure(float(size)), bandwidth=figure(memory[f"cache {size}"]))
+        for name, size in _cache_sizes()
+    )
+    measured = {"memory": memory["pointwise"] / peak, "reduction": memory["reduction"] / peak, "gemm": 1.0}
+    efficiency = dict(generic.efficiency) | {kind: figure(value) for kind, value in measured.items()}
+    return changed(
+        generic,
+        title=f"{_processor()} (calibrated)",
+        matrix=matrix,
+        tiers=tiers,
+        caches=caches or generic.caches,
+        units=figure(float(_threads())),
+        launch=figure(launch),
+        efficiency=efficiency,
+        gemm=gemm,
+        threads=_threads(),
+        machine=machine(),
+    )
+
+
+def _total_memory() -> int | None:
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):
+        return None
+
+
+@functools.cache
+def _cache_sizes() -> tuple[tuple[str, int], ...]:
+    """(name, bytes) of the caches of level 2 and up that the usable cores have together, from Linux's sysfs."""
+    found: dict[str, int] = {}
+    for folder in sorted(Path("/sys/devices/system/cpu/cpu0/cache").glob("index*")):
+        try:
+            level = int((folder / "level").read_text())
+            text = (folder / "size").read_text().strip()
+            shared = (folder / "shared_cpu_list").read_text().strip()
+        except (OSError, ValueError):
+            continue
+        if level < 2 or not text.endswith("K") or not text[:-1].isdecimal():
+            continue
+        copies = max(1, _threads() // _count(shared))
+        found[f"L{level}"] = int(text[:-1]) * 1024 * copies
+    return tuple(found.items())
+
+
+def _count(text: str) -> int:
+    """How many processors a list such as ``0-3,8`` names."""
+    total = 0
+    for part in text.split(","):
+        low, _, high = part.partition("-")
+        total += int(high) - int(low) + 1 if high else 1
+    return total
+
+
+@functools.cache
+def _threads() -> int:
+    """Threads torch will use by default: OMP_NUM_THREADS, else the cores this process may run on."""
+    wanted = os.environ.get("OMP_NUM_THREADS", "").split(",")[0]
+    if wanted.isdecimal() and int(wanted) > 0:
+        return int(wanted)
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@functools.cache
+def _processor() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+@functools.cache
+def _torch_version() -> str:
+    return importlib.metadata.version("torch")
+
+
+def _path() -> Path:
+    folder = Path(os.environ.get("EFFCC_CACHE_DIR") or Path.home() / ".cache" / "effcc")
+    return folder / f"cpu-{hashlib.sha256(machine().encode()).hexdigest()[:16]}.json"
+
+
+def _store(device: Device) -> None:
+    """Replace the file in one step, so that a process that reads it meanwhile sees the old or the new one."""
+    path = _path()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix="cpu", suffix=".tmp")
+        with os.fdopen(handle, "wb") as file:
+            file.write(msgspec.json.format(msgspec.json.encode(device)))
+        os.replace(name, path)
+    except OSError:
+        pass  # as the module says: a directory that cannot be written is no error

@@ -1,0 +1,46 @@
+"""Memory that a library op allocates for itself and gives back before it ends.
+
+Read from ATen's CPU kernels of torch 2.13 and checked against the allocator in the tests; 0 where nothing is known.
+CUDA libraries keep workspaces of their own outside of the tensors' memory.
+"""
+
+from __future__ import annotations
+
+from ..ir.graph import Node
+from .devices import Device
+from .flops import Call
+from .op_classes import ATTENTION_BACKWARD, ATTENTION_FORWARD, CONVOLUTION, packet
+from .tensors import TensorTable
+
+
+def workspace_bytes(node: Node, table: TensorTable, device: Device) -> int:
+    """Bytes that the op holds at most beyond its operands and results."""
+    if device.kind != "cpu":
+        return 0
+    base = packet(node.op)
+    if base in ATTENTION_FORWARD:
+        return _attention(Call(node, table), device, 0)
+    if base in ATTENTION_BACKWARD:
+        return _attention(Call(node, table), device, 1)
+    if base == "aten.convolution_backward":  # operands reordered to oneDNN's blocks
+        return sum(tensor.bytes for tensor in table.read(node)[:2])
+    if base in CONVOLUTION:  # the result in oneDNN's layout before it is copied out
+        return sum(tensor.bytes for tensor in table.of(node.name))
+    return 0
+
+
+def _attention(call: Call, device: Device, first: int) -> int:
+    """Flash attention on CPU holds tiles in f32 for every thread: in the forward scores, two row statistics and the
+    output; in the backward scores and their gradient (ATen/native/cpu/FlashAttentionKernel.cpp)."""
+    query, key = call.shape(first, "query"), call.shape(first + 1, "key")
+    if len(query) != 4 or len(key) != 4:
+        return 0
+    rows = min(query[2], 256 if query[2] >= 768 else 64 if query[2] >= 192 else 32)
+    columns = min(key[2], 512)
+    tile = 2 * rows * columns if first else rows * (columns + 2 + query[3])
+    tensor = call.tensor(first, "query")
+    halves = rows * columns * 2 if tensor is not None and tensor.dtype in ("bf16", "f16") else 0
+    return (4 * tile + halves) * device.thread_count
+
+
+__all__ = ["workspace_bytes"]
