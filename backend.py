@@ -10,7 +10,7 @@ import torch
 
 from . import torch_internals
 from .frontend.repeated_modules import trace_repeated_modules_once
-from .graph_compiler import Compilation
+from .graph_compiler import Compilation, input_role
 from .options import Options, parse_options
 
 _numbers = itertools.count()
@@ -29,7 +29,8 @@ def effcc(
     options: see ``effcc.options.Options``. mode: torch.compile's, for instance ``reduce-overhead``.
     Raises OptionError for unknown options.
     """
-    compilation = Compilation(parse_options(options), next(_numbers))
+    roles = [input_role(node) for node in gm.graph.find_nodes(op="placeholder")]
+    compilation = Compilation(parse_options(options), next(_numbers), roles)
     with (
         torch_internals.graph_settings(),
         torch_internals.inductor_settings(torch_internals.mode_options(mode)),

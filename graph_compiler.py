@@ -26,6 +26,7 @@ from .options import Options
 from .passes.manager import PassManager
 from .passes.pipeline import parse_pipeline
 from .runtime.compiled_graph import CompiledGraph
+from .step_planner import StepPlanner
 from .runtime.reports import FallbackReport, GraphReport, RegionReport, add_report
 
 #: What every captured graph goes through before its regions are compiled.
@@ -38,7 +39,11 @@ class Compilation:
 
     options: Options
     number: int
+    #: parameter, buffer or input, for each input of Dynamo's graph.
+    roles: list[str] = field(default_factory=list)
     graphs: list[Graph] = field(default_factory=list)
+    forward: torch.fx.GraphModule | None = None
+    planner: StepPlanner = field(default_factory=StepPlanner)
 
     def compile(self, gm: torch.fx.GraphModule, example_inputs: Sequence[Any], **kwargs: Any) -> Any:
         """Inductor's ``inner_compile``: ``gm`` (forward, backward or inference) as a boxed callable."""
@@ -60,6 +65,9 @@ class Compilation:
         namespace.update({functions[identity]: code.run for identity, code in compiled.code.items()})
         fill_report(report, compiled, functions)
         result = CompiledGraph(report.host_source, namespace, report, compiled.collector.finish)
+        self.planner.add(report.name, compiled, result)
+        if phase != "forward":
+            self.planner.use_scratch(self.graphs)
         torch_internals.report_output_strides(output_strides(gm, compiled))
         report.compile_seconds = time.perf_counter() - begin
         add_report(report)
@@ -68,7 +76,7 @@ class Compilation:
     def rewrite(self, gm: torch.fx.GraphModule, report: GraphReport) -> torch.fx.GraphModule:
         """The graph after our passes. A graph that the IR cannot carry faithfully stays as it is, with a note."""
         try:
-            graph = from_fx(gm, report.name, report.phase)
+            graph = self.import_graph(gm, report)
             passes = parse_pipeline(PIPELINE)
             graph = PassManager(passes, dump_dir=self.options.dump_dir, verify=self.options.verify).run(graph)
             self.graphs.append(graph)
@@ -85,6 +93,16 @@ class Compilation:
         return rewritten
 
 
+    def import_graph(self, gm: torch.fx.GraphModule, report: GraphReport) -> Graph:
+        if report.phase == "backward":
+            return from_fx(gm, report.name, report.phase, forward=self.forward)
+        (output,) = gm.graph.find_nodes(op="output")
+        saved = torch_internals.saved_outputs(len(output.args[0])) if report.phase == "forward" else 0
+        fits = len(self.roles) == len(gm.graph.find_nodes(op="placeholder"))
+        self.forward = gm
+        return from_fx(gm, report.name, report.phase, roles=self.roles if fits else None, saved=saved)
+
+
 def not_carried(graph: Graph) -> str:
     """Why the IR is not turned back into FX for this graph, ``""`` if it is: sizes that are symbols belong to the
     capture's own shape environment, and bodies of higher-order ops to their operators."""
@@ -95,6 +113,14 @@ def not_carried(graph: Graph) -> str:
             if node.op.startswith(("higher_order.", "torch.", "method.")):
                 return f"%{node.name} is {node.op}"
     return ""
+
+
+def input_role(node: torch.fx.Node) -> str:
+    """What an input of Dynamo's graph is, by the name that Dynamo gives it."""
+    name = str(node.target).lower()
+    if isinstance(node.meta.get("example_value"), torch.SymInt | int | float):
+        return "symbol"
+    return "parameter" if "_parameters_" in name else "buffer" if "_buffers_" in name else "input"
 
 
 def keep_output_facts(old: torch.fx.GraphModule, new: torch.fx.GraphModule) -> None:

@@ -67,6 +67,11 @@ def region_settings() -> contextlib.AbstractContextManager[Any]:
     return inductor_settings({"cpp.vec_isa_ok": True} if trusted else {})
 
 
+def without_code_cache() -> contextlib.AbstractContextManager[Any]:
+    """Code generated inside is neither looked up nor kept."""
+    return inductor_settings({"fx_graph_cache": False, "fx_graph_remote_cache": False})
+
+
 @contextlib.contextmanager
 def cache_directory(path: Path | None) -> Iterator[None]:
     """Inductor's code cache under ``path`` while inside; None leaves it where it is."""
@@ -125,6 +130,14 @@ def refresh_fake_values(gm: torch.fx.GraphModule, example_inputs: Sequence[Any])
             if [str(step) for step in traced.stride()] != [str(step) for step in value.stride()]:
                 fake_tensor_prop(gm, example_inputs)
                 return
+
+
+def saved_outputs(total: int) -> int:
+    """How many of the ``total`` outputs of the forward being compiled are kept for the backward."""
+    context = TracingContext.try_get()
+    metadata = context.fw_metadata if context is not None else None
+    returned = getattr(metadata, "num_forward_returns", None)
+    return max(0, total - returned) if returned is not None else 0
 
 
 def donated_inputs() -> list[int]:

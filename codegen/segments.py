@@ -40,6 +40,9 @@ class Segment:
     #: Indices of outputs whose strides must be those of the graph, because another segment or the user sees them.
     fixed_strides: list[int] = field(default_factory=list)
     ops: list[str] = field(default_factory=list)
+    #: Names of the module's ops and of its results, as they were before it was compiled.
+    names: list[str] = field(default_factory=list)
+    output_names: list[str] = field(default_factory=list)
 
     def fake_inputs(self) -> list[Any]:
         return [node.meta["val"] for node in self.module.graph.nodes if node.op == "placeholder"]
@@ -135,6 +138,8 @@ def call_segment(gm: fx.GraphModule, index: int, node: fx.Node) -> Segment:
         identity=f"call:{identifier}",
         fixed_strides=list(range(width)),
         ops=[str(item.target) for item in module.graph.nodes if item.op == "call_function"],
+        names=[item.name for item in module.graph.nodes if item.op == "call_function"],
+        output_names=[item.name if isinstance(item, fx.Node) else "" for item in output_nodes(module)],
     )
 
 
@@ -202,4 +207,6 @@ def run_segment(
         identity=f"{kind}:{index}",
         fixed_strides=fixed,
         ops=[str(node.target) for node in nodes],
+        names=[node.name for node in nodes],
+        output_names=[node.name for node in outputs if node is not None],
     )

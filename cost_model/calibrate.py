@@ -70,7 +70,14 @@ def calibrated_device() -> Device:
 
 
 def gemm_choice(
-    op: str, m: int, k: int, n: int, dtype: str, layout: str = "forward", device: Device | None = None, ask: bool = False
+    op: str,
+    m: int,
+    k: int,
+    n: int,
+    dtype: str,
+    layout: str = "forward",
+    device: Device | None = None,
+    ask: bool = False,
 ) -> str:
     """The library to run ``op`` with, a product (m, k) @ (k, n): ``blas`` (aten) or ``onednn``.
 
@@ -97,9 +104,7 @@ def gemm_choice(
     return choice
 
 
-def measure_product(
-    dtype: str, layout: str, m: int, k: int, n: int, seconds: float
-) -> tuple[GemmMeasurement, ...]:
+def measure_product(dtype: str, layout: str, m: int, k: int, n: int, seconds: float) -> tuple[GemmMeasurement, ...]:
     """FLOP a second of each library that is there on (m, k) @ (k, n) with operands laid out as in ``layout``; best of
     interleaved rounds for about ``seconds``."""
     import torch

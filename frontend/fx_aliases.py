@@ -53,7 +53,9 @@ def _schema_facts(node: torch.fx.Node, target: Any) -> Iterator[tuple[torch.fx.N
     for index, parameter in enumerate(schema.arguments):
         value = node.args[index] if index < len(node.args) else node.kwargs.get(parameter.name)
         writes = parameter.alias_info is not None and parameter.alias_info.is_write
-        if writes or _alias_sets(parameter) & returned:
+        sets = _alias_sets(parameter)
+        # "Tensor(a -> *) self ... -> Tensor(a)[]": the parts of a returned list share storage with it.
+        if writes or sets & returned or "*" in sets:
             for operand in _operands(value):
                 yield operand, writes
     if schema.name in _UNDECLARED_VIEWS and isinstance(node.args[0], torch.fx.Node):

@@ -88,8 +88,10 @@ class CompileState:
         """A function that calls its first argument; one for each group and global mode, as reuse is keyed on its code."""
         key = (group.key, mode)
         if key not in self.functions:
-            code = _call_module.__code__.replace(co_name=f"call_{group.class_name.rpartition('.')[2]}")
-            self.functions[key] = types.FunctionType(code, _call_module.__globals__, code.co_name)
+            # Code objects compare by content, so the name must tell them apart.
+            name = f"call_{group.class_name.rpartition('.')[2]}_{len(self.functions)}"
+            code = _call_module.__code__.replace(co_name=name, co_qualname=name)
+            self.functions[key] = types.FunctionType(code, _call_module.__globals__, name)
         return self.functions[key]
 
 

@@ -175,7 +175,8 @@ def _call_as_region(state: CompileState, group: ModuleGroup, module: Any, tx: An
         state.inside = False
     if reason is not None:
         state.reject(group, name, reason)
-        raise exc.RestartAnalysis(restart_reason=f"effcc inlines {group.class_name}: {reason}")
+        # This kind of restart also clears the log of graph breaks, which the inlined calls would not match.
+        raise exc.UnspecializeRestartAnalysis(restart_reason=f"effcc inlines {group.class_name}: {reason}")
     state.calls[group.key] = state.calls.get(group.key, 0) + 1
     report = state.report
     report.calls[group.class_name] = report.calls.get(group.class_name, 0) + 1

@@ -23,6 +23,7 @@ class CompiledGraph:
         self.report = report
         self.run = load_host_module(source, namespace, f"<effcc {report.name}>")
         self.finish = finish
+        self.kept: list[Any] = []
 
     def __call__(self, args: list[Any]) -> Any:
         if self.finish is not None:
@@ -32,6 +33,15 @@ class CompiledGraph:
         outputs = self.run(args)
         self.report.record(time.perf_counter() - begin)
         return outputs
+
+    def replace(self, old: Any, new: Any) -> None:
+        """Let the host module call ``new`` where it called the region ``old``. ``old`` is kept alive: it owns the code
+        that ``new`` was made from."""
+        self.kept.append(old)
+        scope = self.run.__globals__
+        for name, value in list(scope.items()):
+            if value is old:
+                scope[name] = new
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CompiledGraph:
         return self

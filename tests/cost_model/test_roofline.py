@@ -71,9 +71,7 @@ def test_convolution_backward(transposed: bool, groups: int, mask: tuple[bool, b
     settings = ([2, 2], [1, 1], [1, 1], transposed, [0, 0], groups)
     out = torch.ops.aten.convolution(x, weight, None, *settings)
     gradient = torch.randn_like(out)
-    expected = torch_flops(
-        lambda: torch.ops.aten.convolution_backward(gradient, x, weight, [6], *settings, list(mask))
-    )
+    expected = torch_flops(lambda: torch.ops.aten.convolution_backward(gradient, x, weight, [6], *settings, list(mask)))
     graph = graph_of(
         "aten.convolution_backward.default",
         {"g": f32(*gradient.shape), "x": f32(*x.shape), "w": f32(*weight.shape)},
@@ -95,7 +93,9 @@ def test_batched_products_with_broadcast() -> None:
 def test_grouped_query_attention_counts_every_query_head() -> None:
     q, kv = f32(2, 8, 16, 32), f32(2, 2, 24, 32)
     out = TupleType((q, f32(2, 8, 16)))
-    graph = graph_of("aten._scaled_dot_product_flash_attention.default", {"q": q, "k": kv, "v": kv}, ("q", "k", "v"), out)
+    graph = graph_of(
+        "aten._scaled_dot_product_flash_attention.default", {"q": q, "k": kv, "v": kv}, ("q", "k", "v"), out
+    )
     assert cost_of(graph).matmul_flop == 2 * 2 * 8 * 16 * 24 * (32 + 32)
 
 

@@ -14,7 +14,9 @@ from effcc.ir.plan import Buffer, Step
 
 
 def step(identity: int, seconds: float = 1.0, stream: str = "compute", **rest: object) -> Step:
-    return Step(id=identity, kind="region", name=f"s{identity}", phase="forward", stream=stream, seconds=seconds, **rest)  # type: ignore[arg-type]
+    return Step(
+        id=identity, kind="region", name=f"s{identity}", phase="forward", stream=stream, seconds=seconds, **rest
+    )  # type: ignore[arg-type]
 
 
 def buffer(identity: int, size: int, lower: int, upper: int, tier: str = "device") -> Buffer:
@@ -46,9 +48,16 @@ def test_one_forward_one_backward_pipeline_by_hand() -> None:
     steps = []
     for device, names in order.items():
         for name in names:
-            source = (0, name) if device == 1 and name[0] == "F" else (1, name) if device == 0 and name[0] == "B" else None
+            source = (
+                (0, name) if device == 1 and name[0] == "F" else (1, name) if device == 0 and name[0] == "B" else None
+            )
             steps.append(
-                step(ids[device, name], f if name[0] == "F" else b, device=device, depends=(ids[source],) if source else ())
+                step(
+                    ids[device, name],
+                    f if name[0] == "F" else b,
+                    device=device,
+                    depends=(ids[source],) if source else (),
+                )
             )
     timeline = simulate(steps)
     assert timeline.makespan == 12.0

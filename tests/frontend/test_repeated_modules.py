@@ -126,19 +126,30 @@ MODELS: dict[str, tuple[Callable[[], torch.nn.Module], Callable[[], dict[str, An
     ),
     "mixtral": (
         lambda: transformers.MixtralForCausalLM(
-            transformers.MixtralConfig(**LLAMA, num_local_experts=4, num_experts_per_tok=2)
+            transformers.MixtralConfig(
+                **LLAMA, num_local_experts=4, num_experts_per_tok=2, experts_implementation="batched_mm"
+            )
         ),
         token_inputs,
     ),
     "qwen3_moe": (
         lambda: transformers.Qwen3MoeForCausalLM(
             transformers.Qwen3MoeConfig(
-                **LLAMA, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=24, head_dim=16
+                **LLAMA,
+                num_experts=4,
+                num_experts_per_tok=2,
+                moe_intermediate_size=24,
+                head_dim=16,
+                experts_implementation="batched_mm",  # grouped_mm has no float64
             )
         ),
         token_inputs,
     ),
 }
+
+
+#: Of 4 layers (T5: 4 and 4), those that must be calls of a shared body.
+LEAST_CALLS = {"gpt2": 4, "llama": 4, "bert": 4, "t5": 0, "vit": 4, "mixtral": 4, "qwen3_moe": 4}
 
 
 @pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
@@ -147,7 +158,7 @@ def test_transformers_models_equal_eager(name: str, train: bool) -> None:
     torch.manual_seed(0)
     build, inputs = MODELS[name]
     report, recorder = check(build(), inputs(), train)
-    print(name, train, report, recorder.region_calls, recorder.bodies, len(recorder.graphs))
+    assert recorder.region_calls >= LEAST_CALLS[name], report.rejections
 
 
 class Block(torch.nn.Module):
@@ -179,8 +190,9 @@ def vectors() -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
 def test_equal_blocks_are_traced_once(train: bool) -> None:
     report, recorder = check(Stack([Block() for _ in range(5)]), vectors(), train)
-    assert report.calls == {"Block": 5} and report.traces["Block"] <= 2
-    assert recorder.region_calls == 5 and recorder.bodies == report.traces["Block"]
+    # In training the first block's input needs no gradient: a trace of its own, which torch inlines as it is used once.
+    assert report.calls == {"Block": 5} and report.traces == {"Block": 2 if train else 1}
+    assert recorder.region_calls == (4 if train else 5) and recorder.bodies == 1
 
 
 def test_two_siblings_are_inlined() -> None:
@@ -189,8 +201,8 @@ def test_two_siblings_are_inlined() -> None:
 
 
 def test_dropout_is_the_same_for_the_same_seed() -> None:
-    report, recorder = check(Stack([Block(dropout=0.5) for _ in range(4)]), vectors(), True)
-    assert recorder.region_calls == 4
+    _, recorder = check(Stack([Block(dropout=0.5) for _ in range(4)]), vectors(), True)
+    assert recorder.region_calls == 3
 
 
 class NormBlock(torch.nn.Module):
@@ -216,8 +228,9 @@ def test_batch_norm_in_evaluation_is_shared() -> None:
 
 def test_scalars_that_differ_per_layer_keep_their_values() -> None:
     two_kinds = [Block(scale=1.0 if index % 2 else 0.5) for index in range(6)]
-    _, recorder = check(Stack(two_kinds), vectors(), True)
-    assert recorder.region_calls in (0, 6)
+    _, recorder = check(Stack(two_kinds), vectors(), False)
+    assert recorder.region_calls == 6 and recorder.bodies == 2
+    check(Stack(two_kinds), vectors(), True)
     report, recorder = check(Stack([Block(scale=0.1 * (index + 1)) for index in range(7)]), vectors(), True)
     assert recorder.region_calls == 0
     assert "differ" in report.rejections[0].reason
@@ -234,8 +247,9 @@ def test_different_configurations_are_not_mixed() -> None:
 
 def test_one_module_called_three_times() -> None:
     shared = Block()
-    _, recorder = check(Stack([shared, shared, shared]), vectors(), True)
-    assert recorder.region_calls in (0, 3)
+    _, recorder = check(Stack([shared, shared, shared]), vectors(), False)
+    assert recorder.region_calls == 3
+    check(Stack([shared, shared, shared]), vectors(), True)
 
 
 def test_tied_parameters() -> None:
@@ -396,7 +410,8 @@ def test_modes_within_a_frame() -> None:
         compiled = torch.compile(model, backend=recorder)
         found = step(model, compiled, {"x": x}, 0)
     expected = step(reference, reference, {"x": x}, 0)
-    assert recorder.region_calls == 6
+    # The two calls under no_grad share one trace, the next two another; the last two are used once each and inlined.
+    assert recorder.region_calls == 4 and recorder.bodies == 2
     assert len(found) == len(expected)
     for a, b in zip(found, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-2, atol=1e-3)
@@ -436,7 +451,8 @@ def test_dynamic_sizes() -> None:
         for rows in (3, 5, 11):
             x = torch.randn(rows, 8, dtype=torch.float64, requires_grad=True)
             torch.testing.assert_close(compiled(x), model(x), rtol=1e-12, atol=1e-12)
-    assert len(recorder.graphs) == 1 and recorder.region_calls == 4
+    with_ops = [gm for gm in recorder.graphs if gm.graph.find_nodes(op="placeholder")]
+    assert len(with_ops) == 1 and recorder.region_calls == 4
 
 
 def test_other_backends_are_left_alone() -> None:
@@ -447,7 +463,7 @@ def test_other_backends_are_left_alone() -> None:
     torch.testing.assert_close(torch.compile(model, backend=plain)(x), model(x))
     torch._dynamo.reset()
     torch.testing.assert_close(torch.compile(model, backend=marked)(x), model(x))
-    assert plain.region_calls == 0 and marked.region_calls == 4
+    assert plain.region_calls == 0 and marked.region_calls == 3
     torch._dynamo.reset()
     with without_repeated_regions():
         marked.graphs.clear()

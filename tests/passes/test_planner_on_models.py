@@ -40,7 +40,9 @@ def test_plan_is_sound_and_counts_all_state(name: str) -> None:
     device = load_device("h200")
     plan = make_plan(name, captured.graphs, device, state_of(captured.model), optimizer="adamw", place=False)
     assert problems(plan) == []
-    by_role = {role: sum(b.bytes for b in plan.buffers if b.role == role) for role in ("parameter", "gradient", "optimizer")}
+    by_role = {
+        role: sum(b.bytes for b in plan.buffers if b.role == role) for role in ("parameter", "gradient", "optimizer")
+    }
     parameters = sum(p.nbytes for p in captured.model.parameters())
     assert by_role["parameter"] == parameters
     assert by_role["optimizer"] == 2 * parameters
@@ -54,12 +56,16 @@ def test_plan_is_sound_and_counts_all_state(name: str) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_plan_is_deterministic(name: str) -> None:
     captured, device = example(name), load_device("cpu")
-    assert make_plan(name, captured.graphs, device, place=False) == make_plan(name, captured.graphs, device, place=False)
+    assert make_plan(name, captured.graphs, device, place=False) == make_plan(
+        name, captured.graphs, device, place=False
+    )
 
 
 def test_gradients_live_from_where_they_are_made_to_the_optimizer() -> None:
     captured = example("llama")
-    plan = make_plan("llama", captured.graphs, load_device("cpu"), state_of(captured.model), optimizer="sgd", place=False)
+    plan = make_plan(
+        "llama", captured.graphs, load_device("cpu"), state_of(captured.model), optimizer="sgd", place=False
+    )
     gradients = [b for b in plan.buffers if b.role == "gradient"]
     first_backward = next(i for i, s in enumerate(plan.steps) if s.phase == "backward")
     writers = {w: i for i, s in enumerate(plan.steps) for w in s.writes}
@@ -139,7 +145,9 @@ def measured_peak(captured: Example) -> int:
         run()
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
             held = run()
-    events = sorted((e.start_ns(), e.nbytes()) for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]")
+    events = sorted(
+        (e.start_ns(), e.nbytes()) for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"
+    )
     assert held
     live = peak = 0
     for _, size in events:

@@ -1,0 +1,132 @@
+"""Calibration: what is stored is read back, a read-only folder is no error, and the choice follows the measurements."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import msgspec
+import pytest
+import torch
+
+from effcc.cost_model import calibrate as calibration
+from effcc.cost_model.calibrate import calibrate, calibrated_device, gemm_choice, measure_product
+from effcc.cost_model.devices import Device, GemmMeasurement, load_device
+from effcc.cost_model.roofline import gemm_seconds
+
+
+@pytest.fixture(scope="module")
+def device(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Device]:
+    folder = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("EFFCC_CACHE_DIR", str(folder))
+        patch.setattr(calibration, "LINEAR_SHAPES", ((8, 64, 32), (64, 128, 128)))
+        calibrated_device.cache_clear()
+        yield calibrate(0.3)
+    calibrated_device.cache_clear()
+
+
+def test_everything_is_measured(device: Device) -> None:
+    measured = {(e.library, e.dtype, e.layout, e.m, e.k, e.n) for e in device.gemm}
+    libraries = ["blas", "onednn"] if torch.backends.mkldnn.is_available() else ["blas"]
+    for library in libraries:
+        for dtype in ("f32", "bf16"):
+            assert (library, dtype, "forward", 8, 64, 32) in measured
+            assert (library, dtype, "input_gradient", 8, 32, 64) in measured
+            assert (library, dtype, "weight_gradient", 32, 8, 64) in measured
+    assert all(e.rate > 1e5 for e in device.gemm)
+    assert 1e8 < device.bandwidth < 1e13 and 1e-8 < device.launch.value < 1e-2
+    assert "measured" in device.tiers["device"].bandwidth.source
+    assert device.matrix_rate("f32") == max(e.rate for e in device.gemm if e.dtype == "f32")
+    assert all(0 < figure.value <= 1 for figure in device.efficiency.values())
+
+
+def test_it_is_kept_and_read_back(device: Device) -> None:
+    assert calibrated_device() == device
+    assert device.machine == calibration.machine()
+
+
+def test_another_thread_count_is_another_machine(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(calibration, "_threads", lambda: 77)
+    calibrated_device.cache_clear()
+    assert calibrated_device() == load_device("cpu")
+    calibrated_device.cache_clear()
+
+
+@pytest.mark.skipif(os.name != "posix", reason="permission bits")
+def test_read_only_folder_is_no_error(device: Device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    blocked = tmp_path / "file"
+    blocked.write_text("not a folder")
+    monkeypatch.setenv("EFFCC_CACHE_DIR", str(blocked / "below"))
+    calibration._store(device)
+    assert blocked.read_text() == "not a folder"
+    calibrated_device.cache_clear()
+    assert calibrated_device() == load_device("cpu")
+    calibrated_device.cache_clear()
+
+
+def entry(library: str, rate: float, m: int, layout: str = "forward") -> GemmMeasurement:
+    return GemmMeasurement(library=library, dtype="f32", layout=layout, m=m, k=m, n=m, rate=rate)
+
+
+def test_choice_takes_the_faster_library_of_the_nearest_shape() -> None:
+    table = (entry("blas", 3.0, 64), entry("onednn", 1.0, 64), entry("blas", 2.0, 4096), entry("onednn", 4.0, 4096))
+    known = msgspec.structs.replace(load_device("cpu"), gemm=table)
+    assert gemm_choice("aten.mm.default", 32, 128, 64, "f32", device=known) == "blas"
+    assert gemm_choice("aten.mm.default", 3000, 5000, 4000, "f32", device=known) == "onednn"
+    assert gemm_choice("aten.addmm.default", 3000, 5000, 4000, "f32", device=known) == "onednn"
+    assert gemm_choice("aten.mm.default", 3000, 5000, 4000, "f32", "weight_gradient", known) == "blas"
+    assert gemm_choice("aten.bmm.default", 3000, 5000, 4000, "f32", device=known) == "blas"
+    assert gemm_choice("aten.mm.default", 3000, 5000, 4000, "f64", device=known) == "blas"
+
+
+def test_a_tie_keeps_blas() -> None:
+    known = msgspec.structs.replace(load_device("cpu"), gemm=(entry("blas", 1.0, 64), entry("onednn", 1.04, 64)))
+    assert gemm_choice("aten.mm.default", 64, 64, 64, "f32", device=known) == "blas"
+
+
+def test_asking_measures_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+
+    def counted(*args: object) -> tuple[GemmMeasurement, ...]:
+        calls.append(args)
+        return (entry("blas", 1.0, 64), entry("onednn", 2.0, 64))
+
+    monkeypatch.setattr(calibration, "measure_product", counted)
+    monkeypatch.setattr(calibration, "_asked", {})
+    assert [gemm_choice("aten.mm.default", 9, 9, 9, "f32", ask=True) for _ in range(3)] == ["onednn"] * 3
+    assert len(calls) == 1
+
+
+@pytest.mark.parametrize("layout", calibration.LAYOUTS)
+def test_both_libraries_compute_the_product_that_is_measured(layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    results: dict[str, torch.Tensor] = {}
+
+    def run(candidates: dict[str, object], seconds: float) -> dict[str, float]:
+        for name, candidate in candidates.items():
+            results[name] = candidate()  # type: ignore[operator]
+        return dict.fromkeys(candidates, 1.0)
+
+    monkeypatch.setattr(calibration, "_interleaved", run)
+    measured = measure_product("f32", layout, 5, 7, 3, 0.0)
+    assert all(e.rate == 2 * 5 * 7 * 3 for e in measured)
+    first, *others = results.values()
+    assert first.shape == (5, 3)
+    for other in others:
+        torch.testing.assert_close(first, other)
+
+
+def test_measured_rates_price_products() -> None:
+    known = msgspec.structs.replace(load_device("cpu"), gemm=(entry("blas", 1e9, 64), entry("onednn", 4e9, 64)))
+    assert gemm_seconds(1, 64, 64, 64, "f32", known) == pytest.approx(2 * 64**3 / 4e9)
+
+
+def test_importing_the_cost_model_does_not_load_torch() -> None:
+    code = (
+        "import sys; import effcc.cost_model.calibrate, effcc.cost_model.roofline, effcc.cost_model.simulator;"
+        "import effcc.cost_model.liveness, effcc.passes.planner; sys.exit('torch' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
