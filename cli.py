@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from . import __version__
+from .cli_calibrate import calibrate_command
 from .cli_devices import devices_command
 from .cli_explain import explain_command
 from .cli_inspect import inspect_command
@@ -57,6 +58,7 @@ app.command("inspect", rich_help_panel="Read")(inspect_command)
 app.command("report", rich_help_panel="Read")(report_command)
 app.command("opt", rich_help_panel="Compiler")(opt_command)
 app.command("devices", rich_help_panel="Devices")(devices_command)
+app.command("calibrate", rich_help_panel="Devices")(calibrate_command)
 
 
 def main() -> None:

@@ -66,6 +66,7 @@ class Compilation:
         fill_report(report, compiled, functions)
         result = CompiledGraph(report.host_source, namespace, report, compiled.collector.finish)
         self.planner.add(report.name, compiled, result)
+        report.make_plan = functools.partial(self.planner.plan_or_none, self.graphs)
         if phase != "forward":
             self.planner.use_scratch(self.graphs)
         torch_internals.report_output_strides(output_strides(gm, compiled))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -73,7 +73,7 @@ def plan_model(request: PlanRequest, progress: Progress = lambda _: nullcontext(
         captured = _capture(request, device)
     manager = PassManager(passes, dump_dir=request.dump_dir, verify=request.verify)
     graphs = []
-    for graph in captured.graphs:
+    for graph in map(_with_saved_roles, captured.graphs):
         with progress(f"passes on {graph.name} ({len(graph.nodes)} ops)"):
             graphs.append(manager.run(graph))
     with progress("plan"):
@@ -111,6 +111,18 @@ def _capture(request: PlanRequest, device: Device) -> Captured:
         device="cpu" if device.kind == "cpu" else "cuda",
         dynamic=True if request.dynamic else None,
     )
+
+
+def _with_saved_roles(graph: Graph) -> Graph:
+    """A backward graph in which parameters and inputs of the model that it reads have the role ``saved`` too.
+
+    The forward hands them on among its saved values, and the planner pairs the two lists.
+    """
+    if graph.phase != "backward":
+        return graph
+    handed = ("parameter", "buffer", "input")
+    nodes = (replace(node, role="saved") if node.op == "input" and node.role in handed else node for node in graph.nodes)
+    return graph.with_nodes(tuple(nodes))
 
 
 def _optimizer_name(request: PlanRequest, captured: Captured) -> str:

@@ -13,6 +13,7 @@ from .codegen.scratch import call_function, movable, use_scratch
 from .codegen.scratch_choice import choose_layouts, without
 from .cost_model.devices import load_device
 from .cost_model.region_memory import RegionMemory
+from .errors import EffccError
 from .ir.graph import Graph
 from .ir.plan import Plan
 from .passes.planner import make_plan
@@ -42,6 +43,13 @@ class StepPlanner:
             "model", graphs, load_device("cpu"), None, functools.partial(self.region_memory, moved or {}), place=False
         )
 
+    def plan_or_none(self, graphs: Sequence[Graph]) -> Plan | None:
+        """The plan, or None where there is nothing to plan (a graph was compiled as captured)."""
+        try:
+            return self.plan(graphs) if graphs else None
+        except EffccError:
+            return None
+
     def region_memory(self, moved: Mapping[str, frozenset[str]], region: Graph) -> RegionMemory | None:
         for member in self.members.values():
             found = member.memory.of_region(region)
@@ -58,7 +66,12 @@ class StepPlanner:
             for identity, code in member.compiled.code.items()
             if f"{name}/{identity}" in member.memory.by_identity and call_function(code.run) is not None
         }
-        layouts = choose_layouts(movables, lambda moved: self.plan(graphs, moved).peak.get("device", 0))
+        if not any(movables.values()):
+            return
+        try:
+            layouts = choose_layouts(movables, lambda moved: self.plan(graphs, moved).peak.get("device", 0))
+        except EffccError:  # sizes that are only known at run time: the regions allocate for themselves
+            return
         arena = pool("cpu")
         for name, member in self.members.items():
             for identity, code in member.compiled.code.items():

@@ -163,13 +163,13 @@ def step_bound(step: Step, device: Device | None, dtype: str) -> str:
 
 
 def step_groups(plan: Plan, device: Device | None) -> tuple[StepGroup, ...]:
-    """Steps folded by region (or name) and phase, longest first."""
-    groups: dict[tuple[str, str, str, str], list[Step]] = {}
+    """Steps folded where they run the same ops of the same region in the same phase, longest first."""
+    groups: dict[tuple[str, ...], list[Step]] = {}
     for step in plan.steps:
         if step.kind != "free":
-            groups.setdefault((step.region or step.name, step.kind, step.phase, step.stream), []).append(step)
+            groups.setdefault((step.name, step.kind, step.phase, step.stream, *_work(step)), []).append(step)
     found = []
-    for (name, kind, phase, stream), members in groups.items():
+    for (name, kind, phase, stream, *_), members in groups.items():
         flop, moved = sum(s.flop for s in members), sum(s.bytes_moved for s in members)
         spent: dict[str, float] = {}
         for step in members:
@@ -182,6 +182,11 @@ def step_groups(plan: Plan, device: Device | None) -> tuple[StepGroup, ...]:
         bound = max(spent, key=lambda key: spent[key])
         found.append(StepGroup(name, kind, phase, stream, len(members), seconds, flop, moved, bound, place))
     return tuple(sorted(found, key=lambda group: -group.seconds))
+
+
+def _work(step: Step) -> tuple[str, ...]:
+    """What tells steps of one name apart: region, ops and size. Copies of a layer have all of them in common."""
+    return step.region, *step.ops, str(step.flop), str(step.bytes_moved)
 
 
 def summarize(plan: Plan) -> Summary:
@@ -203,7 +208,7 @@ def summarize(plan: Plan) -> Summary:
             bounds[bound] = bounds.get(bound, 0.0) + step.seconds
     capacity = device.memory if device else None
     limit = min((size for size in (plan.budget, capacity) if size is not None), default=None)
-    distinct = len({(step.region or step.name, step.phase) for step in plan.steps if step.kind != "free"})
+    distinct = len({(step.name, step.phase, *_work(step)) for step in plan.steps if step.kind != "free"})
     summary = Summary(
         model=plan.model,
         device=plan.device,

@@ -1,8 +1,8 @@
 """Measure this machine's CPU: matrix products by library and layout, memory, call overhead, disk.
 
 The answer is the ``cpu`` device with measured figures, kept as JSON in ``EFFCC_CACHE_DIR`` (default ``~/.cache/effcc``)
-under a name made from the machine, its thread count and torch's version. A directory that cannot be written is no error:
-the measurement then lasts as long as the process.
+under a name made from the machine, its thread count and torch's version. A directory that cannot be written is no
+error: the measurement then lasts as long as the process.
 """
 
 from __future__ import annotations
@@ -151,7 +151,8 @@ def _products(seconds: float) -> Iterator[GemmMeasurement]:
 def _has_onednn() -> bool:
     import torch
 
-    return bool(torch.backends.mkldnn.is_available()) and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    available: Any = torch.backends.mkldnn.is_available
+    return bool(available()) and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
 def _interleaved(candidates: dict[str, Callable[[], Any]], seconds: float) -> dict[str, float]:

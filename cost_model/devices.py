@@ -26,7 +26,8 @@ class Figure(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
 class Tier(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A memory that the plan may place buffers in. ``bandwidth`` is what the compute units reach when they use it
-    (scratchpad, device) or what a copy to and from the device reaches (host, disk); ``latency`` is per access or copy."""
+    (scratchpad, device) or what a copy to and from the device reaches (host, disk); ``latency`` is per access or copy.
+    """
 
     capacity: Figure
     bandwidth: Figure
@@ -44,7 +45,7 @@ class Cache(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
 
 
 class Link(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A connection between devices in the α-β model: a message of n bytes takes ``latency + n / bandwidth``.
+    """A connection between devices in the alpha-beta model: a message of n bytes takes ``latency + n / bandwidth``.
 
     ``scope`` is ``node`` (NVLink and its like) or ``cluster`` (network between nodes); ``devices`` is how many devices
     one such domain connects; ``bandwidth`` is per device, one direction.

@@ -124,7 +124,7 @@ def _grouped(call: Call) -> int:
 
 
 def _convolved(x: Shape, weight: Shape, out: Shape, transposed: bool) -> int:
-    """Each point of the output (of the input, when transposed) meets the whole filter: 2 · N · points · prod(weight)."""
+    """Each point of the output (of the input, when transposed) meets the whole filter: 2 N points prod(weight)."""
     points = (x if transposed else out)[2:]
     return 2 * x[0] * math.prod(points) * math.prod(weight)
 

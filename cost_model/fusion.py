@@ -198,7 +198,7 @@ def _traffic(members: tuple[Node, ...], storages: StorageTable) -> tuple[set[int
 
 
 def kernel_of(members: tuple[Node, ...], storages: StorageTable, kept: set[int]) -> Kernel:
-    """The given ops as one kernel, whatever a fusing compiler would do; what is not ``kept`` stays inside. Not empty."""
+    """The given ops (at least one) as one kernel, whatever a compiler would do; what is not ``kept`` stays inside."""
     kinds = [kind_of(node.op) for node in members]
     kind = min(kinds, key=lambda k: _LEADING.index(k) if k in _LEADING else len(_LEADING))
     _, reads, made = _traffic(members, storages)

@@ -1,7 +1,7 @@
 """What kind of work each ATen op is: the table that fusion, costs and the planner share.
 
-Kinds: ``structural`` (input, constant, getitem, call: no work of its own), ``view`` (shares storage, free), ``creation``
-(writes only), ``pointwise``, ``reduction`` (including norms and softmax), ``index`` (gather and scatter), ``sort``,
+Kinds: ``structural`` (input, constant, getitem, call: no work of its own), ``view`` (shares storage, free),
+``creation`` (writes only), ``pointwise``, ``reduction`` (including norms and softmax), ``index`` (gather and scatter), ``sort``,
 ``gemm``, ``convolution``, ``attention``, ``collective`` and ``opaque`` (an op of another library: nothing is known).
 An ATen op that is in no table counts as pointwise.
 """
@@ -65,7 +65,8 @@ NORM = _aten(
     "native_group_norm native_group_norm_backward rms_norm _fused_rms_norm _fused_rms_norm_backward"
 )
 SOFTMAX = _aten(
-    "_softmax _log_softmax softmax log_softmax _softmax_backward_data _log_softmax_backward_data _safe_softmax logsumexp"
+    "_softmax _log_softmax softmax log_softmax _softmax_backward_data _log_softmax_backward_data _safe_softmax "
+    "logsumexp"
 )
 REDUCTION = (
     _aten(
@@ -73,7 +74,8 @@ REDUCTION = (
         "nansum cumsum cumprod cummax cummin logcumsumexp aminmax median count_nonzero nll_loss_forward "
         "nll_loss2d_forward mse_loss l1_loss smooth_l1_loss huber_loss binary_cross_entropy "
         "avg_pool1d avg_pool2d avg_pool3d avg_pool2d_backward _adaptive_avg_pool2d _adaptive_avg_pool2d_backward "
-        "_adaptive_avg_pool3d max_pool2d_with_indices max_pool2d_with_indices_backward _low_memory_max_pool_with_offsets"
+        "_adaptive_avg_pool3d max_pool2d_with_indices max_pool2d_with_indices_backward "
+        "_low_memory_max_pool_with_offsets"
     )
     | frozenset({"prims.sum", "prims.amax", "prims.amin", "prims.prod", "prims.var", "prims.xor_sum"})
     | NORM
@@ -84,7 +86,8 @@ GATHER = _aten("embedding gather index index_select take take_along_dim _embeddi
 SCATTER = _aten(
     "scatter scatter_add scatter_reduce index_put _unsafe_index_put index_add index_copy index_fill "
     "embedding_dense_backward masked_scatter slice_scatter select_scatter diagonal_scatter as_strided_scatter "
-    "slice_backward select_backward index_put_ index_add_ index_copy_ scatter_ scatter_add_ _unsafe_masked_index_put_accumulate"
+    "slice_backward select_backward index_put_ index_add_ index_copy_ scatter_ scatter_add_ "
+    "_unsafe_masked_index_put_accumulate"
 )
 SORT = _aten("sort argsort topk kthvalue unique _unique2 unique_dim searchsorted bucketize histc bincount")
 

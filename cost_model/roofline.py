@@ -175,7 +175,7 @@ def gemm_shape(node: Node, table: TensorTable) -> tuple[int, int, int, int]:
 def gemm_seconds(batch: int, m: int, k: int, n: int, dtype: str, device: Device, flop: float | None = None) -> float:
     """Seconds of ``batch`` products (m, k) @ (k, n), without memory traffic and launch.
 
-    A measured rate of the nearest shape is used where there is one; else peak × efficiency × how full the tiles keep
+    A measured rate of the nearest shape is used where there is one; else peak, efficiency and how full the tiles keep
     the units: ``tiles / (ceil(tiles / units) · units)``, with deep products split over idle units.
     """
     work = float(2 * batch * m * k * n) if flop is None else flop

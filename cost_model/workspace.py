@@ -41,6 +41,3 @@ def _attention(call: Call, device: Device, first: int) -> int:
     tensor = call.tensor(first, "query")
     halves = rows * columns * 2 if tensor is not None and tensor.dtype in ("bf16", "f16") else 0
     return (4 * tile + halves) * device.thread_count
-
-
-__all__ = ["workspace_bytes"]

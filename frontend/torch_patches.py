@@ -288,7 +288,7 @@ def _reuse(tx: Any, condition: Any, fingerprint: Any, entry: Any) -> bool:
         return False
     scope = {"G": tx.output.root_tx.f_globals, "L": tx.output.root_tx.f_locals}
     values: dict[Any, Any] = {}
-    guards = []
+    guards, tensors = [], []
     for source, handler, expected, guard in condition.guards:
         moved = clone(source)
         if moved is source:
@@ -299,12 +299,18 @@ def _reuse(tx: Any, condition: Any, fingerprint: Any, entry: Any) -> bool:
             return False  # the sibling lacks an attribute that the first module has
         if not handler.eval_fn(value, expected):
             return False
+        if guard.create_fn_name() == "TENSOR_MATCH":
+            tensors.append((moved, value))
+            continue
         moved_guard = moved.make_guard(_guard_function(guard, value))
         moved_guard.user_stack = guard.user_stack
         guards.append(moved_guard)
     from torch._dynamo.guards import install_guard
+    from torch._dynamo.variables.builder import VariableBuilder
 
     install_guard(*guards)
+    for moved, value in tensors:
+        VariableBuilder(tx, moved)(value)  # makes the input, and its guard, once
     return True
 
 
@@ -332,15 +338,9 @@ class _SourceCloner:
 
 def _guard_function(guard: Any, value: Any) -> Any:
     """The guard's maker, rebound to ``value`` where it carries the first module's value."""
-    from torch._dynamo.guards import GuardBuilder
-
     make = guard.create_fn
     if isinstance(make, functools.partial) and "value" in make.keywords:
-        if make.func is not GuardBuilder.TENSOR_MATCH:
-            return functools.partial(make.func, value=value)
-        from torch._dynamo.guards import TensorWeakRef
-
-        return functools.partial(GuardBuilder.TENSOR_MATCH, value=TensorWeakRef(value))
+        return functools.partial(make.func, value=value)
     return make
 
 

@@ -132,6 +132,14 @@ def _converting_fake_parameters() -> Iterator[None]:
         yield
 
 
+_original_truncated_normal: Callable[..., Any] = torch.nn.init._no_grad_trunc_normal_
+
+
+def _truncated_normal(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+    """Torch draws until all values are within bounds, which for a fake tensor is never decided."""
+    return tensor if isinstance(tensor, FakeTensor) else _original_truncated_normal(tensor, *args, **kwargs)
+
+
 class Weightless:
     """The modes of one capture: ``fake_mode`` owns all its fake tensors, ``devices`` lists the devices named by the code."""
 
@@ -150,6 +158,7 @@ class Weightless:
         with (
             torch.random.fork_rng(devices=[]),
             _converting_fake_parameters(),
+            unittest.mock.patch.object(torch.nn.init, "_no_grad_trunc_normal_", _truncated_normal),
             _LargeIsFake(self.fake_mode, self.threshold),
             self._on_cpu,
         ):

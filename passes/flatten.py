@@ -260,14 +260,15 @@ class _Flattener:
         mapped: list[int] = [-1] * len(inner.pieces)
         if len(inner.inputs) != len(node.args) - 1:
             raise PlanError(
-                f"call %{node.name} gives {len(node.args) - 1} values to {body.name!r}, which takes {len(inner.inputs)}",
+                f"call %{node.name} gives {len(node.args) - 1} values to {body.name!r}, which has {len(inner.inputs)}",
                 where=source_text(node.location),
             )
         for pieces, argument in zip(inner.inputs, node.args[1:], strict=True):
             outer = [s for name in references(argument) for s in storages.of[name]]
             for piece, s in zip(pieces, outer, strict=True):
                 mapped[piece] = self._place(s, flat, place, table, storages)
-        old, new = inner.module, node.location.module
+        new = node.location.module or self._module_of_parameters(node, table)
+        old = ".".join(inner.module.split(".")[: new.count(".") + 1])
         for index, own in enumerate(inner.pieces):
             if mapped[index] < 0:
                 mapped[index] = len(flat.pieces)
@@ -290,6 +291,11 @@ class _Flattener:
         made = [mapped[piece] for pieces in inner.outputs for piece in pieces]
         for s, piece in zip(storages.of[node.name], made, strict=True):
             place[s] = piece
+
+    def _module_of_parameters(self, node: Node, table: TensorTable) -> str:
+        """Where a call without a location belongs: the module that holds all parameters it is given."""
+        given = [table.node(argument.name) for argument in node.args[1:] if isinstance(argument, Ref)]
+        return _common([n.location.module for n in given if n.role == "parameter" and n.location.module])
 
 
 def _users(graph: Graph, units: Sequence[Unit], storages: StorageTable) -> dict[int, set[int]]:
@@ -326,10 +332,12 @@ def _telling(nodes: Sequence[Node]) -> Location:
 
 def _common(paths: Sequence[str]) -> str:
     """The longest dotted path that starts all paths."""
-    if not paths:
-        return ""
-    parts = os.path.commonprefix([path.split(".") for path in paths])
-    return ".".join(parts)
+    shared: list[str] = []
+    for parts in zip(*(path.split(".") for path in paths), strict=False):
+        if len(set(parts)) > 1:
+            break
+        shared.append(parts[0])
+    return ".".join(shared)
 
 
 def _moved(path: str, old: str, new: str) -> str:

@@ -20,7 +20,7 @@ from ..ir.graph import Graph, Node
 from ..ir.plan import TIERS, Buffer, GraphPlan, InputSpec, Plan, Solver, Step
 from ..ir.structural_hash import graph_hash, op_hashes
 from ..ir.types import TensorType
-from .flatten import FlatGraph, RegionBuffers, flatten, source_text
+from .flatten import FlatGraph, RegionBuffers, flatten
 
 #: (name, bytes, module path).
 StateEntry = tuple[str, int, str]
@@ -467,6 +467,3 @@ def _input_specs(graphs: Sequence[Graph]) -> tuple[InputSpec, ...]:
         for node in first.inputs
         if node.role in ("input", "") and isinstance(node.type, TensorType)
     )
-
-
-__all__ = ["StateBytes", "StateEntry", "make_plan", "source_text"]

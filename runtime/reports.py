@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from ..ir.graph import Graph
+from ..ir.plan import Plan
 
 
 @dataclass(frozen=True)
@@ -31,22 +34,39 @@ class FallbackReport:
 
 @dataclass
 class GraphReport:
-    """``seconds`` are those of the runs so far (last 100); ``predicted_*`` come from the plan, 0 when there is none."""
+    """``seconds`` are those of the runs so far (last 100). ``make_plan`` gives the plan of the step that the graph
+    belongs to (forward and backward share one)."""
 
     name: str
     phase: str
     regions: list[RegionReport] = field(default_factory=list)
     fallbacks: list[FallbackReport] = field(default_factory=list)
-    predicted_seconds: float = 0.0
-    predicted_peak: int = 0
     measured_peak: int | None = None
     compile_seconds: float = 0.0
     notes: list[str] = field(default_factory=list)
     #: The graph after all passes; None when it could not be brought into the IR.
     graph: Graph | None = None
     host_source: str = ""
+    make_plan: Callable[[], Plan | None] = lambda: None
     seconds: deque[float] = field(default_factory=lambda: deque(maxlen=100))
     runs: int = 0
+
+    @functools.cached_property
+    def plan(self) -> Plan | None:
+        """The plan of the whole step, made when it is first asked for; None for a graph that the IR cannot carry."""
+        return self.make_plan()
+
+    @property
+    def predicted_seconds(self) -> float | None:
+        """Predicted time of this graph's steps."""
+        if self.plan is None:
+            return None
+        return sum(step.seconds for step in self.plan.steps if step.phase == self.phase)
+
+    @property
+    def predicted_peak(self) -> int | None:
+        """Predicted peak of the whole step in bytes, parameters and inputs included."""
+        return self.plan.peak.get("device", 0) if self.plan is not None else None
 
     def record(self, seconds: float) -> None:
         self.seconds.append(seconds)

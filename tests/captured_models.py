@@ -9,11 +9,10 @@ from typing import Any
 
 import torch
 import transformers
-from torch._dynamo.backends.common import aot_autograd
-from torch._functorch.partitioners import min_cut_rematerialization_partition
-
 from effcc.frontend.fx_import import from_fx
 from effcc.ir.graph import Graph
+from torch._dynamo.backends.common import aot_autograd
+from torch._functorch.partitioners import min_cut_rematerialization_partition
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,6 @@ from pathlib import Path
 import msgspec
 import pytest
 import torch
-
 from effcc.cost_model import calibrate as calibration
 from effcc.cost_model.calibrate import calibrate, calibrated_device, gemm_choice, measure_product
 from effcc.cost_model.devices import Device, GemmMeasurement, load_device

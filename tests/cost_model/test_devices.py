@@ -7,7 +7,6 @@ from pathlib import Path
 
 import msgspec
 import pytest
-
 from effcc.cost_model.devices import Device, figures, list_devices, load_device, parse_device
 from effcc.errors import DeviceError
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from hypothesis import given, settings
-from hypothesis import strategies as st
-
 from effcc.cost_model.liveness import by_role, live_bytes, live_ranges, peak_holders, reserved_bytes
 from effcc.ir.plan import Buffer, Step
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 
 def step(identity: int, reads: tuple[int, ...] = (), writes: tuple[int, ...] = (), frees: tuple[int, ...] = ()) -> Step:

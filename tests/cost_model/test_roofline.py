@@ -9,8 +9,6 @@ import pytest
 import sympy
 import torch
 from captured_models import example
-from torch.utils import flop_counter
-
 from effcc.cost_model.devices import Device, load_device
 from effcc.cost_model.fusion import group_kernels
 from effcc.cost_model.roofline import gemm_seconds, graph_cost, op_cost, region_cost
@@ -18,6 +16,7 @@ from effcc.cost_model.tensors import TensorTable
 from effcc.errors import ShapeError
 from effcc.ir.graph import Graph, Node, Ref, Symbol
 from effcc.ir.types import TensorType, TupleType, Type
+from torch.utils import flop_counter
 
 
 def graph_of(op: str, inputs: dict[str, Type], args: tuple[Any, ...], out: Type, **kwargs: Any) -> Graph:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
-
 from effcc.cost_model.simulator import Timeline, simulate
 from effcc.errors import ScheduleError
 from effcc.ir.plan import Buffer, Step
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 
 def step(identity: int, seconds: float = 1.0, stream: str = "compute", **rest: object) -> Step:
@@ -174,7 +174,7 @@ def check(steps: list[Step], timeline: Timeline) -> None:
     for key, members in by_stream.items():
         assert timeline.makespan >= sum(steps[i].seconds for i in members)
         assert timeline.streams[key].busy == pytest.approx(sum(steps[i].seconds for i in members))
-        assert all(timeline.end[a] <= timeline.start[b] for a, b in zip(members, members[1:], strict=False))
+        assert all(timeline.end[a] <= timeline.start[b] for a, b in itertools.pairwise(members))
 
 
 @settings(max_examples=150, deadline=None)

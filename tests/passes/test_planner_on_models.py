@@ -7,8 +7,6 @@ from typing import Any
 import pytest
 import torch
 from captured_models import Example, example
-from torch.profiler import ProfilerActivity, profile
-
 from effcc.cost_model.devices import load_device
 from effcc.cost_model.liveness import live_bytes, peak_holders
 from effcc.cost_model.op_classes import kind_of
@@ -20,6 +18,7 @@ from effcc.ir.graph import Graph
 from effcc.ir.plan import Plan
 from effcc.ir.plan_validator import problems
 from effcc.passes.planner import StateBytes, make_plan
+from torch.profiler import ProfilerActivity, profile
 
 NAMES = ["llama", "llama_eager", "gpt2", "residual_net"]
 

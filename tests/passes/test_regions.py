@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-
 from effcc.errors import ScheduleError
 from effcc.ir.graph import Graph
 from effcc.ir.parser import parse_graph

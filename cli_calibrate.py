@@ -1,0 +1,45 @@
+"""``effcc calibrate``: measure this machine, so that predictions for ``cpu`` are its own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .cli_support import JsonOption, console, print_json, stage, table, write_text
+from .formatting import bytes_text, count_text, seconds_text
+
+
+def calibrate_command(
+    seconds: Annotated[float, typer.Option("--seconds", min=1.0, max=600.0, help="How long to measure.")] = 20.0,
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="Also write the device file here.")] = None,
+    no_save: Annotated[bool, typer.Option("--no-save", help="Do not keep the result for later plans.")] = False,
+    json: JsonOption = False,
+) -> None:
+    """Measure this machine's CPU: matrix products by library and layout, memory, call overhead, disk.
+
+    The result replaces the generic device 'cpu' in plans made here, and decides which library runs a product.
+    """
+    import msgspec
+
+    from .cost_model.calibrate import calibrate
+
+    with stage(f"measure for about {seconds:.0f} s", quiet=json):
+        device = calibrate(seconds, save=not no_save)
+    if output is not None:
+        write_text(output, msgspec.json.format(msgspec.json.encode(device), indent=1).decode() + "\n")
+    if json:
+        print_json(device)
+        return
+    out = console()
+    out.print(f"[bold]{device.name}[/bold]: {device.title}")
+    for dtype, figure in device.matrix.items():
+        out.print(f"  matrix products in {dtype}: {count_text(figure.value, 'FLOP/s')}")
+    out.print(f"  memory: {bytes_text(device.memory)} at {count_text(device.bandwidth, 'B')}/s")
+    out.print(f"  call overhead: {seconds_text(device.launch.value)}")
+    rows = table("dtype", "layout", "m", "k", "n", "library", "rate", right=("m", "k", "n", "rate"))
+    for each in device.gemm:
+        shape = (str(each.m), str(each.k), str(each.n))
+        rows.add_row(each.dtype, each.layout, *shape, each.library, count_text(each.rate, "FLOP/s"))
+    out.print(rows)
