@@ -12,6 +12,7 @@ from . import torch_internals
 from .frontend.repeated_modules import trace_repeated_modules_once
 from .graph_compiler import Compilation, input_role
 from .options import Options, parse_options
+from .plan_matching import matching_plan
 
 _numbers = itertools.count()
 
@@ -27,10 +28,12 @@ def effcc(
     """Compile one Dynamo graph, forward and backward. Registered as the backend ``effcc``.
 
     options: see ``effcc.options.Options``. mode: torch.compile's, for instance ``reduce-overhead``.
-    Raises OptionError for unknown options.
+    Raises OptionError for unknown options, PlanError for a plan that does not fit the model.
     """
     roles = [input_role(node) for node in gm.graph.find_nodes(op="placeholder")]
-    compilation = Compilation(parse_options(options), next(_numbers), roles)
+    settings = parse_options(options)
+    plan = matching_plan(settings.plan, gm, roles) if settings.plan is not None else None
+    compilation = Compilation(settings, next(_numbers), roles, plan)
     with (
         torch_internals.graph_settings(),
         torch_internals.inductor_settings(torch_internals.mode_options(mode)),

@@ -20,7 +20,7 @@ from .cost_model.gemm_measurement import GemmMeasurements
 from .errors import EffccError
 from .frontend.fx_import import from_fx, tensor_constants
 from .ir.graph import Graph
-from .ir.printer import print_graph
+from .ir.plan import Plan
 from .ir.types import ScalarType
 from .options import Options
 from .passes.manager import PassManager
@@ -41,6 +41,8 @@ class Compilation:
     number: int
     #: parameter, buffer or input, for each input of Dynamo's graph.
     roles: list[str] = field(default_factory=list)
+    #: A plan made earlier for this graph, if one was given.
+    given_plan: Plan | None = None
     graphs: list[Graph] = field(default_factory=list)
     forward: torch.fx.GraphModule | None = None
     planner: StepPlanner = field(default_factory=StepPlanner)
@@ -53,6 +55,7 @@ class Compilation:
         begin = time.perf_counter()
         phase = "backward" if kwargs.get("is_backward") else "inference" if kwargs.get("is_inference") else "forward"
         report = GraphReport(name=f"graph_{self.number}_{phase}", phase=phase)
+        torch_internals.refresh_values(gm, example_inputs)
         gm = self.rewrite(gm, report)
         gemm = gemm_measurements(str(self.options.cache_path()), self.options.gemm)
         with torch_internals.region_settings():
@@ -66,13 +69,17 @@ class Compilation:
         fill_report(report, compiled, functions)
         result = CompiledGraph(report.host_source, namespace, report, compiled.collector.finish)
         self.planner.add(report.name, compiled, result)
-        report.make_plan = functools.partial(self.planner.plan_or_none, self.graphs)
+        report.make_plan = self.plan
         if phase != "forward":
             self.planner.use_scratch(self.graphs)
         torch_internals.report_output_strides(output_strides(gm, compiled))
         report.compile_seconds = time.perf_counter() - begin
         add_report(report)
         return result
+
+    def plan(self) -> Plan | None:
+        """The plan that was given, else one made from what was compiled."""
+        return self.given_plan or self.planner.plan_or_none(self.graphs)
 
     def rewrite(self, gm: torch.fx.GraphModule, report: GraphReport) -> torch.fx.GraphModule:
         """The graph after our passes. A graph that the IR cannot carry faithfully stays as it is, with a note."""

@@ -254,6 +254,25 @@ def fake_mode_of(gm: torch.fx.GraphModule) -> Any:
     return detect_fake_mode(values)
 
 
+def refresh_values(gm: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> None:
+    """Bring the graph's fake values up to date with its inputs. A backward is traced before the strides of what the
+    forward really saves are known (a convolution may save channels-last)."""
+    from torch._inductor.compile_fx import fake_tensor_prop
+
+    def moved(value: Any, example: Any) -> bool:
+        return (
+            isinstance(value, torch.Tensor)
+            and isinstance(example, torch.Tensor)
+            and value.layout == torch.strided
+            and value.stride() != example.stride()
+        )
+
+    placeholders = gm.graph.find_nodes(op="placeholder")
+    if any(moved(node.meta.get("val"), example) for node, example in zip(placeholders, example_inputs, strict=True)):
+        with torch.no_grad():
+            fake_tensor_prop(gm, list(example_inputs), force_allow_non_fake_inputs=True)
+
+
 def structured_trace(name: str, text: Callable[[], str]) -> None:
     """Hand a text artifact to ``TORCH_TRACE`` / tlparse."""
     from torch._logging import trace_structured

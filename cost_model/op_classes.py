@@ -1,9 +1,9 @@
 """What kind of work each ATen op is: the table that fusion, costs and the planner share.
 
 Kinds: ``structural`` (input, constant, getitem, call: no work of its own), ``view`` (shares storage, free),
-``creation`` (writes only), ``pointwise``, ``reduction`` (including norms and softmax), ``index`` (gather and scatter), ``sort``,
-``gemm``, ``convolution``, ``attention``, ``collective`` and ``opaque`` (an op of another library: nothing is known).
-An ATen op that is in no table counts as pointwise.
+``creation`` (writes only), ``pointwise``, ``reduction`` (including norms and softmax), ``index`` (gather and scatter),
+``sort``, ``gemm``, ``convolution``, ``attention``, ``collective`` and ``opaque`` (an op of another library: nothing is
+known). An ATen op that is in no table counts as pointwise.
 """
 
 from __future__ import annotations

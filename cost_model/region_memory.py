@@ -33,7 +33,8 @@ class RegionBuffer(msgspec.Struct, frozen=True, kw_only=True):
 
     ``values`` are the region's inputs and outputs that lie in it (none for internal memory; an input and an output
     share a buffer where the region overwrites its input); ``name#i`` is tensor i of a value that holds several.
-    Memory that a kernel takes over from another is one buffer with the union of both ranges. Outputs live on after ``last``, inputs existed before ``first``.
+    Memory that a kernel takes over from another is one buffer with the union of both ranges.
+    Outputs live on after ``last``, inputs existed before ``first``.
     """
 
     name: str

@@ -162,8 +162,10 @@ def _call_as_region(state: CompileState, group: ModuleGroup, module: Any, tx: An
     name = module.source.name
     state.inside = True
     try:
-        with record_nn_module_stack(
-            str(id(module.value)), module.get_nn_module_stack_source(), tx, module.value
+        with (
+            record_nn_module_stack(str(id(module.value)), module.get_nn_module_stack_source(), tx, module.value),
+            # A float attribute (a dropout rate) as a symbolic input would be read with .item() inside the body.
+            torch._dynamo.config.patch(specialize_float=True),
         ):
             result = _region_variable().call_function(tx, [function, module, *args], kwargs)
         reason = _why_not_shareable(state, group, function, tx)
@@ -214,6 +216,8 @@ def _why_not_shareable(state: CompileState, group: ModuleGroup, function: Any, t
 def _entry_hazard(group: ModuleGroup, entry: Any, tx: Any) -> str | None:
     from torch._dynamo.variables.invoke_subgraph import LiftedCapturedSource, LiftedSyntheticObject
 
+    if reason := getattr(entry, "_effcc_hazard", None):
+        return str(reason)
     own = entry.arg_sources[0]
     for origin in entry.subgraph_input_mapping:
         if isinstance(origin, LiftedSyntheticObject):
@@ -237,6 +241,8 @@ def _body_hazard(body: torch.fx.GraphModule) -> str | None:
     for node in body.graph.nodes:
         if isinstance(node.target, torch._ops.HigherOrderOperator):
             return f"it contains the higher-order operator {node.target.name()}"
+        if node.op == "call_method" and node.target in ("item", "tolist"):
+            return "it reads a number from a tensor"
         if "unbacked_bindings" in node.meta:
             return "it has sizes that depend on data"
     return None
@@ -265,8 +271,26 @@ def _save_reuse_entry(original: Callable[..., None]) -> Callable[..., None]:
             for _, entry in _reuse_entries(tx, fn_var):
                 if not hasattr(entry, "_effcc_arguments"):
                     entry._effcc_arguments = describe_arguments(fingerprint)
+                    _name_symbols(tx, entry, kwargs["p_args"] if "p_args" in kwargs else args[3])
 
     return save_reuse_entry
+
+
+def _name_symbols(tx: Any, entry: Any, p_args: Any) -> None:
+    """Lifted sizes are looked up by the symbol that they are bound to, which may since have got a value (``s1 = 8``)."""
+    from torch._dynamo.variables.invoke_subgraph import LiftedBoundSymbol
+
+    bound = tx.output.current_tracer.bound_symbols
+    own = entry.arg_sources[0]
+    for origin, proxy in zip(entry.subgraph_input_mapping, p_args[2:], strict=True):
+        if not isinstance(origin, LiftedBoundSymbol):
+            continue
+        grapharg = proxy.node.meta.get("grapharg")
+        if origin.expr not in bound:
+            example = grapharg.example if grapharg is not None else proxy.node.meta.get("example_value")
+            origin.expr = example.node._expr
+        if grapharg is not None and _is_below(grapharg.source, own):
+            entry._effcc_hazard = f"its {grapharg.source.name} is a number that varies"
 
 
 def _reuse(tx: Any, condition: Any, fingerprint: Any, entry: Any) -> bool:

@@ -426,7 +426,8 @@ def _assemble(
     if place:
         from .memory_mapping import map_memory
 
-        buffers, arena, solvers = map_memory(buffers)
+        placed, arena, solvers = map_memory([buffer for buffer in buffers if buffer.pool])
+        buffers = sorted([*placed, *(buffer for buffer in buffers if not buffer.pool)], key=lambda buffer: buffer.id)
     peak = {
         tier: reserved.peak for tier in TIERS if (reserved := reserved_bytes(buffers, arena, len(steps), tier)).peak > 0
     }

@@ -16,7 +16,7 @@ from effcc.ir.printer import print_graph
 from effcc.ir.structural_hash import graph_hash
 from effcc.ir.types import ScalarType, TensorType, TupleType
 from effcc.ir.verifier import verify
-from effcc.tests.ir.captures import MODELS, Captured, graphs_of
+from fx_captures import MODELS, Captured, graphs_of
 from torch.fx.experimental.proxy_tensor import make_fx
 
 
