@@ -1,30 +1,44 @@
-"""effcc: a graph compiler and scheduler for PyTorch."""
+"""effcc: a graph compiler and scheduler for PyTorch.
+
+``torch.compile(model, backend="effcc", options={...})`` compiles and runs; ``effcc.plan`` predicts memory and time on any
+device; ``effcc.reports`` tells what was compiled, what fell back and what it took.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .errors import EffccError
+    from .ir.plan_file import load_plan
+    from .options import Options
+    from .planning import plan
+    from .runtime.reports import reports
+    from .runtime.reports import reset as reset_reports
 
 __version__ = "0.1.0"
 
-__all__ = ["Options", "compile", "reports", "reset_reports"]
+__all__ = ["EffccError", "Options", "__version__", "load_plan", "plan", "reports", "reset_reports"]
+
+#: Public name -> (module, name in it). Imported on first use: commands that never run a model need not load torch.
+_PLACES = {
+    "EffccError": ("errors", "EffccError"),
+    "Options": ("options", "Options"),
+    "load_plan": ("ir.plan_file", "load_plan"),
+    "plan": ("planning", "plan"),
+    "reports": ("runtime.reports", "reports"),
+    "reset_reports": ("runtime.reports", "reset"),
+}
 
 
 def __getattr__(name: str) -> Any:
-    # Imported on first use, so that commands that never run a model need not load torch.
-    if name == "Options":
-        from .options import Options
+    place = _PLACES.get(name)
+    if place is None:
+        raise AttributeError(f"module 'effcc' has no attribute {name!r}")
+    module, attribute = place
+    return getattr(import_module(f".{module}", __name__), attribute)
 
-        return Options
-    if name == "reports":
-        from .runtime.reports import reports
 
-        return reports
-    if name == "reset_reports":
-        from .runtime.reports import reset
-
-        return reset
-    if name == "compile":
-        from .backend import compile_model
-
-        return compile_model
-    raise AttributeError(f"module 'effcc' has no attribute {name!r}")
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

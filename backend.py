@@ -13,6 +13,7 @@ from .frontend.repeated_modules import trace_repeated_modules_once
 from .graph_compiler import Compilation, input_role
 from .options import Options, parse_options
 from .plan_matching import matching_plan
+from .runtime.cache_directory import code_directory
 
 _numbers = itertools.count()
 
@@ -36,6 +37,7 @@ def effcc(
     compilation = Compilation(settings, next(_numbers), roles, plan)
     with (
         torch_internals.graph_settings(),
+        torch_internals.cache_directory(code_directory(settings.chosen_cache())),
         torch_internals.inductor_settings(torch_internals.mode_options(mode)),
     ):
         return torch_internals.compile_fx(gm, example_inputs, compilation.compile)  # type: ignore[no-any-return]

@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import sys
 import traceback
-from typing import Annotated
+from collections.abc import Sequence
+from typing import Annotated, NoReturn
 
 import typer
 
@@ -61,34 +62,82 @@ app.command("devices", rich_help_panel="Devices")(devices_command)
 app.command("calibrate", rich_help_panel="Devices")(calibrate_command)
 
 
-def main() -> None:
-    """Entry point of the ``effcc`` script. Exit codes: 0 done, 1 found wanting or our own error, 2 bad input."""
-    debug = "--debug" in sys.argv[1:] or bool(os.environ.get("EFFCC_DEBUG"))
-    arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """Entry point of the ``effcc`` script.
+
+    Exit codes: 0 done, 1 a fault of ours, 2 bad input or found wanting, 130 interrupted.
+    """
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in given or bool(os.environ.get("EFFCC_DEBUG"))
+    code = 0
     try:
-        app(args=arguments, prog_name="effcc")
-    except EffccError as error:
-        if debug:
-            traceback.print_exc()
-        print(f"effcc: error: {error}", file=sys.stderr)
-        sys.exit(2)
+        code = _run([argument for argument in given if argument != "--debug"])
+        sys.stdout.flush()
     except BrokenPipeError:
         # The reader (a pager, head) has gone: nothing is left to say, also not by the interpreter's last flush.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(0)
+    except KeyboardInterrupt:
+        print("effcc: interrupted", file=sys.stderr)
+        code = 130
     except Exception as error:
         if debug:
             traceback.print_exc()
-        else:
-            frame = traceback.extract_tb(error.__traceback__)[-1]
-            print(
-                f"effcc: unexpected {type(error).__name__}: {error}\n"
-                f"  at {frame.filename}:{frame.lineno}\n"
-                f"  This is a fault of effcc {__version__}. Run again with --debug and send what it prints\n"
-                f"  to {REPORT_TO}.",
-                file=sys.stderr,
-            )
-        sys.exit(1)
+        text, code = describe(error)
+        print(text, file=sys.stderr)
+        if isinstance(error, OSError):
+            _silence_standard_output()
+    sys.exit(code)
+
+
+def _run(arguments: list[str]) -> int:
+    """Runs a command; usage errors are shown as typer shows them."""
+    import click
+
+    try:
+        result = app(args=arguments, prog_name="effcc", standalone_mode=False)
+    except click.ClickException as error:
+        error.show()
+        return error.exit_code
+    except click.Abort:
+        raise KeyboardInterrupt from None
+    return result if isinstance(result, int) else 0
+
+
+def describe(error: BaseException) -> tuple[str, int]:
+    """What is printed for an error, and the exit code."""
+    ours = _effcc_error(error)
+    if ours is not None:
+        return f"effcc: error: {ours}", 2
+    if isinstance(error, OSError) and error.strerror:
+        place = f"\n  at {error.filename}" if error.filename else ""
+        return f"effcc: error: {error.strerror}{place}", 2
+    if isinstance(error, MemoryError):
+        return "effcc: error: this machine's memory is used up\n  free some, or plan a smaller batch", 2
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    return (
+        f"effcc: unexpected {type(error).__name__}: {error}\n"
+        f"  at {frame.filename}:{frame.lineno}\n"
+        f"  This is a fault of effcc {__version__}. Run again with --debug and send what it prints\n"
+        f"  to {REPORT_TO}."
+    ), 1
+
+
+def _effcc_error(error: BaseException) -> EffccError | None:
+    """The error itself, or the one that torch's compiler has wrapped."""
+    current: BaseException | None = error
+    while current is not None:
+        if isinstance(current, EffccError):
+            return current
+        current = getattr(current, "inner_exception", None) or current.__cause__
+    return None
+
+
+def _silence_standard_output() -> None:
+    """After a failed write (a full disk) the interpreter's last flush would fail again, with a traceback."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 if __name__ == "__main__":

@@ -74,3 +74,11 @@ class ExportError(EffccError):
 
 class CascadeError(EffccError):
     """A cascade is inconsistent: a rank neither kept nor reduced, a tensor read before it is written, and the like."""
+
+
+class CompileError(EffccError):
+    """A region cannot be compiled, and falling back to eager ops was forbidden."""
+
+
+class BudgetError(EffccError):
+    """A step needs more memory than its budget; the message says the least that works and what holds it."""

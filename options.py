@@ -60,15 +60,18 @@ class Options:
     repeated_modules: bool = True
     #: GEMM library for float32 on CPU: ``"measure"`` times the candidates once per shape class, or a fixed one.
     gemm: str = "measure"
-    #: Compile distinct regions at the same time, in this many threads; 0 takes the number of cores.
-    workers: int = 0
+
+    def chosen_cache(self) -> Path | None:
+        """The cache directory that the user has set, by option or by ``EFFCC_CACHE_DIR``."""
+        text = self.cache_dir or os.environ.get("EFFCC_CACHE_DIR")
+        return Path(text).expanduser() if text else None
 
     def cache_path(self) -> Path:
-        return Path(self.cache_dir).expanduser() if self.cache_dir else default_cache_dir()
+        return self.chosen_cache() or default_cache_dir()
 
 
 _CHOICES = {"fallback": ("eager", "error"), "gemm": ("measure", "onednn", "blas")}
-_TYPES: dict[str, tuple[type, ...]] = {"verify": (bool,), "repeated_modules": (bool,), "workers": (int,)}
+_TYPES: dict[str, tuple[type, ...]] = {"verify": (bool,), "repeated_modules": (bool,)}
 _TEXTS = ("plan", "dump_dir", "device", "cache_dir")
 
 
@@ -78,7 +81,8 @@ def default_cache_dir() -> Path:
 
 
 def parse_options(given: Mapping[str, Any] | Options | None) -> Options:
-    """Options from what ``torch.compile`` was given. Raises OptionError for an unknown key (with a suggestion) or a bad value."""
+    """Options from what ``torch.compile`` was given. Raises OptionError for a bad value or an unknown key, which it
+    answers with a suggestion."""
     if isinstance(given, Options):
         return given
     if given is not None and not isinstance(given, Mapping):

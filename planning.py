@@ -1,23 +1,32 @@
-"""From a model file to a plan, on any machine: capture, passes, plan, check. `effcc plan` is a shell around it."""
+"""From a model to a plan, on any machine: capture, passes, plan, check. ``effcc plan`` is a shell around it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import copy
+import difflib
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from .cost_model.devices import Device, load_device
-from .errors import OptionError
+from .cost_model.devices import Device
+from .errors import BudgetError, OptionError
+from .formatting import bytes_text
 from .ir.graph import Graph
 from .ir.plan import GraphPlan, Plan
+from .options import parse_bytes
 from .passes.dump import PassRecord
+from .summary import Summary, device_named, summarize
 
 if TYPE_CHECKING:
+    import torch
+
     from .frontend.capture import Captured
+    from .frontend.model_file import ModelSpec
+    from .passes.planner import StateBytes
 
 #: What is done to every captured graph before it is planned.
 PIPELINE = "normalize,repeated-structure,regions,schedule"
@@ -25,9 +34,16 @@ PIPELINE = "normalize,repeated-structure,regions,schedule"
 Progress = Callable[[str], AbstractContextManager[None]]
 
 
+#: Names of the floating-point types that ``dtype`` may convert a model to, with torch's own.
+DTYPES = {
+    "f64": "f64", "f32": "f32", "bf16": "bf16", "f16": "f16",
+    "float64": "f64", "float32": "f32", "bfloat16": "bf16", "float16": "f16",
+}  # fmt: skip
+
+
 @dataclass(frozen=True)
 class PlanRequest:
-    """What ``effcc plan`` is asked for. ``memory_budget`` is in bytes."""
+    """What ``effcc plan`` is asked for. ``model`` is ``FILE.py[:name]``; ``memory_budget`` is in bytes."""
 
     model: str
     train: bool = False
@@ -50,13 +66,75 @@ class Planned:
     records: tuple[PassRecord, ...]
     captured: Captured
 
+    @property
+    def summary(self) -> Summary:
+        """Peak, time, who holds the peak: as figures, and in ``summary.words`` as sentences."""
+        return summarize(self.plan)
 
-def plan_model(request: PlanRequest, progress: Progress = lambda _: nullcontext()) -> Planned:
-    """Capture a model file, run the passes, make the plan and have it checked by the independent validator.
+    def save(self, path: str | Path) -> None:
+        """Write ``plan.effcc``, for ``torch.compile(options={"plan": path})`` and the command line. Raises OutputError."""
+        from .ir.plan_file import save_plan
+
+        save_plan(path, self.plan, self.graphs_text, {})
+
+
+def plan(
+    model: str | Path | torch.nn.Module,
+    example_inputs: tuple[Any, ...] | Mapping[str, Any] | None = None,
+    *,
+    train: bool = False,
+    loss: Callable[..., Any] | None = None,
+    optimizer: str | None = None,
+    dtype: str | None = None,
+    device: str = "cpu",
+    memory_budget: int | str | None = None,
+    dynamic: bool = False,
+) -> Planned:
+    """The plan of a model for a device that need not be at hand, without running the model.
+
+    Args:
+        model: a model file (``"model.py"`` or ``"model.py:name"``), or a module; a module is copied without its
+            weights and left as it is.
+        example_inputs: for a module, its arguments: a tuple, or a dict of keyword arguments.
+        train: a training step (forward, backward, optimizer), not a forward pass.
+        loss: for a module, a function of its outputs that gives the scalar to differentiate; without it ``.loss`` or
+            the sum of the outputs is taken.
+        optimizer: counts this optimizer's state, for instance ``"adamw"``; needs ``train``.
+        dtype: converts floating-point parameters and inputs: f32, bf16, f16, f64.
+        device: a name from ``effcc devices`` or the path of a device file.
+        memory_budget: most bytes on the device, as a number or a text such as ``"8GiB"``.
+        dynamic: keeps the inputs' sizes symbolic.
+
+    Raises:
+        EffccError: see ``plan_model``.
+    """
+    request = PlanRequest(
+        model=str(model) if isinstance(model, str | Path) else type(model).__name__,
+        train=train,
+        optimizer=optimizer,
+        dtype=dtype,
+        device=device,
+        memory_budget=None if memory_budget is None else parse_bytes(memory_budget),
+        dynamic=dynamic,
+    )
+    if isinstance(model, str | Path):
+        if example_inputs is not None or loss is not None:
+            raise OptionError(
+                "example_inputs and loss go with a module", remedy="a model file has its own: define them in it"
+            )
+        return plan_model(request)
+    return plan_model(request, spec=_spec_of_module(model, example_inputs, loss))
+
+
+def plan_model(
+    request: PlanRequest, progress: Progress = lambda _: nullcontext(), *, spec: ModelSpec | None = None
+) -> Planned:
+    """Capture a model file (or ``spec``), run the passes, make the plan and have the independent validator check it.
 
     Raises:
         ModelFileError, CaptureError: the file offers no model, or the model cannot be traced.
         OptionError, DeviceError: an option's value is not understood.
+        BudgetError: the plan needs more than the budget; the message says the least that works and what holds it.
         PassError, PlanError: a fault of ours, with what to send us.
     """
     from .ir.plan_validator import validate
@@ -65,44 +143,110 @@ def plan_model(request: PlanRequest, progress: Progress = lambda _: nullcontext(
     from .passes.pipeline import parse_pipeline
     from .passes.planner import make_plan
 
-    device = load_device(request.device)
-    if request.optimizer is not None and not request.train:
-        raise OptionError("--optimizer without --train", remedy="add --train: only a training step has an optimizer")
+    device = device_named(request.device)
+    check_options(request)
     passes = parse_pipeline(request.pipeline)
     with progress("capture"):
-        captured = _capture(request, device)
+        spec = spec or _load(request.model)
+        captured = _capture(request, device, spec)
     manager = PassManager(passes, dump_dir=request.dump_dir, verify=request.verify)
     graphs = []
     for graph in map(_with_saved_roles, captured.graphs):
         with progress(f"passes on {graph.name} ({len(graph.nodes)} ops)"):
             graphs.append(manager.run(graph))
     with progress("plan"):
-        plan = make_plan(
+        made = make_plan(
             captured.name,
             graphs,
             device,
             state=_state(captured),
             budget=request.memory_budget,
-            optimizer=_optimizer_name(request, captured),
+            optimizer=_optimizer_name(request, spec),
         )
-        plan = msgspec.structs.replace(
-            plan,
-            graphs=_captured_identities(plan, captured),
-            notes=(*plan.notes, *captured.notes, *_graph_breaks(captured)),
-        )
+    _check_budget(made, request.memory_budget)
+    made = msgspec.structs.replace(
+        made,
+        graphs=_captured_identities(made, captured),
+        notes=(*made.notes, *captured.notes, *_graph_breaks(captured)),
+    )
     with progress("validate"):
-        validate(plan)
-    texts = {entry.name: print_graph(graph) for entry, graph in zip(plan.graphs, graphs, strict=True)}
-    return Planned(plan, texts, tuple(manager.records), captured)
+        validate(made)
+    texts = {entry.name: print_graph(graph) for entry, graph in zip(made.graphs, graphs, strict=True)}
+    return Planned(made, texts, tuple(manager.records), captured)
 
 
-def _capture(request: PlanRequest, device: Device) -> Captured:
-    from .frontend.capture import capture
+def check_options(request: PlanRequest) -> None:
+    """What can be refused before the model is built, which may take a while. Raises OptionError."""
+    if request.optimizer is not None and not request.train:
+        raise OptionError("--optimizer without --train", remedy="add --train: only a training step has an optimizer")
+    if request.dtype is not None and request.dtype.removeprefix("torch.") not in DTYPES:
+        raise OptionError(
+            f"dtype {request.dtype!r} is not understood", remedy=f"one of {', '.join(dict.fromkeys(DTYPES.values()))}"
+        )
+    if request.optimizer is not None:
+        from .frontend.state import OPTIMIZERS
+
+        name = request.optimizer.lower().replace("-", "_")
+        if name not in OPTIMIZERS:
+            close = difflib.get_close_matches(name, OPTIMIZERS, n=1)
+            hint = f"did you mean {close[0]!r}? " if close else ""
+            raise OptionError(
+                f"unknown optimizer {request.optimizer!r}", remedy=f"{hint}known optimizers: {', '.join(OPTIMIZERS)}"
+            )
+
+
+def _check_budget(made: Plan, budget: int | None) -> None:
+    """A plan over its budget is refused, with the least budget that this plan keeps and what holds the peak."""
+    peak = made.peak.get("device", 0)
+    if budget is None or peak <= budget:
+        return
+    holders = summarize(made).holders[:3]
+    held = "; ".join(f"{bytes_text(holder.bytes)} {holder.role} {holder.what}" for holder in holders)
+    raise BudgetError(
+        f"the step needs {bytes_text(peak)}, more than the memory budget of {bytes_text(budget)}",
+        where=f"the plan for {made.device}; at its peak most is held by: {held}" if held else f"the plan for {made.device}",
+        remedy=f"the least budget that works is {peak} bytes ({bytes_text(peak)}); a smaller batch or --dtype needs less",
+    )
+
+
+def _spec_of_module(
+    model: torch.nn.Module, example_inputs: tuple[Any, ...] | Mapping[str, Any] | None, loss: Callable[..., Any] | None
+) -> ModelSpec:
+    from torch import Tensor
+    from torch.nn import Module
+
+    from .frontend.model_file import ModelSpec
+
+    if not isinstance(model, Module):
+        raise OptionError(
+            f"the model is {type(model).__name__}", remedy="give a torch.nn.Module, or the path of a model file"
+        )
+    if example_inputs is None:
+        raise OptionError("example_inputs are missing", remedy='effcc.plan(model, (x,)) or effcc.plan(model, {"x": x})')
+    if isinstance(example_inputs, Tensor):
+        example_inputs = (example_inputs,)
+    named = dict(example_inputs) if isinstance(example_inputs, Mapping) else {}
+    positional = () if isinstance(example_inputs, Mapping) else tuple(example_inputs)
+    return ModelSpec(
+        name=type(model).__name__,
+        # The copy is made where tensors come out fake, so that it has no weights.
+        build_model=lambda: copy.deepcopy(model),
+        example_inputs=lambda: copy.deepcopy((positional, named)),
+        loss=loss,
+    )
+
+
+def _load(model_file: str) -> ModelSpec:
     from .frontend.model_file import load_model_file
     from .frontend.without_weights import Weightless
 
     with Weightless().building():
-        spec = load_model_file(request.model)
+        return load_model_file(model_file)
+
+
+def _capture(request: PlanRequest, device: Device, spec: ModelSpec) -> Captured:
+    from .frontend.capture import capture
+
     return capture(
         spec,
         train=request.train,
@@ -125,11 +269,15 @@ def _with_saved_roles(graph: Graph) -> Graph:
     return graph.with_nodes(tuple(nodes))
 
 
-def _optimizer_name(request: PlanRequest, captured: Captured) -> str:
-    return request.optimizer or ("adamw" if captured.state.optimizer else "")
+def _optimizer_name(request: PlanRequest, spec: ModelSpec) -> str:
+    """Key of ``frontend.state.OPTIMIZERS``, empty for none."""
+    from .frontend.state import optimizer_name
+
+    found = optimizer_name(request.optimizer if request.optimizer is not None else spec.optimizer)
+    return "" if found == "none" else found
 
 
-def _state(captured: Captured):  # type: ignore[no-untyped-def]
+def _state(captured: Captured) -> StateBytes:
     from .passes.planner import StateBytes
 
     def entries(*kinds: str) -> tuple[tuple[str, int, str], ...]:

@@ -32,15 +32,22 @@ class _Member:
 class StepPlanner:
     """Collects the compiled graphs of one model: forward and backward, or inference."""
 
+    #: What costs are taken from: a name or file, see ``cost_model.devices``.
+    device: str
     members: dict[str, _Member] = field(default_factory=dict)
 
     def add(self, name: str, compiled: CompiledSegments, result: CompiledGraph) -> None:
         self.members[name] = _Member(compiled, result, memory_of_segments(compiled, f"{name}/"))
 
     def plan(self, graphs: Sequence[Graph], moved: Mapping[str, frozenset[str]] | None = None) -> Plan:
-        """Plan of the step on this machine's CPU; ``moved`` buffers (by segment identity) are left out."""
+        """Plan of the step; ``moved`` buffers (by segment identity) are left out."""
         return make_plan(
-            "model", graphs, load_device("cpu"), None, functools.partial(self.region_memory, moved or {}), place=False
+            "model",
+            graphs,
+            load_device(self.device),
+            None,
+            functools.partial(self.region_memory, moved or {}),
+            place=False,
         )
 
     def plan_or_none(self, graphs: Sequence[Graph]) -> Plan | None:
@@ -83,4 +90,4 @@ class StepPlanner:
                 function.__globals__["_effcc_scratch"] = arena
                 arena.reserve(chosen.height)
                 moved = types.MethodType(use_scratch(function, code.source, chosen, arena), runner)
-                member.result.replace(code.run, moved)
+                member.result.replace(member.compiled.functions[identity], moved)

@@ -67,10 +67,22 @@ class Summary:
     words: tuple[str, ...] = field(default=())
 
 
+def device_named(name: str) -> Device:
+    """The device of that name or file; ``cpu`` is this machine's as measured by ``effcc calibrate``, if it was.
+
+    Raises DeviceError for an unknown one.
+    """
+    if name.lower() == "cpu":
+        from .cost_model.calibrate import calibrated_device
+
+        return calibrated_device()
+    return load_device(name)
+
+
 def device_of(plan: Plan) -> Device | None:
-    """The device file the plan was made for; None when it is not on this machine."""
+    """The device the plan was made for; None when its file is not on this machine."""
     try:
-        return load_device(plan.device)
+        return device_named(plan.device)
     except DeviceError:
         return None
 

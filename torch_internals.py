@@ -8,32 +8,20 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
 import platform
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch._inductor.config as inductor_config
 from torch._guards import TracingContext
-from torch._inductor.exc import CppCompileError
+from torch._inductor.exc import CppCompileError, InvalidCxxCompiler
 
-__all__ = [
-    "CppCompileError",
-    "cache_directory",
-    "collect_output_strides",
-    "compile_fx",
-    "compile_region",
-    "graph_settings",
-    "is_invoke_subgraph",
-    "donated_inputs",
-    "donating",
-    "lowering_error_target",
-    "region_settings",
-    "report_output_strides",
-    "structured_trace",
-]
+#: What stands between generated C++ and a loaded kernel: no compiler, a compiler that fails or was killed, a full disk.
+COMPILER_ERRORS = (CppCompileError, InvalidCxxCompiler, OSError, ImportError)
 
 
 def compile_fx(gm: torch.fx.GraphModule, example_inputs: Sequence[Any], inner: Callable[..., Any]) -> Any:
@@ -78,8 +66,6 @@ def cache_directory(path: Path | None) -> Iterator[None]:
     if path is None:
         yield
         return
-    import os
-
     before = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(path)
     try:
@@ -113,23 +99,6 @@ def report_output_strides(strides: Sequence[tuple[int, ...] | None]) -> None:
     if context is not None and context.output_strides is not None:
         context.output_strides.clear()
         context.output_strides.extend(strides)
-
-
-def refresh_fake_values(gm: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> None:
-    """Bring ``meta["val"]`` of all nodes up to date where an example input is laid out otherwise than its placeholder.
-
-    The backward of a graph with layout optimisation (convolutions kept channels-last) gets saved tensors with the strides
-    that the forward really gave them, and AOTAutograd says so in the example inputs alone.
-    """
-    from torch._inductor.compile_fx import fake_tensor_prop
-
-    for node, value in zip(gm.graph.find_nodes(op="placeholder"), example_inputs, strict=True):
-        traced = node.meta.get("val")
-        # As texts: comparing symbolic strides would add guards.
-        if isinstance(traced, torch.Tensor) and isinstance(value, torch.Tensor) and value.layout == torch.strided:
-            if [str(step) for step in traced.stride()] != [str(step) for step in value.stride()]:
-                fake_tensor_prop(gm, example_inputs)
-                return
 
 
 def saved_outputs(total: int) -> int:
@@ -167,16 +136,18 @@ def is_invoke_subgraph(node: torch.fx.Node) -> bool:
     return node.op == "call_function" and node.target is torch.ops.higher_order.invoke_subgraph
 
 
+def compile_error_cause(error: BaseException) -> BaseException:
+    """What went wrong, without the exceptions that Inductor wraps around it."""
+    while isinstance(getattr(error, "inner_exception", None), BaseException):
+        error = error.inner_exception  # type: ignore[attr-defined]
+    return error
+
+
 def lowering_error_target(error: BaseException) -> str:
     """Name of the op that Inductor could not lower (``aten.foo.default``), or ``""`` when the error names none."""
-    seen: set[int] = set()
-    current: BaseException | None = error
-    while current is not None and id(current) not in seen:
-        seen.add(id(current))
-        for line in str(current).splitlines():
-            if line.strip().startswith("target: "):
-                return line.strip()[len("target: ") :]
-        current = current.__cause__ or current.__context__
+    for line in str(compile_error_cause(error)).splitlines():
+        if line.strip().startswith("target: "):
+            return line.strip()[len("target: ") :]
     return ""
 
 
@@ -236,7 +207,7 @@ def _cpp_module_cache() -> Any:
     from torch._inductor.codecache import CppPythonBindingsCodeCache, clear_on_fresh_cache
 
     class CppModuleCache(CppPythonBindingsCodeCache):
-        cache: dict[str, Any] = {}
+        cache: ClassVar[dict[str, Any]] = {}
         entry_function = "effcc_kernels"
 
         @staticmethod
@@ -256,19 +227,23 @@ def fake_mode_of(gm: torch.fx.GraphModule) -> Any:
 
 def refresh_values(gm: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> None:
     """Bring the graph's fake values up to date with its inputs. A backward is traced before the strides of what the
-    forward really saves are known (a convolution may save channels-last)."""
+    forward really saves are known (a convolution may save channels-last); AOTAutograd then says so in the example
+    inputs alone. Views of what has moved become reshapes, as Inductor makes them."""
     from torch._inductor.compile_fx import fake_tensor_prop
+    from torch._inductor.fx_passes.post_grad import view_to_reshape
 
     def moved(value: Any, example: Any) -> bool:
         return (
             isinstance(value, torch.Tensor)
             and isinstance(example, torch.Tensor)
-            and value.layout == torch.strided
-            and value.stride() != example.stride()
+            and value.layout == example.layout == torch.strided
+            # As texts: comparing symbolic strides would add guards.
+            and [str(step) for step in value.stride()] != [str(step) for step in example.stride()]
         )
 
     placeholders = gm.graph.find_nodes(op="placeholder")
     if any(moved(node.meta.get("val"), example) for node, example in zip(placeholders, example_inputs, strict=True)):
+        view_to_reshape(gm)
         with torch.no_grad():
             fake_tensor_prop(gm, list(example_inputs), force_allow_non_fake_inputs=True)
 

@@ -134,5 +134,3 @@ def _type_symbols(value_type: Type | None) -> Iterable[str]:
     else:
         return []
     return [symbol.name for size in sizes if isinstance(size, sympy.Basic) for symbol in size.free_symbols]
-
-

@@ -116,8 +116,11 @@ class _Exporter:
             setattr(self.root, attribute, value)
         return self.create("get_attr", attribute, (), {}, node)
 
-    def create(self, kind: str, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], node: Node) -> Any:
-        return self.fx.create_node(kind, target, args, kwargs, name=node.name)
+    def create(
+        self, kind: str, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], node: Node
+    ) -> torch.fx.Node:
+        made: torch.fx.Node = self.fx.create_node(kind, target, args, kwargs, name=node.name)
+        return made
 
     def describe(self, node: Node, made: torch.fx.Node) -> None:
         """Metadata as AOTAutograd leaves it: values, source lines, module path."""
@@ -125,7 +128,9 @@ class _Exporter:
             made.meta["val"] = self.fakes.of(node.type)
         location = node.location
         if location.file:
-            made.meta["stack_trace"] = f'File "{location.file}", line {location.line}, in forward\n    {location.source}\n'
+            made.meta["stack_trace"] = (
+                f'File "{location.file}", line {location.line}, in forward\n    {location.source}\n'
+            )
         if location.module:
             made.meta["nn_module_stack"] = {location.module: (location.module, torch.nn.Module)}
         if node.op == "input":
@@ -163,7 +168,9 @@ class _Exporter:
     def subgraph(self, symbol: Symbol) -> torch.fx.Node:
         name = symbol.text[1:]
         if name not in self.bodies:
-            raise ExportError(f"there is no subgraph @{name} in graph @{self.graph.name}", remedy="verify the graph first")
+            raise ExportError(
+                f"there is no subgraph @{name} in graph @{self.graph.name}", remedy="verify the graph first"
+            )
         return self.fx.get_attr(self.bodies[name])
 
     def expression(self, expression: sympy.Basic, node: Node | None) -> Any:
@@ -214,7 +221,7 @@ _SIZE_OPERATORS: dict[str, Any] = {
 
 
 def export_argument(symbol: Symbol, node: Node | None = None) -> Any:
-    """The torch constant that a symbol names. Raises ``ExportError`` for one that has no value outside of its process."""
+    """The torch constant that a symbol names. Raises ``ExportError`` where it has none outside of its process."""
     text = symbol.text
     if text.startswith("torch."):
         value = getattr(torch, text.removeprefix("torch."), None)

@@ -84,8 +84,9 @@ def _torch_functions() -> dict[str, Any]:
             module = getattr(function, "__module__", None)
             if isinstance(module, str) and module.startswith("torch"):
                 found.setdefault(f"{module}.{name}", function)
-    for name in ("arange", "empty", "zeros", "ones", "full", "tensor", "rand", "randn", "randint", "eye", "linspace",
-                 "scalar_tensor", "sym_max", "sym_min", "sym_int", "sym_float", "sym_not", "sym_ite", "sym_sum"):  # fmt: skip
+    names = """arange empty zeros ones full tensor rand randn randint eye linspace scalar_tensor
+        sym_max sym_min sym_int sym_float sym_not sym_ite sym_sum""".split()
+    for name in names:
         if hasattr(torch, name):
             found[f"torch.{name}"] = getattr(torch, name)
     return found

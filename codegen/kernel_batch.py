@@ -7,6 +7,7 @@ compiled in the background while the next region is being generated.
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 import threading
@@ -83,6 +84,8 @@ class PendingKernel:
     argument_types: tuple[str, ...]
     source: str
     alone: Callable[[], Any]
+    #: Identity of the region that calls it.
+    region: str = ""
     compiled: Any = None
 
     def __call__(self, *args: Any) -> Any:
@@ -98,16 +101,22 @@ class Batch:
     kernels: list[PendingKernel]
     result: Callable[[], Any]
 
-    def wait(self) -> None:
-        """Load the unit. When it does not compile as a whole, each kernel is compiled alone (and may raise then)."""
+    def wait(self) -> dict[str, str]:
+        """Load the unit; when it does not compile as a whole, each kernel is compiled alone. Returns the regions whose
+        kernels do not compile at all, with the compiler's message."""
         try:
             module = self.result()
-        except torch_internals.CppCompileError:
+        except torch_internals.COMPILER_ERRORS:
+            failed: dict[str, str] = {}
             for kernel in self.kernels:
-                kernel.compiled = kernel.alone()
-            return
+                try:
+                    kernel.compiled = kernel.alone()
+                except torch_internals.COMPILER_ERRORS as error:
+                    failed[kernel.region] = describe(error)
+            return failed
         for index, kernel in enumerate(self.kernels):
             kernel.compiled = getattr(module, f"call_{index}")
+        return {}
 
 
 @dataclass
@@ -117,31 +126,51 @@ class Collector:
     pending: list[PendingKernel] = field(default_factory=list)
     batches: list[Batch] = field(default_factory=list)
     scopes: list[dict[str, Any]] = field(default_factory=list)
+    #: Identity of the region whose code is being generated.
+    region: str = ""
 
     def add(self, argument_types: list[str], source: str, alone: Callable[[], Any]) -> Any:
         if len(_ENTRY.findall(source)) != 1 or "#define" in source or reader_problem(argument_types):
             return alone()
-        kernel = PendingKernel(tuple(argument_types), source, alone)
+        kernel = PendingKernel(tuple(argument_types), source, alone, self.region)
         self.pending.append(kernel)
         return kernel
 
     def flush(self, last: bool = False) -> None:
-        """Start compiling what is pending; fewer than SMALLEST kernels wait for the next region unless this is the last."""
+        """Start compiling what is pending; fewer than SMALLEST kernels wait for the next region unless ``last``."""
         size = min(LARGEST, max(SMALLEST, -(-len(self.pending) // (os.cpu_count() or 1))))
         while len(self.pending) >= SMALLEST or (last and self.pending):
             kernels, self.pending = self.pending[:size], self.pending[size:]
-            self.batches.append(Batch(kernels, torch_internals.compile_cpp_module(unit_source(kernels))))
+            try:
+                result = torch_internals.compile_cpp_module(unit_source(kernels))
+            except torch_internals.COMPILER_ERRORS as error:
+                result = functools.partial(_raise, error)
+            self.batches.append(Batch(kernels, result))
 
-    def finish(self) -> None:
-        """Wait for all batches and put the compiled kernels into the regions' namespaces."""
+    def finish(self) -> dict[str, str]:
+        """Wait for all batches and put the compiled kernels into the regions' namespaces. Returns the regions that
+        cannot run because a kernel did not compile, with the reason."""
         self.flush(last=True)
+        failed: dict[str, str] = {}
         for batch in self.batches:
-            batch.wait()
+            failed.update(batch.wait())
         for scope in self.scopes:
             for name, value in list(scope.items()):
                 if isinstance(value, PendingKernel) and value.compiled is not None:
                     scope[name] = value.compiled
         self.batches, self.scopes = [], []
+        return failed
+
+
+def describe(error: BaseException) -> str:
+    """The error's kind and first line."""
+    error = torch_internals.compile_error_cause(error)
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0][:300] if lines else ''}"
+
+
+def _raise(error: BaseException) -> Any:
+    raise error
 
 
 def reader_problem(argument_types: list[str]) -> bool:

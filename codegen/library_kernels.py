@@ -7,7 +7,7 @@ at 480 on two cores), and neither always wins, so the candidates are timed for e
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeGuard
 
 import torch
 import torch.fx as fx
@@ -20,8 +20,9 @@ _aten = torch.ops.aten
 
 @torch.library.custom_op("effcc::onednn_linear", mutates_args=(), device_types="cpu")
 def onednn_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """``x @ weight.t() + bias`` by oneDNN, for float32 matrices of any strides. x: [m, k], weight: [n, k], bias: [n]."""
-    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    """``x @ weight.t() + bias`` by oneDNN, float32, any strides. x: [m, k], weight: [n, k], bias: [n]."""
+    product: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return product
 
 
 @onednn_linear.register_fake
@@ -43,9 +44,7 @@ def use_library_kernels(module: fx.GraphModule, choose: GemmChoice) -> dict[str,
             continue
         left, right, bias = parts
         a, b = left.meta["val"], right.meta["val"]
-        library = choose(
-            hint(a.shape[0]), hint(a.shape[1]), hint(b.shape[1]), strides(a), strides(b)
-        )
+        library = choose(hint(a.shape[0]), hint(a.shape[1]), hint(b.shape[1]), strides(a), strides(b))
         chosen[node.name] = library
         if library != "onednn":
             continue
@@ -75,17 +74,25 @@ def product_parts(node: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node | None] | No
     values = [left.meta.get("val"), right.meta.get("val"), node.meta.get("val")]
     if isinstance(bias, fx.Node):
         values.append(bias.meta.get("val"))
-        if values[-1] is None or values[-1].dim() != 1 or values[-1].shape[0] != values[1].shape[1]:
-            return None
-    for value in values:
-        if not isinstance(value, torch.Tensor) or value.dtype != torch.float32 or value.device.type != "cpu":
-            return None
-        if any(hint(size) == 0 for size in value.shape):
-            return None
-    result = values[2]
+    tensors = [value for value in values if runs_in_onednn(value)]
+    if len(tensors) < len(values):
+        return None
+    _, weight, result, *row = tensors
+    if any(one.dim() != 1 or one.shape[0] != weight.shape[1] for one in row):
+        return None
     if result.stride() != (result.shape[1], 1):
         return None
     return left, right, bias if isinstance(bias, fx.Node) else None
+
+
+def runs_in_onednn(value: object) -> TypeGuard[torch.Tensor]:
+    """Whether the value of a node is a float32 tensor on CPU that is not empty."""
+    return (
+        isinstance(value, torch.Tensor)
+        and value.dtype == torch.float32
+        and value.device.type == "cpu"
+        and all(hint(size) != 0 for size in value.shape)
+    )
 
 
 def transposed(graph: fx.Graph, node: fx.Node) -> fx.Node:

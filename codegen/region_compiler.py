@@ -7,12 +7,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch.fx as fx
-from torch._dynamo.exc import ShortenTraceback, SkipFrame
+from torch._dynamo.exc import SkipFrame
 
 from .. import torch_internals
-from .kernel_batch import Collector, collecting
+from ..errors import CompileError
+from .kernel_batch import Collector, collecting, describe
 from .library_kernels import GemmChoice, use_library_kernels
-from .segments import EAGER, Segment, cut
+from .segments import EAGER, Segment, copy_module, cut
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,17 @@ class CompiledSegments:
     fallbacks: list[Fallback]
     #: C++ kernels still being compiled; ``collector.finish()`` waits for them.
     collector: Collector
+    #: Identity -> the segment as eager ops, for one whose kernels do not compile.
+    eager: dict[str, CompiledSegment] = field(default_factory=dict)
+
+    @property
+    def functions(self) -> dict[str, str]:
+        """Identity -> name of its function in the host module."""
+        identities = dict.fromkeys(segment.identity for segment in self.segments)
+        return {identity: f"_region_{index}" for index, identity in enumerate(identities)}
+
+    def first(self, identity: str) -> Segment:
+        return next(segment for segment in self.segments if segment.identity == identity)
 
 
 def compile_segments(
@@ -60,24 +72,32 @@ def compile_segments(
         segments = cut(gm, eager_ops)
         donated = donated_by_identity(gm, segments, graph_donated)
         code: dict[str, CompiledSegment] = {}
+        eager: dict[str, CompiledSegment] = {}
         collector = Collector()
         retry = False
         for segment in segments:
             if segment.identity in code:
                 continue
+            # A copy: what compiles a segment rewrites its graph in place.
+            eager[segment.identity] = eager_segment(copy_module(segment.module))
             if segment.kind == EAGER or segment.identity in whole:
-                code[segment.identity] = eager_segment(segment)
+                code[segment.identity] = eager[segment.identity]
                 continue
+            collector.region = segment.identity
             try:
                 code[segment.identity] = compile_segment(segment, kwargs, gemm, donated[segment.identity], collector)
                 collector.flush()
-            except (ShortenTraceback, SkipFrame):
+            except SkipFrame:
                 raise
             except Exception as error:
                 if strict:
-                    raise
+                    raise CompileError(
+                        f"a region of {len(segment.ops)} ops does not compile: {describe(error)}",
+                        where=source_of(segment),
+                        remedy="Leave the option fallback at 'eager' to run it op by op.",
+                    ) from error
                 target = torch_internals.lowering_error_target(error)
-                reason = f"{type(error).__name__}: {first_line(error)}"
+                reason = describe(error)
                 if target and target in segment.ops and target not in eager_ops and segment.kind != "call":
                     eager_ops.add(target)
                     fallbacks.append(Fallback(target, reason, source_of(segment, target)))
@@ -89,7 +109,7 @@ def compile_segments(
                 break
         if not retry:
             collector.flush(last=True)
-            return CompiledSegments(segments, code, fallbacks, collector)
+            return CompiledSegments(segments, code, fallbacks, collector, eager)
         if eager_ops:
             # A finer cut renumbers the segments, so whole-segment decisions of the coarser one no longer apply.
             whole = {identity for identity in whole if identity.startswith("call:")}
@@ -134,7 +154,7 @@ def donated_by_identity(
         mine = {
             index
             for index, node in enumerate(segment.inputs)
-            if node in free and last[node] == position and segment.inputs.count(node) == 1
+            if isinstance(node, fx.Node) and node in free and last[node] == position and segment.inputs.count(node) == 1
         }
         before = table.get(segment.identity)
         table[segment.identity] = sorted(mine if before is None else mine & set(before))
@@ -148,8 +168,7 @@ def input_index(node: fx.Node) -> int:
     return node.graph.find_nodes(op="placeholder").index(node)
 
 
-def eager_segment(segment: Segment) -> CompiledSegment:
-    module = segment.module
+def eager_segment(module: fx.GraphModule) -> CompiledSegment:
     module.recompile()
 
     def run(args: list[Any]) -> Any:
@@ -157,12 +176,7 @@ def eager_segment(segment: Segment) -> CompiledSegment:
         args.clear()
         return module(*local)
 
-    return CompiledSegment(run, module.code, 0, [None] * len(segment.outputs))
-
-
-def first_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0][:300] if lines else ""
+    return CompiledSegment(run, module.code, 0, [None] * len(list(module.graph.output_node().args[0])))
 
 
 def source_of(segment: Segment, target: str = "") -> str:

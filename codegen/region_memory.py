@@ -19,6 +19,7 @@ from .region_compiler import CompiledSegments
 from .segments import copy_module
 from .wrapper_memory import wrapper_memory
 
+
 @dataclass(frozen=True)
 class SegmentMemory:
     """Memory of the compiled segments, by identity, and which segment covers a region of the IR."""

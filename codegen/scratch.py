@@ -45,7 +45,9 @@ def layout(buffers: Sequence[RegionBuffer], limit: int) -> ScratchLayout:
                 offset = max(offset, end)
         if offset + size <= limit:
             placed.append((buffer, offset, offset + size))
-    return ScratchLayout({buffer.name: begin for buffer, begin, _ in placed}, max((end for *_, end in placed), default=0))
+    return ScratchLayout(
+        {buffer.name: begin for buffer, begin, _ in placed}, max((end for *_, end in placed), default=0)
+    )
 
 
 def movable(memory: RegionMemory, source: str) -> list[RegionBuffer]:
@@ -62,7 +64,9 @@ def movable(memory: RegionMemory, source: str) -> list[RegionBuffer]:
     ]
 
 
-def use_scratch(function: types.FunctionType, source: str, moved: ScratchLayout, pool: ScratchPool) -> types.FunctionType:
+def use_scratch(
+    function: types.FunctionType, source: str, moved: ScratchLayout, pool: ScratchPool
+) -> types.FunctionType:
     """The wrapper's ``call`` with moved allocations; ``source`` is the text of its module."""
     call = _call(source)
     assert call is not None
@@ -112,10 +116,7 @@ def _call(source: str) -> ast.FunctionDef | None:
 
 
 def _is_allocation(node: ast.expr) -> bool:
-    return isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in (
-        "empty_strided_cpu",
-        "empty_strided_cuda",
-    )
+    return isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "empty_strided_cpu"
 
 
 def _allocations(call: ast.FunctionDef) -> list[tuple[str, ast.expr]]:

@@ -1,4 +1,4 @@
-"""Decide which internal buffers of which regions move to the scratch arena: as many as possible without raising the peak.
+"""Which internal buffers of which regions move to the scratch arena: as many as possible without a higher peak.
 
 An arena is held for the whole step, so it may only fill what lies between the values that live across regions and the
 peak that the step has anyway.
@@ -21,7 +21,9 @@ SMALLEST = 1 << 16
 PeakWithout = Callable[[Mapping[str, frozenset[str]]], int]
 
 
-def choose_layouts(candidates: Mapping[str, Sequence[RegionBuffer]], peak_without: PeakWithout) -> dict[str, ScratchLayout]:
+def choose_layouts(
+    candidates: Mapping[str, Sequence[RegionBuffer]], peak_without: PeakWithout
+) -> dict[str, ScratchLayout]:
     """A layout for each region (by identity) of ``candidates``; empty when an arena would raise the peak."""
     peak = peak_without({})
     rest = peak_without({identity: names(buffers) for identity, buffers in candidates.items()})

@@ -1,7 +1,7 @@
 """Read what a generated wrapper does with memory: its kernels in order, its allocations and when each is freed.
 
-Inductor's Python wrapper is straight-line code: ``buf = empty_strided_cpu(...)``, kernel calls, ``del buf``. It is parsed
-here with ``ast`` and never run.
+Inductor's Python wrapper is straight-line code: ``buf = empty_strided_cpu(...)``, kernel calls, ``del buf``. It is
+parsed here with ``ast`` and never run.
 """
 
 from __future__ import annotations
@@ -123,7 +123,11 @@ class _Reader:
                 self.launch(value, storage)
 
     def arguments(self, target: ast.expr, inputs: list[str]) -> None:
-        names = [item.id for item in target.elts if isinstance(item, ast.Name)] if isinstance(target, ast.Tuple | ast.List) else []
+        names = (
+            [item.id for item in target.elts if isinstance(item, ast.Name)]
+            if isinstance(target, ast.Tuple | ast.List)
+            else []
+        )
         if len(names) != len(inputs):
             raise _NotUnderstood
         for name, value in zip(names, inputs, strict=True):
@@ -152,7 +156,9 @@ class _Reader:
     def launch(self, node: ast.expr, made: _Storage | None = None) -> None:
         """A kernel: everything it names is in use while it runs."""
         position = len(self.kernels)
-        touched = [self.owner[item.id] for item in ast.walk(node) if isinstance(item, ast.Name) and item.id in self.owner]
+        touched = [
+            self.owner[item.id] for item in ast.walk(node) if isinstance(item, ast.Name) and item.id in self.owner
+        ]
         for storage in [*touched, *([made] if made is not None else [])]:
             storage.last = max(storage.last, position)
         name = _dotted(node.func) if isinstance(node, ast.Call) else type(node).__name__

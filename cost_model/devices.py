@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import difflib
 import functools
+import itertools
+import re
 from pathlib import Path
 
 import msgspec
@@ -165,6 +167,13 @@ def load_device(name_or_path: str | Path) -> Device:
     close = difflib.get_close_matches(key, list_devices(), n=3, cutoff=0.4)
     hint = f"did you mean {' or '.join(close)}? " if close else ""
     raise DeviceError(f"unknown device {text!r}", remedy=f"{hint}known devices: {', '.join(list_devices())}")
+
+
+def device_titled(title: str) -> str | None:
+    """The packaged device that a driver calls by ``title`` (``NVIDIA H100 80GB HBM3``), None for an unknown one."""
+    words = re.split(r"[^a-z0-9]+", title.lower())
+    known = {*words, *map("".join, itertools.pairwise(words))}
+    return next((name for name in list_devices() if name.split("-")[0] in known), None)
 
 
 @functools.cache

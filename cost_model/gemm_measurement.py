@@ -1,7 +1,8 @@
 """Time the libraries that can run a matrix product on this machine, once per distinct product, and remember it.
 
-The answers lie in ``gemm.json`` in the cache directory, keyed by machine, torch version and thread count, and are shared
-between processes. A directory that cannot be written is not an error: the answers then last as long as the process.
+The answers lie in ``gemm.json`` in the cache directory, keyed by machine, torch version and thread count, and are
+shared between processes. A directory that cannot be written is not an error: the answers then last as long as the
+process.
 """
 
 from __future__ import annotations
@@ -15,8 +16,10 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 #: Products below this many FLOP take BLAS unmeasured: the call costs more than the product.
 SMALL_FLOP = 2_000_000
@@ -24,6 +27,7 @@ SMALL_FLOP = 2_000_000
 ROUND_SECONDS, ROUNDS = 0.02, 7
 #: How much faster oneDNN must be: a tie keeps BLAS, which can write to a given address.
 MARGIN = 0.95
+LIBRARIES = frozenset({"blas", "onednn"})
 
 Product = tuple[int, int, int, tuple[int, int], tuple[int, int]]
 
@@ -34,12 +38,12 @@ class GemmMeasurements:
     def __init__(self, directory: Path | None, mode: str = "measure") -> None:
         self.mode = mode
         self.path = directory / "gemm.json" if directory is not None else None
-        self.machine = f"{platform.processor() or platform.machine()} {cpu_model()} torch {torch.__version__} threads {torch.get_num_threads()}"
+        self.machine = machine_name()
         self.lock = threading.Lock()
         self.known: dict[str, dict[str, float]] = self.load()
 
     def __call__(self, m: int, k: int, n: int, left: tuple[int, int], right: tuple[int, int]) -> str:
-        if not torch.backends.mkldnn.is_available() or 2 * m * k * n < SMALL_FLOP:
+        if not has_onednn() or 2 * m * k * n < SMALL_FLOP:
             return "blas"
         if self.mode in ("onednn", "blas"):
             return self.mode
@@ -54,11 +58,8 @@ class GemmMeasurements:
     def load(self) -> dict[str, dict[str, float]]:
         if self.path is None:
             return {}
-        try:
-            stored = json.loads(self.path.read_text())[self.machine]
-            return {key: {name: float(value) for name, value in entry.items()} for key, entry in stored.items()}
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            return {}
+        stored = read_measurements(self.path).get(self.machine, {})
+        return {key: entry for key, entry in stored.items() if entry.keys() >= LIBRARIES}
 
     def save(self) -> None:
         """Merge with what other processes stored, and replace the file in one step."""
@@ -66,19 +67,42 @@ class GemmMeasurements:
             return
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            try:
-                stored = json.loads(self.path.read_text())
-                assert isinstance(stored, dict)
-            except (OSError, ValueError, AssertionError):
-                stored = {}
-            mine = stored.setdefault(self.machine, {})
-            mine.update(self.known)
+            stored = read_measurements(self.path)
+            stored.setdefault(self.machine, {}).update(self.known)
             handle, name = tempfile.mkstemp(dir=self.path.parent, prefix="gemm", suffix=".tmp")
             with os.fdopen(handle, "w") as file:
                 json.dump(stored, file)
             os.replace(name, self.path)
         except OSError:
             self.path = None
+
+
+def read_measurements(path: Path) -> dict[str, dict[str, dict[str, float]]]:
+    """Machine -> product -> library -> seconds. What is damaged counts as not measured."""
+    try:
+        stored: Any = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    found: dict[str, dict[str, dict[str, float]]] = {}
+    for machine, products in stored.items() if isinstance(stored, dict) else ():
+        for product, entry in products.items() if isinstance(products, dict) else ():
+            if isinstance(entry, dict) and all(isinstance(seconds, int | float) for seconds in entry.values()):
+                found.setdefault(machine, {})[product] = {name: float(seconds) for name, seconds in entry.items()}
+    return found
+
+
+def machine_name() -> str:
+    """What a measurement depends on besides the product: processor, torch version and number of threads."""
+    import torch
+
+    architecture = platform.processor() or platform.machine()
+    return f"{architecture} {cpu_model()} torch {torch.__version__} threads {torch.get_num_threads()}"
+
+
+def has_onednn() -> bool:
+    from torch.backends import mkldnn
+
+    return bool(mkldnn.is_available())  # type: ignore[no-untyped-call]
 
 
 def layout(stride: tuple[int, int], shape: tuple[int, int]) -> str:
@@ -99,6 +123,7 @@ def measure(product: Product) -> dict[str, float]:
 @contextlib.contextmanager
 def _real_tensors() -> Iterator[None]:
     """While a graph is compiled, fake-tensor and tracing modes are on, under which a product takes no time at all."""
+    import torch
     from torch.utils._python_dispatch import _disable_current_modes
 
     with _disable_current_modes(), torch.no_grad(), torch.autocast("cpu", enabled=False):
@@ -106,6 +131,8 @@ def _real_tensors() -> Iterator[None]:
 
 
 def _measure(product: Product) -> dict[str, float]:
+    import torch
+
     m, k, n, left, right = product
     a = operand((m, k), left)
     b = operand((k, n), right)
@@ -130,6 +157,8 @@ def _measure(product: Product) -> dict[str, float]:
 
 def operand(shape: tuple[int, int], stride: tuple[int, int]) -> torch.Tensor:
     """Finite data of the given strides (subnormal numbers in uninitialised memory would slow a product down)."""
+    import torch
+
     extent = 1 + sum((size - 1) * step for size, step in zip(shape, stride, strict=True))
     return torch.ones(max(extent, 1), dtype=torch.float32).as_strided(shape, stride)
 

@@ -1,6 +1,6 @@
 """A residual convolutional network (ResNet-18's shape) written with plain torch.nn, for 64-pixel images.
 
-    effcc plan examples/cnn.py --train --optimizer sgd_momentum
+effcc plan examples/cnn.py --train --optimizer sgd_momentum
 """
 
 import torch

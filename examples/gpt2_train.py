@@ -1,8 +1,8 @@
 """GPT-2 trained with ``torch.compile(backend="effcc")``; also a model file.
 
-    python examples/gpt2_train.py --steps 20          train on synthetic text and print the loss
-    effcc plan examples/gpt2_train.py --train         plan the same training step without allocating it
-    effcc plan examples/gpt2_train.py:small --train   a 4-layer GPT-2
+python examples/gpt2_train.py --steps 20          train on synthetic text and print the loss
+effcc plan examples/gpt2_train.py --train         plan the same training step without allocating it
+effcc plan examples/gpt2_train.py:small --train   a 4-layer GPT-2
 """
 
 import argparse

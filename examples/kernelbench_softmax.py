@@ -1,6 +1,6 @@
 """A problem in KernelBench's convention: class Model, get_inputs() and get_init_inputs().
 
-    effcc plan examples/kernelbench_softmax.py
+effcc plan examples/kernelbench_softmax.py
 """
 
 import torch

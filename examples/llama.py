@@ -1,6 +1,6 @@
 """A Llama-like model small enough to train on a laptop's CPU (26 million parameters).
 
-    effcc plan examples/llama.py --train --optimizer adamw
+effcc plan examples/llama.py --train --optimizer adamw
 """
 
 import torch

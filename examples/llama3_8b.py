@@ -1,6 +1,6 @@
 """Llama-3-8B at sequence length 8192: will its training step fit? Planned, never run here.
 
-    effcc plan examples/llama3_8b.py --train --optimizer adamw --dtype bf16 --device h200
+effcc plan examples/llama3_8b.py --train --optimizer adamw --dtype bf16 --device h200
 """
 
 import torch

@@ -1,6 +1,6 @@
 """A small Mixtral: every layer routes each token to 2 of 8 experts.
 
-    effcc plan examples/mixtral.py --train
+effcc plan examples/mixtral.py --train
 """
 
 import torch

@@ -1,6 +1,6 @@
 """A small Qwen3-MoE: 32 narrow experts a layer, 4 of them used by each token.
 
-    effcc plan examples/qwen3_moe.py --train
+effcc plan examples/qwen3_moe.py --train
 """
 
 import torch

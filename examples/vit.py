@@ -1,6 +1,6 @@
 """A ViT classifier (ViT-S/16 at 224 pixels) with its own loss function.
 
-    effcc plan examples/vit.py --train --optimizer sgd_momentum
+effcc plan examples/vit.py --train --optimizer sgd_momentum
 """
 
 import torch

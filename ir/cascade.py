@@ -1,20 +1,20 @@
 """The second IR form: a cascade of extended Einsums.
 
-An extended Einsum maps a scalar expression over operands indexed by named *ranks* and reduces some ranks with a semiring
-operation (TeAAL, MICRO'23; FuseMax, MICRO'24). Expressions are sympy; a tensor access ``QK[m,n]`` is the applied
-function ``QK(m, n)``, a rank is an integer symbol, and its size ``|n|`` a positive integer symbol. Functions for which
-sympy would apply simplifications that are wrong for infinities (``where``, comparisons, ``max``) are our own classes,
-which sympy leaves as they are written.
+An extended Einsum maps a scalar expression over operands indexed by named *ranks* and reduces some ranks with a
+semiring operation (TeAAL, MICRO'23; FuseMax, MICRO'24). Expressions are sympy; a tensor access ``QK[m,n]`` is the
+applied function ``QK(m, n)``, a rank is an integer symbol, and its size ``|n|`` a positive integer symbol. Functions
+for which sympy would apply simplifications that are wrong for infinities (``where``, comparisons, ``max``) are our own
+classes, which sympy leaves as they are written.
 
-A tensor may be *iterative* in one rank: ``RM[m,c+1] = max(RM[m,c], LM[m,c])`` with ``RM[m,0] = -inf``. Such a tensor has
-``|c| + 1`` elements in that position, and its last one is read as ``RM[m,|c|]``.
+A tensor may be *iterative* in one rank: ``RM[m,c+1] = max(RM[m,c], LM[m,c])`` with ``RM[m,0] = -inf``. Such a tensor
+has ``|c| + 1`` elements in that position, and its last one is read as ``RM[m,|c|]``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property, lru_cache
+from functools import cache, cached_property
 from typing import Any
 
 import sympy
@@ -123,19 +123,19 @@ COMPARISONS: dict[str, type[CascadeFunction]] = {
 }
 
 
-@lru_cache(maxsize=None)
+@cache
 def rank(name: str) -> sympy.Symbol:
     """The index variable of a rank."""
     return sympy.Symbol(name, integer=True)
 
 
-@lru_cache(maxsize=None)
+@cache
 def size(name: str) -> sympy.Symbol:
     """The number of coordinates of a rank, ``|name|``."""
     return sympy.Symbol(f"|{name}|", integer=True, positive=True)
 
 
-@lru_cache(maxsize=None)
+@cache
 def constant(name: str) -> sympy.Symbol:
     """A named positive integer such as a block size, ``B`` in ``K[c*B+j,d]``."""
     return sympy.Symbol(name, integer=True, positive=True)
@@ -146,7 +146,7 @@ def is_size(symbol: sympy.Symbol) -> bool:
 
 
 def is_rank(symbol: sympy.Symbol) -> bool:
-    return symbol == rank(symbol.name)
+    return bool(symbol == rank(symbol.name))
 
 
 def access(name: str, indices: Iterable[sympy.Expr]) -> sympy.Expr:
@@ -154,7 +154,7 @@ def access(name: str, indices: Iterable[sympy.Expr]) -> sympy.Expr:
     return _tensor(name)(*indices)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _tensor(name: str) -> Any:
     return sympy.Function(name, real=True)
 
@@ -178,7 +178,8 @@ class Einsum:
     """``output[indices] = reduction[reduced] body``.
 
     ``indices`` are rank variables, except that an iterative tensor is written at ``c + 1`` (its step) and at a number
-    (its start). ``reduction`` is sum, max, min, prod or None for a plain map. ``line`` is the line of the text, 0 for none.
+    (its start). ``reduction`` is sum, max, min, prod or None for a plain map. ``line`` is the line of the text, 0 for
+    none.
     """
 
     output: str

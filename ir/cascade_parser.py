@@ -12,7 +12,8 @@ Grammar (``#`` starts a comment; one Einsum a line)::
     atom       = NUMBER | "inf" | "nan" | "|" rank "|" | rank | CONSTANT | TENSOR "[" indices "]"
                | FUNCTION "(" expression {"," expression} ")" | "(" expression ")"
 
-A tensor's or constant's name starts with a capital letter, a rank's with a small one. Numbers are read as exact rationals.
+A tensor's or constant's name starts with a capital letter, a rank's with a small one. Numbers are read as exact
+rationals.
 """
 
 from __future__ import annotations

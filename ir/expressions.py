@@ -1,16 +1,16 @@
 """Symbolic sizes: the sympy vocabulary of the IR, its text form, and how an expression becomes canonical.
 
-Torch's symbolic shapes use their own sympy functions (``torch.utils._sympy.functions``). The IR must be read where torch
-is not imported, so each has a neutral twin here with the same name. An expression in a graph is *canonical*: built from
-``symbol(name)``, Python-sized numbers, sympy's Add, Mul and Pow, and the functions of ``FUNCTIONS``. ``canonical`` makes
-any expression so; the parser builds only such.
+Torch's symbolic shapes use their own sympy functions (``torch.utils._sympy.functions``). The IR must be read where
+torch is not imported, so each has a neutral twin here with the same name. An expression in a graph is *canonical*:
+built from ``symbol(name)``, Python-sized numbers, sympy's Add, Mul and Pow, and the functions of ``FUNCTIONS``.
+``canonical`` makes any expression so; the parser builds only such.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Any, TypeAlias
 
 import sympy
@@ -29,7 +29,7 @@ class ExpressionError(ValueError):
     """An expression cannot be printed or built; the message says which part."""
 
 
-@lru_cache(maxsize=None)
+@cache
 def symbol(name: str) -> sympy.Symbol:
     """The IR's one symbol of that name: an integer (``u0`` may be negative); names that begin with ``z`` are floats."""
     if name.startswith(("zf", "zuf")):
@@ -45,7 +45,7 @@ def _numbers(*arguments: sympy.Basic) -> bool:
     return all(isinstance(argument, sympy.Number) and argument.is_finite for argument in arguments)
 
 
-class _Sized(sympy.Function):
+class _Sized(sympy.Function):  # type: ignore[misc] # sympy has no types
     """A function of sizes. It folds only plain numbers, so that building one from its text gives the same one."""
 
     @classmethod
@@ -240,9 +240,8 @@ def _opaque(name: str, parent: type[_Sized] = _Sized) -> type[_Sized]:
     return type(name, (parent,), {"__doc__": f"Torch's {name}, kept symbolic.", "is_real": True})
 
 
-_OPAQUE_UNARY = (
-    "sqrt cos cosh sin sinh tan tanh asin acos atan exp log asinh log2".split()
-)  # torch's OpaqueUnaryFn_* family
+#: Torch's OpaqueUnaryFn_* family.
+_OPAQUE_UNARY = "sqrt cos cosh sin sinh tan tanh asin acos atan exp log asinh log2".split()
 
 #: The functions of the language, by name.
 FUNCTIONS: dict[str, Any] = {
@@ -253,7 +252,8 @@ FUNCTIONS: dict[str, Any] = {
         FloatPow, FloatTrueDiv, IntTrueDiv, Where, Identity, Max, Min,
     )
 } | {name: _opaque(name) for name in (f"OpaqueUnaryFn_{unary}" for unary in _OPAQUE_UNARY)} | {
-    name: _opaque(name, _IntegerValued) for name in ("BitwiseFn_bitwise_and", "BitwiseFn_bitwise_or", "BitwiseFn_bitwise_xor")
+    name: _opaque(name, _IntegerValued)
+    for name in ("BitwiseFn_bitwise_and", "BitwiseFn_bitwise_or", "BitwiseFn_bitwise_xor")
 }  # fmt: skip
 
 #: sympy's own functions, kept as they are: name in the text -> class.
@@ -267,7 +267,13 @@ CONDITIONS: dict[str, Any] = {
 _CONDITION_NAMES = {cls: name for name, cls in CONDITIONS.items()}
 
 #: Names with a meaning; a symbol called like one is printed quoted (``$"inf"``).
-CONSTANTS: dict[str, Any] = {"oo": sympy.oo, "zoo": sympy.zoo, "true": sympy.true, "false": sympy.false, "undefined": sympy.nan}
+CONSTANTS: dict[str, Any] = {
+    "oo": sympy.oo,
+    "zoo": sympy.zoo,
+    "true": sympy.true,
+    "false": sympy.false,
+    "undefined": sympy.nan,
+}
 RESERVED = {
     *FUNCTIONS, *_SYMPY_FUNCTIONS, *CONDITIONS, *CONSTANTS, "inf", "nan", "True", "False", "None", "torch", "device",
     "symbol", "complex", "dict", "slice", "list",
@@ -344,7 +350,7 @@ def _canonical(expression: sympy.Basic) -> sympy.Basic:
     function = CONDITIONS[condition] if condition else function_named(name)
     if function is None:
         raise ExpressionError(f"the size expression {expression} uses {name}, which the IR does not know")
-    return apply(function, arguments)  # type: ignore[no-any-return]
+    return apply(function, arguments)
 
 
 # Text ----------------------------------------------------------------------------------------------------------------

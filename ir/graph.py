@@ -1,9 +1,9 @@
 """The first IR form: a graph in SSA form over ATen ops.
 
 A ``Graph`` is a list of nodes in execution order. A value is named by the node that makes it; a multi-output op is one
-node of ``TupleType`` whose parts are read with ``getitem``. A repeated layer stands once in ``subgraphs`` and is used by
-``call`` nodes. Nodes are compared by content (name, op, arguments, type, location), never by identity; arguments strictly,
-see ``argument_key``.
+node of ``TupleType`` whose parts are read with ``getitem``. A repeated layer stands once in ``subgraphs`` and is used
+by ``call`` nodes. Nodes are compared by content (name, op, arguments, type, location), never by identity; arguments
+strictly, see ``argument_key``.
 """
 
 from __future__ import annotations
@@ -31,11 +31,10 @@ class Symbol:
     text: str
 
 
-Argument: TypeAlias = (
-    "Ref | Symbol | sympy.Basic | int | float | complex | bool | str | None | tuple[Argument, ...]"
-)
-"""An op's argument. Lists are kept as tuples. A sympy expression is canonical (see ``expressions``); a dict, a slice and a
-list that must stay a list are tuples that begin with ``Symbol("dict")``, ``Symbol("slice")``, ``Symbol("list")``."""
+Argument: TypeAlias = "Ref | Symbol | sympy.Basic | int | float | complex | bool | str | tuple[Argument, ...] | None"
+"""An op's argument. Lists are kept as tuples. A sympy expression is canonical (see ``expressions``); a dict, a slice
+and a list that must stay a list are tuples that begin with ``Symbol("dict")``, ``Symbol("slice")``,
+``Symbol("list")``."""
 
 
 @dataclass(frozen=True)
@@ -57,8 +56,8 @@ class Node:
 
     ``op`` is the full overload name (``aten.mm.default``, ``prims.convert_element_type.default``,
     ``mylib.custom.default``), or one of the four structural ops: ``input``, ``getitem``, ``call`` (first argument
-    ``Symbol("@subgraph")``) and ``constant`` (argument: the name of a tensor constant kept beside the graph).
-    ``role`` of an ``input`` is parameter, buffer, input, saved, tangent, seed, constant or symbol (a size passed as a number).
+    ``Symbol("@subgraph")``) and ``constant`` (argument: the name of a tensor constant kept beside the graph). ``role``
+    of an ``input`` is parameter, buffer, input, saved, tangent, seed, constant or symbol (a size passed as a number).
     ``forward`` names the forward op a backward op differentiates. ``origin`` says which rewrite made the node, such as
     ``remat(%9)``. ``region`` is the region the node was assigned to (None before that pass).
     """

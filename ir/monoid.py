@@ -1,17 +1,17 @@
 """The combined state of a split reduction: one object for every place where a fiber is split.
 
 A reduction over rank r whose summand depends on other reductions over r keeps a *state*: components such as a running
-maximum and sums relative to it. The state is a monoid: merging the states of two parts of a fiber gives the state of the
-whole. Where the state lives is the schedule's choice: in registers along a loop (online softmax, Welford), across blocks
-(FlashDecoding), across chunks in time, across devices.
+maximum and sums relative to it. The state is a monoid: merging the states of two parts of a fiber gives the state of
+the whole. Where the state lives is the schedule's choice: in registers along a loop (online softmax, Welford), across
+blocks (FlashDecoding), across chunks in time, across devices.
 
 ``carry`` says what an old component is worth once the references have moved, so that::
 
     merge(left, right):  new_i = carry_i(left, new) (+) carry_i(right, new)        in component order
     step(state, x):      new_i = carry_i(state, new) (+) element_i(x, new)
 
-with (+) the component's reduction. In expressions, ``NAME[..., r]`` is the old value, ``NAME[..., r+1]`` the new one and
-``NAME[..., |r|]`` the last one, so a component is also two lines of cascade text.
+with (+) the component's reduction. In expressions, ``NAME[..., r]`` is the old value, ``NAME[..., r+1]`` the new one
+and ``NAME[..., |r|]`` the last one, so a component is also two lines of cascade text.
 """
 
 from __future__ import annotations
@@ -101,8 +101,8 @@ def state(component: Component, rank: sympy.Symbol, when: str) -> AppliedUndef:
 def loop_form(monoid: Monoid) -> list[Einsum]:
     """The state as cascade text: an iterative rank, one element a step.
 
-    rewrite: component -> ``NAME[i,0] = identity``; ``NAME[i,r+1] = carry (+) element``, with the element's further ranks
-    reduced in a line of their own first.
+    rewrite: component -> ``NAME[i,0] = identity``; ``NAME[i,r+1] = carry (+) element``, with the element's further
+    ranks reduced in a line of their own first.
     """
     lines: list[Einsum] = []
     r = monoid.rank
@@ -110,9 +110,7 @@ def loop_form(monoid: Monoid) -> list[Einsum]:
         element = component.element
         if component.inner:
             part = f"{component.name}_part"
-            lines.append(
-                Einsum(part, (*component.indices, r), element, component.reduction, component.inner)
-            )
+            lines.append(Einsum(part, (*component.indices, r), element, component.reduction, component.inner))
             element = access(part, (*component.indices, r))
         body = element if component.reduction is None else join(component.reduction, component.carry, element)
         lines.append(Einsum(component.name, (*component.indices, sympy.Integer(0)), component.identity))
@@ -122,6 +120,7 @@ def loop_form(monoid: Monoid) -> list[Einsum]:
 
 def renamed(monoid: Monoid, names: Mapping[str, str]) -> Monoid:
     """The monoid with components renamed."""
+
     def swap(expression: sympy.Expr) -> sympy.Expr:
         table = {
             item: access(names[tensor_name(item)], item.args)

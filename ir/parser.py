@@ -1,7 +1,7 @@
 """Reads the text form of a graph. Hand-written: no text is ever evaluated, and every limit is stated.
 
-Whatever the text, the outcome is a ``Graph`` or a ``ParseError`` with line, column and the line itself. The graph is not
-verified here; ``verifier.verify`` does that.
+Whatever the text, the outcome is a ``Graph`` or a ``ParseError`` with line, column and the line itself. The graph is
+not verified here; ``verifier.verify`` does that.
 """
 
 from __future__ import annotations
@@ -287,9 +287,9 @@ class _Parser:
         if first in "tds@l" and (text := scanner.match(_SYMBOL)) is not None:
             return Symbol(text)
         if first in "NTF":
-            for word, value in (("None", None), ("True", True), ("False", False)):
+            for word, meant in (("None", None), ("True", True), ("False", False)):
                 if scanner.word(word):
-                    return value
+                    return meant
         if first == "s" and scanner.word("symbol"):
             return self.quoted_symbol()
         if first == "c" and scanner.word("complex"):

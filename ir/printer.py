@@ -18,7 +18,9 @@ PLAIN_FILE = re.compile(r"(?!in\Z)[A-Za-z0-9_./+-]+\Z")
 PLAIN_WORD = re.compile(r"[A-Za-z_][A-Za-z0-9_]*\Z")
 PLAIN_DEVICE = re.compile(r"[a-z]+(:[0-9]+)?\Z")
 #: Symbols printed bare. All others are ``symbol("...")``.
-PLAIN_SYMBOL = re.compile(r"(torch(\.[A-Za-z_][A-Za-z0-9_]*)+|device\([a-z]+(:[0-9]+)?\)|@[A-Za-z0-9_.]+|dict|slice|list)\Z")
+PLAIN_SYMBOL = re.compile(
+    r"(torch(\.[A-Za-z_][A-Za-z0-9_]*)+|device\([a-z]+(:[0-9]+)?\)|@[A-Za-z0-9_.]+|dict|slice|list)\Z"
+)
 
 
 def print_graph(graph: Graph) -> str:
@@ -113,7 +115,7 @@ def print_argument(argument: Argument) -> str:
 
 
 def print_type(value: Type) -> str:
-    """``bf16[8,s0]``, with ``{strides}`` if not contiguous and ``@device`` if not cpu; ``int(s0)``; ``(f32[2], none)``."""
+    """``bf16[8,s0]``, with ``{strides}`` if not contiguous, ``@device`` if not cpu; ``int(s0)``; ``(f32[2], none)``."""
     if isinstance(value, TensorType):
         text = f"{value.dtype}[{','.join(map(print_expression, value.shape))}]"
         if value.stride is not None:

@@ -268,7 +268,9 @@ class _RepeatSearch:
     def offsets(self, start: int, slack: int, period: int) -> list[int]:
         """Where the first stretch may begin without losing one, best cut first: few values cross, a module begins."""
         places = range(start, start + slack + 1)
-        return sorted(places, key=lambda place: (self.crossing[place], not self._module_begins(place, period), place))[:4]
+        return sorted(places, key=lambda place: (self.crossing[place], not self._module_begins(place, period), place))[
+            :4
+        ]
 
     def _module_begins(self, place: int, period: int) -> bool:
         return place > 0 and _layer(self.modules[place]) != _layer(self.modules[place - 1])

@@ -48,7 +48,7 @@ SHORT_DTYPE: dict[str, str] = {torch_name: short for short, (torch_name, _) in D
 
 @dataclass(frozen=True)
 class TensorType:
-    """A strided tensor. ``stride`` is None when the layout is contiguous (row-major); strides that say so become None."""
+    """A strided tensor. ``stride`` is None when the layout is row-major; strides that say so become None."""
 
     dtype: str
     shape: tuple[Size, ...]

@@ -96,7 +96,9 @@ def names_are_unique(graph: Graph) -> Iterator[Problem]:
     seen: dict[str, int] = {}
     for index, node in enumerate(graph.nodes):
         if node.name in seen:
-            yield Problem(index, f"%{node.name} is defined twice, first by node {seen[node.name]}", "rename one of them")
+            yield Problem(
+                index, f"%{node.name} is defined twice, first by node {seen[node.name]}", "rename one of them"
+            )
         seen[node.name] = index
 
 
@@ -107,7 +109,9 @@ def values_are_defined_before_use(graph: Graph) -> Iterator[Problem]:
         for name in node.operands():
             if name not in defined:
                 later = "is defined only later" if name in names else "is not defined"
-                yield Problem(index, f"%{node.name} reads %{name}, which {later}", "define a value before its first use")
+                yield Problem(
+                    index, f"%{node.name} reads %{name}, which {later}", "define a value before its first use"
+                )
         defined.add(node.name)
 
 
@@ -126,7 +130,9 @@ def saved_count_fits(graph: Graph) -> Iterator[Problem]:
             "saved counts the last outputs, kept for the backward",
         )
     elif graph.saved and graph.phase != "forward":
-        yield Problem(None, f"saved={graph.saved} in a graph of phase {graph.phase}", "only a forward graph saves values")
+        yield Problem(
+            None, f"saved={graph.saved} in a graph of phase {graph.phase}", "only a forward graph saves values"
+        )
 
 
 def structural_ops_are_well_formed(graph: Graph) -> Iterator[Problem]:
@@ -160,7 +166,9 @@ def roles_are_known(graph: Graph) -> Iterator[Problem]:
 def types_are_present_and_sound(graph: Graph) -> Iterator[Problem]:
     for index, node in enumerate(graph.nodes):
         if node.type is None:
-            yield Problem(index, f"%{node.name} has no type", "write ': type' behind its name; 'none' if it yields nothing")
+            yield Problem(
+                index, f"%{node.name} has no type", "write ': type' behind its name; 'none' if it yields nothing"
+            )
             continue
         fault = _type_fault(node.type)
         if fault:
@@ -372,7 +380,7 @@ def _argument_fault(argument: Argument) -> str:
     if isinstance(argument, tuple):
         return next((fault for item in argument if (fault := _argument_fault(item))), "")
     if isinstance(argument, sympy.Basic):
-        fault = _size_fault(argument)  # type: ignore[arg-type]
+        fault = _size_fault(argument)
         return f"an argument {fault}" if fault else ""
     known = isinstance(argument, Ref | Symbol | int | float | complex | bool | str) or argument is None
     return "" if known else f"an argument is of class {type(argument).__name__}, which the IR does not have"
@@ -400,5 +408,3 @@ def _compatible(given: Type | None, wanted: Type | None) -> bool:
     if isinstance(given, ScalarType) and isinstance(wanted, ScalarType):
         return given.kind == wanted.kind
     return isinstance(given, NoneType | OpaqueType) or isinstance(wanted, NoneType | OpaqueType)
-
-

@@ -1,8 +1,8 @@
 """How often a cascade must traverse each fiber: passes per tensor and rank.
 
-"A pass that a cascade performs over a particular fiber of a particular rank and tensor is a traversal of every element of
-that fiber. Each time an element must be revisited after visiting every other element of that fiber, there is an additional
-pass" (FuseMax, MICRO'24). For a rank r, in text order:
+"A pass that a cascade performs over a particular fiber of a particular rank and tensor is a traversal of every element
+of that fiber. Each time an element must be revisited after visiting every other element of that fiber, there is an
+additional pass" (FuseMax, MICRO'24). For a rank r, in text order:
 
 - an Einsum that walks over r is in pass max(pass of its operands that carry r, 1 + pass of its operands that do not);
 - an operand without r carries the pass of the reductions over r that it depends on (0 if none), through any number of
@@ -12,7 +12,8 @@ pass" (FuseMax, MICRO'24). For a rank r, in text order:
 A step over an iterative rank is one pass of it, since each element needs only the elements before it.
 
 The same fiber may be walked under several names (``X[m]`` here and ``X[n]`` there, or in chunks, ``X[c*B+j]``, where c
-is the outer walk). Such names are one *group*, unless some Einsum walks over both at once (self-attention's queries and keys).
+is the outer walk). Such names are one *group*, unless some Einsum walks over both at once (self-attention's queries and
+keys).
 """
 
 from __future__ import annotations
@@ -32,8 +33,8 @@ RankGroup = frozenset[sympy.Symbol]
 class RankPasses:
     """The passes of one rank group.
 
-    ``einsum``: line index -> its pass (absent: it does not walk over the group). ``carried``: tensor without the rank ->
-    the pass of the reductions over it that it depends on. ``kept``: tensor with the rank -> the pass that writes it.
+    ``einsum``: line index -> its pass (absent: it does not walk over the group). ``carried``: tensor without the rank
+    -> the pass of the reductions over it that it depends on. ``kept``: tensor with the rank -> the pass that writes it.
     """
 
     group: RankGroup
@@ -59,9 +60,7 @@ class RankPasses:
         return (self.kept.get(name, 0) if written_with else self.carried.get(name, 0)), False
 
 
-def rank_passes(
-    cascade: Cascade, group: RankGroup, settled: Mapping[str, int] | None = None
-) -> RankPasses:
+def rank_passes(cascade: Cascade, group: RankGroup, settled: Mapping[str, int] | None = None) -> RankPasses:
     """The passes of every Einsum over one rank group.
 
     ``settled`` overrides what some reduction carries: the pass in which a rewrite will have it ready.

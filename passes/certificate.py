@@ -1,7 +1,7 @@
 """The proof that goes with a rewrite, in a form that others can check.
 
-Symbols are tensor names without indices (``QK``, and ``QK_2`` for a second access with other indices), ``size_n`` for ``|n|``,
-and ``NAME_new`` for a reference after it has moved. All proofs are symbolic: a certificate exists only if
+Symbols are tensor names without indices (``QK``, and ``QK_2`` for a second access with other indices), ``size_n`` for
+``|n|``, and ``NAME_new`` for a reference after it has moved. All proofs are symbolic: a certificate exists only if
 
 - ``f - sum_j g_j * h_j`` is identically 0 (for max and min: f is h of the largest g);
 - ``u(x; c') = T(c, c') u(x; c)`` for the re-based functions u, so the state's merge is exact;
@@ -50,8 +50,8 @@ _RELATIONS = {
 class Certificate:
     """Why ``einsum`` may be computed in the same pass as the reductions it depends on.
 
-    ``mode``: defer (the d-part is applied at the end), rebase (a state moved by T), exchange (two contractions swapped).
-    ``summand`` is f itself; ``residual`` is f minus the sum of g*h, and is 0.
+    ``mode``: defer (the d-part is applied at the end), rebase (a state moved by T), exchange (two contractions
+    swapped). ``summand`` is f itself; ``residual`` is f minus the sum of g*h, and is 0.
     """
 
     einsum: str
@@ -140,7 +140,9 @@ class Basis:
             found.append(masked(self.term.masks, value))
         return found
 
-    def transition(self, before: Mapping[sympy.Expr, sympy.Expr], after: Mapping[sympy.Expr, sympy.Expr]) -> sympy.Matrix:
+    def transition(
+        self, before: Mapping[sympy.Expr, sympy.Expr], after: Mapping[sympy.Expr, sympy.Expr]
+    ) -> sympy.Matrix:
         rows = []
         for q in self.powers:
             row = []

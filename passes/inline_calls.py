@@ -46,7 +46,7 @@ class _Inliner:
     def run(self) -> Graph:
         graph = self.graph
         self.taken = {node.name for node in graph.nodes}
-        called = {str(node.args[0].text)[1:] for node in graph.nodes if node.op == "call" and _is_target(node)}
+        called = {name for node in graph.nodes if node.op == "call" and (name := _called(node))}
         self.subgraphs = {name: subgraph for name, subgraph in graph.subgraphs.items() if name not in called}
         dropped: set[str] = set()
         names = self.part_names()
@@ -113,18 +113,18 @@ class _Inliner:
             self.nodes.append(self.renamed(moved, inner.__getitem__))
             inner[made.name] = Ref(name)
         for alias in body.aliases:
-            name, base = inner[alias.name], inner[alias.base]
-            if isinstance(name, Ref) and isinstance(base, Ref):
-                self.aliases.append(Alias(name.name, base.name, alias.writes))
+            value, base = inner[alias.name], inner[alias.base]
+            if isinstance(value, Ref) and isinstance(base, Ref):
+                self.aliases.append(Alias(value.name, base.name, alias.writes))
         self.returned[node.name] = tuple(substitute(output, inner.__getitem__) for output in body.outputs)
 
     def body(self, node: Node) -> Graph:
         """The called subgraph with its own calls inlined."""
-        if not _is_target(node) or str(node.args[0].text)[1:] not in self.graph.subgraphs:
+        name = _called(node)
+        if name not in self.graph.subgraphs:
             raise VerificationError(
                 f"%{node.name} of graph @{self.graph.name} calls no subgraph", remedy="verify the graph first"
             )
-        name = str(node.args[0].text)[1:]
         if name not in self.bodies:
             self.bodies[name] = InlineCalls().apply(self.graph.subgraphs[name])
             for key, subgraph in self.bodies[name].subgraphs.items():
@@ -150,5 +150,7 @@ class _Inliner:
         return made
 
 
-def _is_target(node: Node) -> bool:
-    return bool(node.args) and isinstance(node.args[0], Symbol) and node.args[0].text.startswith("@")
+def _called(node: Node) -> str:
+    """Name of the subgraph that a call names, or an empty string."""
+    target = node.args[0] if node.args else None
+    return target.text[1:] if isinstance(target, Symbol) and target.text.startswith("@") else ""

@@ -155,8 +155,10 @@ def _function(e: sympy.Expr, parts: list[Interval]) -> Interval:
     if cls is Relu:
         return Interval(max(x.low, 0.0), max(x.high, 0.0), x.positive)
     if cls is Round:
-        return Interval(math.floor(x.low) if abs(x.low) < math.inf else x.low,
-                        math.ceil(x.high) if abs(x.high) < math.inf else x.high)
+        return Interval(
+            math.floor(x.low) if abs(x.low) < math.inf else x.low,
+            math.ceil(x.high) if abs(x.high) < math.inf else x.high,
+        )
     if cls is Maximum:
         return Interval(max(p.low for p in parts), max(p.high for p in parts), any(p.positive for p in parts))
     if cls is Minimum:

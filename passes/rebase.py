@@ -1,17 +1,17 @@
 """Turning the terms of a separable summand into components of a monoid's state, in a numerically sound way.
 
-A term ``d * x * exp(a + b) * prod (a_i + b_i)**p_i`` (d, b, b_i not varying along the fiber) becomes sums that never read
-an unfinished d. They are kept relative to *references* which the fiber itself provides:
+A term ``d * x * exp(a + b) * prod (a_i + b_i)**p_i`` (d, b, b_i not varying along the fiber) becomes sums that never
+read an unfinished d. They are kept relative to *references* which the fiber itself provides:
 
-- for the exponential, the running maximum M of a: every ``exp(a - M)`` is at most 1, and moving to a new M multiplies by
-  ``exp(M - M')``, at most 1 as well (online softmax);
-- for ``a_i + b_i``, the running mean c of a_i, weighted by the term's positive weights: ``(a_i - c)**q`` for all q <= p_i is
-  closed under moving c, by the binomial theorem (Chan, Golub and LeVeque's merge of variances). If a_i is also the exponent,
-  M serves as c.
+- for the exponential, the running maximum M of a: every ``exp(a - M)`` is at most 1, and moving to a new M multiplies
+  by ``exp(M - M')``, at most 1 as well (online softmax);
+- for ``a_i + b_i``, the running mean c of a_i, weighted by the term's positive weights: ``(a_i - c)**q`` for all q <=
+  p_i is closed under moving c, by the binomial theorem (Chan, Golub and LeVeque's merge of variances). If a_i is also
+  the exponent, M serves as c.
 
-At the end the distance from the reference to the true b is applied once: ``exp(M + b)`` and ``(b_i + c)**(p - q)``. These are as
-large as the original summand makes them: ``exp(M + b)`` is the original's own largest term, and ``sum w|a - mean| <= 2 sum w|a + b|``
-for any b. Everything else in d is deferred.
+At the end the distance from the reference to the true b is applied once: ``exp(M + b)`` and ``(b_i + c)**(p - q)``.
+These are as large as the original summand makes them: ``exp(M + b)`` is the original's own largest term, and
+``sum w|a - mean| <= 2 sum w|a + b|`` for any b. Everything else in d is deferred.
 
 rewrite: ``R = sum[r] f(x, d)``  ->  components (state of the monoid) and ``R = final expression``
 """
@@ -37,7 +37,7 @@ class Reference:
     """What sums are kept relative to: ``scale * component`` (a maximum), or a running mean's component."""
 
     component: Component
-    scale: sympy.Expr = sympy.Integer(1)
+    scale: sympy.Expr = sympy.S.One
 
     def at(self, rank: sympy.Symbol, when: str) -> sympy.Expr:
         return self.scale * state(self.component, rank, when)
@@ -47,8 +47,8 @@ class Reference:
 class Registry:
     """The components of all reductions over ``rank`` that share one traversal, found again by content.
 
-    ``running`` names the components whose value is needed during the traversal. ``alias`` maps a component to the tensor
-    that is equal to its last value. ``values`` maps a tensor to its value in terms of last states.
+    ``running`` names the components whose value is needed during the traversal. ``alias`` maps a component to the
+    tensor that is equal to its last value. ``values`` maps a tensor to its value in terms of last states.
     """
 
     rank: sympy.Symbol
@@ -86,7 +86,12 @@ class Registry:
         return component
 
     def plain(
-        self, hint: str, reduction: str, reduced: tuple[sympy.Symbol, ...], element: sympy.Expr, order: Sequence[sympy.Symbol]
+        self,
+        hint: str,
+        reduction: str,
+        reduced: tuple[sympy.Symbol, ...],
+        element: sympy.Expr,
+        order: Sequence[sympy.Symbol],
     ) -> Component:
         """A component that depends on no reference."""
         return self.add(hint, reduction, reduced, (sympy.expand(element),), element, order)
@@ -124,9 +129,7 @@ class Registry:
         if key not in self.components:
             quotient = state(total, self.rank, NEW) / state(count, self.rank, NEW)
             value = Where(Less(sympy.Abs(quotient), _INFINITY), quotient, sympy.Integer(0))
-            component = Component(
-                self.fresh(f"{hint}_mean"), total.indices, None, (), value, sympy.Integer(0)
-            )
+            component = Component(self.fresh(f"{hint}_mean"), total.indices, None, (), value, sympy.Integer(0))
             self.components[key] = component
             self.running |= {total.name, count.name, component.name}
         return total, count, self.components[key]
@@ -213,7 +216,8 @@ def realize(
 ) -> Realized:
     """Register what a term needs; return its value at the end of the fiber.
 
-    ``inline`` rewrites an expression to last states and inputs; ``alias`` gives the tensor equal to a component's last state.
+    ``inline`` rewrites an expression to last states and inputs; ``alias`` gives the tensor equal to a component's last
+    state.
     """
     if term.simple:
         if term.x == 1 and not term.masks:
@@ -229,12 +233,32 @@ def realize(
     for item in term.affine:
         shift = _shared_exponent(item, term)
         if exponent is not None and shift is not None:
-            centres.append((replace(item, x=item.x - shift, d=item.d + shift), exponent, item.d + shift + alias(exponent.component) * exponent.scale))
+            centres.append(
+                (
+                    replace(item, x=item.x - shift, d=item.d + shift),
+                    exponent,
+                    item.d + shift + alias(exponent.component) * exponent.scale,
+                )
+            )
             continue
-        total, count, mean = registry.mean(hint, reduced, item.x, _mean_weight(item, term, weight, registry, reduced), exponent, order)
+        total, count, mean = registry.mean(
+            hint, reduced, item.x, _mean_weight(item, term, weight, registry, reduced), exponent, order
+        )
         reference = Reference(mean)
         result.means.append((item, mean))
-        distance = _distance(item, total, count, mean, registry, hint, reduced, _mean_weight(item, term, weight, registry, reduced), exponent, order, inline)
+        distance = _distance(
+            item,
+            total,
+            count,
+            mean,
+            registry,
+            hint,
+            reduced,
+            _mean_weight(item, term, weight, registry, reduced),
+            exponent,
+            order,
+            inline,
+        )
         centres.append((item, reference, distance))
     value = sympy.Integer(0)
     for powers in cartesian(*(range(item.power, -1, -1) for item, _, _ in centres)):
@@ -252,12 +276,12 @@ def realize(
 def _weight(term: Term, registry: Registry, exponent: Reference | None) -> Term:
     """The part of a term that is certainly positive: its masks, its exponential and its positive factors."""
     factors = [f for f in sympy.Mul.make_args(term.x) if interval(f, registry.leaf).positive]
-    return replace(term, d=sympy.Integer(1), x=sympy.Mul(*factors), affine=(), exponent=term.exponent if exponent else None)
+    return replace(
+        term, d=sympy.Integer(1), x=sympy.Mul(*factors), affine=(), exponent=term.exponent if exponent else None
+    )
 
 
-def _mean_weight(
-    item: Affine, term: Term, weight: Term, registry: Registry, reduced: tuple[sympy.Symbol, ...]
-) -> Term:
+def _mean_weight(item: Affine, term: Term, weight: Term, registry: Registry, reduced: tuple[sympy.Symbol, ...]) -> Term:
     """Equal weights where the plain sum is known already (a mean that the cascade computes itself), else ``weight``."""
     uniform = replace(weight, x=sympy.Integer(1))
     if weight.exponent is None and weight.x != 1:
@@ -291,7 +315,7 @@ def _distance(
     order: Sequence[sympy.Symbol],
     inline: Callable[[sympy.Expr], sympy.Expr],
 ) -> sympy.Expr:
-    """``b + c`` at the end. If b is minus the mean of a, this is 0 but for the rounding of c, which the sum of a - c tells."""
+    """``b + c`` at the end. If b is minus the mean of a, it is 0 but for c's rounding, which the sum of a - c tells."""
     sizes = sympy.Mul(*(size(s.name) for s in reduced))
     weights = sizes if weight.x == 1 and not weight.masks and exponent is None else registry.last(count)
     rest = sympy.expand(inline(item.d) + registry.last(total) / weights)

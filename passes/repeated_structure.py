@@ -20,12 +20,14 @@ class RepeatedStructure:
         min_nodes: shortest stretch that is outlined.
     rewrite:
         ``%a = f(%x, %w0); %b = g(%a); %c = f(%b, %w1); %d = g(%c)`` ->
-        ``repeat @repeat_0 x 2``, ``graph @repeat_0 { %x = input(); %w0 = input(); %a = f(%x, %w0); %b = g(%a); return (%b) }``,
+        ``repeat @repeat_0 x 2``,
+        ``graph @repeat_0 { %x = input(); %w0 = input(); %a = f(%x, %w0); %b = g(%a); return (%b) }``,
         ``%call = call(@repeat_0, %x, %w0); %b = getitem(%call, 0); %call_1 = call(@repeat_0, %b, %w1); ...``
 
     Order is kept. A stretch is left alone where a value in it shares storage with one that some op writes to. Source
     lines, ``forward`` and ``origin`` of the subgraph are those of the first stretch; the call's module path says where
-    each copy stands. ``inline-calls`` is the inverse. Torch's nested_compile_region asks the user to mark what is found here.
+    each copy stands. ``inline-calls`` is the inverse. Torch's nested_compile_region asks the user to mark what is found
+    here.
     """
 
     name: ClassVar[str] = "repeated-structure"
@@ -119,9 +121,7 @@ def _results(graph: Graph, stretches: Sequence[Sequence[Node]]) -> list[int]:
     for node in graph.nodes:
         own = home.get(node.name)
         read.update(name for name in node.operands() if home.get(name, own) != own or own is None)
-    return [
-        index for index in range(len(stretches[0])) if any(stretch[index].name in read for stretch in stretches)
-    ]
+    return [index for index in range(len(stretches[0])) if any(stretch[index].name in read for stretch in stretches)]
 
 
 def _facts_fit(graph: Graph, stretches: Sequence[Sequence[Node]]) -> bool:
@@ -186,7 +186,9 @@ def _body(
 
 
 def _used_subgraphs(graph: Graph, stretch: Sequence[Node]) -> dict[str, Graph]:
-    texts = {text for node in stretch for argument in (*node.args, *(v for _, v in node.kwargs)) for text in _at(argument)}
+    texts = {
+        text for node in stretch for argument in (*node.args, *(v for _, v in node.kwargs)) for text in _at(argument)
+    }
     return {name: subgraph for name, subgraph in graph.subgraphs.items() if f"@{name}" in texts}
 
 
@@ -216,8 +218,8 @@ def _call(
 
 
 def _result_aliases(graph: Graph, stretches: Sequence[Sequence[Node]], results: Sequence[int]) -> list[Alias]:
-    """Alias facts of the getitems: a result that is a view, through any number of steps, of something from outside or of an
-    earlier result."""
+    """Alias facts of the getitems: a result that is a view, through any number of steps, of something from outside or
+    of an earlier result."""
     bases: dict[str, list[str]] = {}
     for alias in graph.aliases:
         bases.setdefault(alias.name, []).append(alias.base)

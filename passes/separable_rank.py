@@ -1,7 +1,7 @@
 """Finite separable rank: writing a summand f(x, d) as a sum of products of x-only and d-only functions.
 
-``decompose`` takes f apart by rules that are identities (distribution, exp(a+b) = exp(a)exp(b), log(ab) = log a + log b for
-a > 0, ...). It keeps two kinds of mixed factors whole, since they are split in a numerically careful way later:
+``decompose`` takes f apart by rules that are identities (distribution, exp(a+b) = exp(a)exp(b), log(ab) = log a + log b
+for a > 0, ...). It keeps two kinds of mixed factors whole, since they are split in a numerically careful way later:
 
 - one exponential ``exp(a(x) + b(d))``, of rank 1;
 - powers of sums ``(a(x) + b(d))**p``, of rank p + 1.
@@ -59,8 +59,8 @@ class Affine:
 class Term:
     """``where(masks, d * x * exp(exponent) * product of affine, 0)``."""
 
-    d: sympy.Expr = sympy.Integer(1)
-    x: sympy.Expr = sympy.Integer(1)
+    d: sympy.Expr = sympy.S.One
+    x: sympy.Expr = sympy.S.One
     masks: tuple[sympy.Expr, ...] = ()
     exponent: tuple[sympy.Expr, sympy.Expr] | None = None
     affine: tuple[Affine, ...] = ()
@@ -138,7 +138,8 @@ def _decompose(e: sympy.Expr, v: Variables) -> list[Term]:
 
 def _plain(e: sympy.Expr, v: Variables) -> Term:
     """A part without d: what does not vary along the fiber is moved out."""
-    inside, outside = [], []
+    inside: list[sympy.Expr] = []
+    outside: list[sympy.Expr] = []
     for factor in sympy.Mul.make_args(e):
         (inside if v.has_x(factor) else outside).append(factor)
     return Term(d=sympy.Mul(*outside), x=sympy.Mul(*inside))
@@ -261,7 +262,8 @@ def _exponential(argument: sympy.Expr, v: Variables) -> list[Term]:
     if isinstance(argument, Where):
         condition, a, b = argument.args
         return _decompose(Where(condition, sympy.exp(a), sympy.exp(b)), v)
-    xs, ds = [], []
+    xs: list[sympy.Expr] = []
+    ds: list[sympy.Expr] = []
     for part in sympy.Add.make_args(sympy.expand(argument)):
         if v.has_x(part) and v.has_d(part):
             raise _mixed(sympy.exp(argument), v)
@@ -294,12 +296,12 @@ def _where(e: Where, v: Variables) -> list[Term]:
 
 
 def complement(condition: sympy.Expr) -> sympy.Expr:
-    """The opposite condition. (A NaN makes a comparison and its plain opposite both false, hence the equality with 0.)"""
+    """The opposite condition. (A NaN makes a comparison and its plain opposite false, hence the equality with 0.)"""
     if type(condition) in (Equal, NotEqual):
         return _COMPLEMENT[type(condition)](*condition.args)
-    if type(condition) in COMPARISONS.values() and all(not argument.is_Float for argument in condition.args):
-        if all(argument.is_integer for argument in condition.args):
-            return _COMPLEMENT[type(condition)](*condition.args)
+    exact = all(argument.is_integer and not argument.is_Float for argument in condition.args)
+    if type(condition) in COMPARISONS.values() and exact:
+        return _COMPLEMENT[type(condition)](*condition.args)
     return Equal(condition, sympy.Integer(0))
 
 

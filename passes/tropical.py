@@ -1,7 +1,7 @@
 """Deferral for max and min: a non-decreasing function of something x-only commutes with max.
 
-``max_n F(u(x_n), d) = F(max_n u(x_n), d)`` if F does not decrease in u; ``= F(min_n u, d)`` if it does not increase. In the tropical
-semirings this is rank 1: (max, +) for ``u + h(d)``, (max, *) for ``u * h(d)`` with h > 0.
+``max_n F(u(x_n), d) = F(max_n u(x_n), d)`` if F does not decrease in u; ``= F(min_n u, d)`` if it does not increase. In
+the tropical semirings this is rank 1: (max, +) for ``u + h(d)``, (max, *) for ``u * h(d)`` with h > 0.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ def _product(e: sympy.Expr, v: Variables) -> Monotone:
     plain = sympy.Mul(*(factor for factor in e.args if v.has_x(factor) and not v.has_d(factor)))
     fixed = sympy.Mul(*(factor for factor in e.args if not v.has_x(factor)))
     bound = v.bound(fixed)
-    if mixed and plain != 1 or len(mixed) > 1:
+    if (mixed and plain != 1) or len(mixed) > 1:
         raise NotSeparable(f"a product that mixes both sides: {e}")
     if not (bound.positive or bound.negative):
         raise NotSeparable(f"the sign of {fixed} is not known, so max does not commute with it")

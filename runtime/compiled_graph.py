@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import linecache
+import threading
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -23,25 +24,26 @@ class CompiledGraph:
         self.report = report
         self.run = load_host_module(source, namespace, f"<effcc {report.name}>")
         self.finish = finish
+        self.lock = threading.Lock()
         self.kept: list[Any] = []
 
     def __call__(self, args: list[Any]) -> Any:
         if self.finish is not None:
-            finish, self.finish = self.finish, None
-            finish()
+            with self.lock:  # another thread may be here for the first time, too
+                if self.finish is not None:
+                    self.finish()
+                    self.finish = None
         begin = time.perf_counter()
         outputs = self.run(args)
         self.report.record(time.perf_counter() - begin)
         return outputs
 
-    def replace(self, old: Any, new: Any) -> None:
-        """Let the host module call ``new`` where it called the region ``old``. ``old`` is kept alive: it owns the code
-        that ``new`` was made from."""
-        self.kept.append(old)
+    def replace(self, region: str, run: Callable[[list[Any]], Any]) -> None:
+        """Let the host module call ``run`` for the function ``region``. What it called before is kept alive: it may own
+        the code that ``run`` was made from."""
         scope = self.run.__globals__
-        for name, value in list(scope.items()):
-            if value is old:
-                scope[name] = new
+        self.kept.append(scope[region])
+        scope[region] = run
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CompiledGraph:
         return self

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import threading
+import warnings
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -67,6 +68,15 @@ class GraphReport:
     def predicted_peak(self) -> int | None:
         """Predicted peak of the whole step in bytes, parameters and inputs included."""
         return self.plan.peak.get("device", 0) if self.plan is not None else None
+
+    def fall_back(self, op: str, reason: str, source: str) -> None:
+        """Enter what runs as eager ops, and tell the user the first time that a reason comes up."""
+        self.fallbacks.append(FallbackReport(op, reason, source))
+        warnings.warn(
+            f"effcc: {op} of {self.name} run as eager ops: {reason} (all of them are in effcc.reports())",
+            RuntimeWarning,
+            stacklevel=2,
+        )
 
     def record(self, seconds: float) -> None:
         self.seconds.append(seconds)

@@ -1,7 +1,7 @@
 """What all tests share: warm caches in one temporary folder, and a clean compiler where a test asks for one.
 
-The caches lie in ``EFFCC_TEST_CACHE``, else in a folder of the system's temporary directory that belongs to this user and
-this torch. A second run of the suite then compiles almost nothing. Tests that need a cold cache set their own.
+The caches lie in ``EFFCC_TEST_CACHE``, else in a folder of the system's temporary directory that belongs to this user
+and this torch. A second run of the suite then compiles almost nothing. Tests that need a cold cache set their own.
 """
 
 from __future__ import annotations
@@ -31,9 +31,8 @@ sys.path.append(str(Path(__file__).parent))
 @pytest.fixture
 def clean_compiler() -> Iterator[None]:
     """Dynamo without compiled code, the default generator at a fixed seed, and no reports of earlier tests."""
-    import torch
-
     import effcc
+    import torch
 
     # Otherwise pytest formats and prints thousands of lines of torch's structured trace.
     logging.getLogger("torch.__trace").propagate = False

@@ -1,4 +1,4 @@
-"""FX graphs of real models, captured once a process: what AOTAutograd hands to a compiler, with the values it runs on."""
+"""FX graphs of real models, captured once a process: what AOTAutograd hands to a compiler, with its values."""
 
 from __future__ import annotations
 
@@ -124,8 +124,18 @@ def _mixtral(backend: Callable[..., Any]) -> None:
 
 
 def _gpt2(backend: Callable[..., Any]) -> None:
-    model = _language_model("GPT2", vocab_size=64, n_embd=32, n_layer=3, n_head=2, n_positions=16, use_cache=False,
-                            bos_token_id=1, eos_token_id=2, loss_type="ForCausalLM")
+    model = _language_model(
+        "GPT2",
+        vocab_size=64,
+        n_embd=32,
+        n_layer=3,
+        n_head=2,
+        n_positions=16,
+        use_cache=False,
+        bos_token_id=1,
+        eos_token_id=2,
+        loss_type="ForCausalLM",
+    )
     _train(model, backend, _tokens())
 
 
@@ -133,7 +143,14 @@ def _t5(backend: Callable[..., Any]) -> None:
     import transformers
 
     config = transformers.T5Config(
-        vocab_size=64, d_model=32, d_kv=16, d_ff=48, num_layers=2, num_heads=2, use_cache=False, decoder_start_token_id=0
+        vocab_size=64,
+        d_model=32,
+        d_kv=16,
+        d_ff=48,
+        num_layers=2,
+        num_heads=2,
+        use_cache=False,
+        decoder_start_token_id=0,
     )
     _train(transformers.T5ForConditionalGeneration(config), backend, _tokens())
 
@@ -155,7 +172,9 @@ class ConvNet(torch.nn.Module):
         super().__init__()
         self.stem = torch.nn.Conv2d(3, 8, 3, padding=1)
         self.blocks = torch.nn.ModuleList(
-            torch.nn.Sequential(torch.nn.Conv2d(8, 8, 3, padding=1, bias=False), torch.nn.BatchNorm2d(8), torch.nn.ReLU())
+            torch.nn.Sequential(
+                torch.nn.Conv2d(8, 8, 3, padding=1, bias=False), torch.nn.BatchNorm2d(8), torch.nn.ReLU()
+            )
             for _ in range(3)
         )
         self.head = torch.nn.Linear(8, 5)

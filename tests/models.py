@@ -1,7 +1,7 @@
 """The zoo: real architectures, built from their configuration with random weights, in a tiny and a benchmark size.
 
-``build(name, size)`` gives a Sample in float32. ``loss_of`` turns whatever a model returns into a scalar; it stays in the
-model's dtype (the losses of transformers cast logits to float32 first).
+``build(name, size)`` gives a Sample in float32. ``loss_of`` turns whatever a model returns into a scalar; it stays in
+the model's dtype (the losses of transformers cast logits to float32 first).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class Entry:
-    """``casts``: the model computes parts in float32 whatever its parameters are. ``layer``: the module class it repeats."""
+    """``casts``: the model computes parts in float32 whatever its parameters are. ``layer``: the class it repeats."""
 
     build: Callable[[str], Sample]
     casts: bool = False
@@ -53,9 +53,7 @@ def token_ids(vocabulary: int, *shape: int) -> torch.Tensor:
 
 
 def text_sample(model: nn.Module, vocabulary: int, batch: int, length: int) -> Sample:
-    return Sample(
-        model, {"input_ids": token_ids(vocabulary, batch, length)}, token_ids(vocabulary, batch, length)
-    )
+    return Sample(model, {"input_ids": token_ids(vocabulary, batch, length)}, token_ids(vocabulary, batch, length))
 
 
 def gpt2(size: str) -> Sample:

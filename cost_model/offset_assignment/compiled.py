@@ -26,12 +26,13 @@ def compiled(function: _F) -> _F:
     """Compile on first call, without the interpreter lock, so that two searches can run in two threads."""
     directory = cache_directory()
     # numba reads the setting when a function is decorated; the process's own setting is put back after.
-    before = numba.config.CACHE_DIR
+    settings: Any = numba.config
+    before = settings.CACHE_DIR
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        numba.config.CACHE_DIR = str(directory)
+        settings.CACHE_DIR = str(directory)
         return cast(_F, numba.njit(cache=True, nogil=True, boundscheck=False)(function))
     except (OSError, RuntimeError):
         return cast(_F, numba.njit(nogil=True, boundscheck=False)(function))
     finally:
-        numba.config.CACHE_DIR = before
+        settings.CACHE_DIR = before

@@ -254,7 +254,9 @@ def ranks(tables: Tables, key: str, noise: float, generator: np.random.Generator
     return rank
 
 
-def search(tables: Tables, rank: Ints, capacity: int, node_limit: int, stop: Ints, blame: Ints) -> tuple[int, Ints, int]:
+def search(
+    tables: Tables, rank: Ints, capacity: int, node_limit: int, stop: Ints, blame: Ints
+) -> tuple[int, Ints, int]:
     """Search for offsets with all ends at or below ``capacity``.
 
     Args:

@@ -1,7 +1,7 @@
 """First-fit and best-fit placement in a given order, and reinsertion search over the order.
 
-Both keep the buffers already placed sorted by offset, so that one scan upwards finds the holes that a buffer could take:
-O(n) a buffer, and less where a low hole fits. Gaps are handled through *pieces*, see ``place_pieces``.
+Both keep the buffers already placed sorted by offset, so that one scan upwards finds the holes that a buffer could
+take: O(n) a buffer, and less where a low hole fits. Gaps are handled through *pieces*, see ``place_pieces``.
 """
 
 from __future__ import annotations
@@ -24,9 +24,8 @@ def place(
     Gives up as soon as a buffer would end above ``limit``; the result is then the end it would have. ``work`` has five
     rows of as many elements as buffers: lower, upper, offset, end and index of the placed ones, sorted by offset.
     """
-    placed = 0
     height = 0
-    for b in order:
+    for placed, b in enumerate(order):
         lo, up, need, align = lower[b], upper[b], size[b], alignment[b]
         cursor = 0
         chosen, waste = -1, _BIG
@@ -45,7 +44,7 @@ def place(
         if end > height:
             height = end
             if height > limit:
-                return height
+                return int(height)
         offsets[b] = chosen
         # Insert, keeping the order of offsets (binary search, then shift).
         left, right = 0, placed
@@ -59,7 +58,6 @@ def place(
             for i in range(placed, left, -1):
                 work[row, i] = work[row, i - 1]
         work[0, left], work[1, left], work[2, left], work[3, left] = lo, up, chosen, end
-        placed += 1
     return height
 
 

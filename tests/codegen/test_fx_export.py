@@ -1,4 +1,4 @@
-"""IR back to FX: the exported module computes bit for bit what the captured one did, on the values it was called with."""
+"""IR back to FX: the exported module computes bit for bit what the captured one did, on the same values."""
 
 from __future__ import annotations
 

@@ -77,7 +77,9 @@ def test_shorter_and_longer_graphs_differ() -> None:
 def test_outputs_and_aliases_count() -> None:
     graph = parse_graph(TEXT)
     assert graph_hash(replace(graph, outputs=(Ref("y"),))) != graph_hash(graph)
-    assert graph_hash(parse_graph(TEXT.replace("  return (%o)", "  alias %o of %y\n  return (%o)"))) != graph_hash(graph)
+    assert graph_hash(parse_graph(TEXT.replace("  return (%o)", "  alias %o of %y\n  return (%o)"))) != graph_hash(
+        graph
+    )
 
 
 # Repeats -------------------------------------------------------------------------------------------------------------
@@ -88,7 +90,7 @@ F32 = TensorType("f32", (4, 4))
 def layered(layers: int, length: int, *, weights: int = 3, backward: bool = True, seed: int = 7) -> Graph:
     """A graph like a transformer's training step: a stem, equal layers, a head, the layers backward, an end."""
     inputs = [Node("x", "input", type=F32, role="input")]
-    inputs += [Node(f"w{l}_{i}", "input", type=F32, role="parameter") for l in range(layers) for i in range(weights)]
+    inputs += [Node(f"w{n}_{i}", "input", type=F32, role="parameter") for n in range(layers) for i in range(weights)]
     nodes: list[Node] = []
 
     def add(op: str, *operands: str, module: str) -> str:

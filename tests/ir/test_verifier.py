@@ -42,7 +42,11 @@ CASES = [
     ("saved=1", "saved=3", "saved=3, but the graph has 2 outputs"),
     ("phase=forward saved=1 {", "phase=joint saved=1 {", "saved=1 in a graph of phase joint"),
     ("%w: f32[2] = input()", "%w: f32[2] = input(3)", "input %w has arguments"),
-    ("  %d: f32[4] = getitem(%c, 0)", "  %d: f32[4] = getitem(%c, 0)\n  %late: f32[1] = input()", "input %late comes after %y"),
+    (
+        "  %d: f32[4] = getitem(%c, 0)",
+        "  %d: f32[4] = getitem(%c, 0)\n  %late: f32[1] = input()",
+        "input %late comes after %y",
+    ),
     ("in mlp)", "in mlp) role(input)", "%y has role input but is not an input"),
     ("role(parameter)", "role(weight)", "%w has the unknown role 'weight'"),
     ("%y: f32[4] =", "%y =", "%y has no type"),

@@ -75,7 +75,9 @@ def test_values_shared_by_all_layers_are_one_input() -> None:
     graph = RepeatedStructure(min_nodes=2).apply(parse_graph(FLAT.replace("%b, %w1", "%b, %w0")))
     verify(graph)
     assert [len(node.args) for node in graph.nodes if node.op == "call"] == [3, 3]
-    mask = FLAT.replace("aten.relu.default(%a)", "aten.mul.Tensor(%a, %w0)").replace("relu.default(%c)", "mul.Tensor(%c, %w1)")
+    mask = FLAT.replace("aten.relu.default(%a)", "aten.mul.Tensor(%a, %w0)").replace(
+        "relu.default(%c)", "mul.Tensor(%c, %w1)"
+    )
     graph = RepeatedStructure(min_nodes=2).apply(parse_graph(mask))
     assert [len(node.args) for node in graph.nodes if node.op == "call"] == [3, 3], "one weight, read twice"
     uneven = mask.replace("mul.Tensor(%c, %w1)", "mul.Tensor(%c, %w0)")
@@ -111,14 +113,18 @@ def test_mutation_hazards_are_not_outlined() -> None:
     graph = parse_graph(text)
     verify(graph)
     assert RepeatedStructure(min_nodes=2).apply(graph) == graph
-    harmless = parse_graph(text.replace("  alias %e of %a writes\n", "").replace("add_.Tensor(%a, 1)", "neg.default(%d)"))
+    harmless = parse_graph(
+        text.replace("  alias %e of %a writes\n", "").replace("add_.Tensor(%a, 1)", "neg.default(%d)")
+    )
     outlined = RepeatedStructure(min_nodes=2).apply(harmless)
     assert outlined.subgraphs and {alias.name for alias in outlined.subgraphs["repeat_0"].aliases} == {"b"}
     assert graph_hash(InlineCalls().apply(outlined)) == graph_hash(harmless)
 
 
 def test_results_that_are_views_of_inputs_say_so() -> None:
-    text = FLAT.replace("aten.mm.default(%x, %w0)", "aten.t.default(%x)").replace("aten.mm.default(%b, %w1)", "aten.t.default(%b)")
+    text = FLAT.replace("aten.mm.default(%x, %w0)", "aten.t.default(%x)").replace(
+        "aten.mm.default(%b, %w1)", "aten.t.default(%b)"
+    )
     text = text.replace("aten.relu", "aten.alias").replace(
         "  return", "  alias %a of %x\n  alias %b of %a\n  alias %c of %b\n  alias %d of %c\n  return"
     )
