@@ -23,7 +23,9 @@ $(STAMP): pyproject.toml constraints.txt
 
 plan: setup
 	@mkdir -p build
-	@$(BIN)/effcc plan examples/gpt2_train.py --train --device $(DEVICE) -o build/plan.effcc --report build/report.html
+	@rm -rf build/passes
+	@TRANSFORMERS_VERBOSITY=error $(BIN)/effcc plan examples/gpt2_train.py --train --device $(DEVICE) \
+		-o build/plan.effcc --report build/report.html --dump build/passes
 
 test: setup
 	$(BIN)/python -m pytest -c tests/pytest.ini tests

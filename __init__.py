@@ -1,7 +1,7 @@
 """effcc: a graph compiler and scheduler for PyTorch.
 
-``torch.compile(model, backend="effcc", options={...})`` compiles and runs; ``effcc.plan`` predicts memory and time on any
-device; ``effcc.reports`` tells what was compiled, what fell back and what it took.
+``torch.compile(model, backend="effcc", options={...})`` compiles and runs; ``effcc.plan`` predicts memory and time on
+any device; ``effcc.reports`` tells what was compiled, what fell back and what it took.
 """
 
 from __future__ import annotations

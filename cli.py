@@ -22,6 +22,8 @@ from .cli_run import run_command
 from .cli_verify import verify_command
 from .errors import EffccError
 
+#: Exit code after Ctrl-C: what a shell gives for SIGINT, and typer too.
+INTERRUPTED = 130
 #: Where to tell us about errors that are ours.
 REPORT_TO = "the project's issue tracker"
 
@@ -69,38 +71,20 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in given or bool(os.environ.get("EFFCC_DEBUG"))
-    code = 0
+    code: int | str | None = 0
     try:
-        code = _run([argument for argument in given if argument != "--debug"])
-        sys.stdout.flush()
-    except BrokenPipeError:
-        # The reader (a pager, head) has gone: nothing is left to say, also not by the interpreter's last flush.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except KeyboardInterrupt:
-        print("effcc: interrupted", file=sys.stderr)
-        code = 130
+        app(args=[argument for argument in given if argument != "--debug"], prog_name="effcc")
+    except SystemExit as error:  # typer ends every command so, also --help and wrong usage (which it has shown)
+        code = error.code
+        if code == INTERRUPTED:
+            print("effcc: interrupted", file=sys.stderr)
     except Exception as error:
         if debug:
             traceback.print_exc()
         text, code = describe(error)
         print(text, file=sys.stderr)
-        if isinstance(error, OSError):
-            _silence_standard_output()
+    _flush_standard_output()
     sys.exit(code)
-
-
-def _run(arguments: list[str]) -> int:
-    """Runs a command; usage errors are shown as typer shows them."""
-    import click
-
-    try:
-        result = app(args=arguments, prog_name="effcc", standalone_mode=False)
-    except click.ClickException as error:
-        error.show()
-        return error.exit_code
-    except click.Abort:
-        raise KeyboardInterrupt from None
-    return result if isinstance(result, int) else 0
 
 
 def describe(error: BaseException) -> tuple[str, int]:
@@ -132,12 +116,16 @@ def _effcc_error(error: BaseException) -> EffccError | None:
     return None
 
 
-def _silence_standard_output() -> None:
-    """After a failed write (a full disk) the interpreter's last flush would fail again, with a traceback."""
+def _flush_standard_output() -> None:
+    """Here, because where that fails (a full disk, a reader that has gone) the interpreter's last flush would fail
+    with a traceback."""
     try:
         sys.stdout.flush()
-    except OSError:
+    except OSError as error:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if not isinstance(error, BrokenPipeError):
+            print(f"effcc: error: cannot write the output: {error.strerror}", file=sys.stderr)
+            sys.exit(2)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from .cli_support import JsonOption, console, print_json, stage, table, write_text
+from .cli_support import JsonOption, check_writable, console, print_json, stage, table, write_text
 from .formatting import bytes_text, count_text, seconds_text
 
 
@@ -23,7 +23,9 @@ def calibrate_command(
     """
     import msgspec
 
-    from .cost_model.calibrate import calibrate
+    if output is not None:
+        check_writable(output)
+    from .cost_model.calibrate import calibrate, calibrated_device
 
     with stage(f"measure for about {seconds:.0f} s", quiet=json):
         device = calibrate(seconds, save=not no_save)
@@ -43,3 +45,6 @@ def calibrate_command(
         shape = (str(each.m), str(each.k), str(each.n))
         rows.add_row(each.dtype, each.layout, *shape, each.library, count_text(each.rate, "FLOP/s"))
     out.print(rows)
+    if not no_save:
+        kept = calibrated_device() == device
+        out.print("kept: plans for cpu made here use it" if kept else "not kept: the cache folder cannot be written")

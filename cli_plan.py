@@ -7,11 +7,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .cli_support import JsonOption, console, print_json, stage, write_text
+from .cli_support import JsonOption, check_writable, console, print_json, quiet_torch, stage, write_text
 from .errors import OptionError
 from .options import parse_bytes
+from .summary import device_of
 
 if TYPE_CHECKING:
+    from .ir.plan import Plan
     from .planning import Planned
     from .summary import Summary
 
@@ -71,26 +73,29 @@ def plan_command(
         pipeline=pipeline or PIPELINE,
         dump_dir=dump_dir,
     )
-    planned = plan_model(request, lambda description: stage(description, quiet=json))
-    paths = _write(planned, output, None if no_report else report or output.with_suffix(".html"), dump_dir)
-    if emit:
-        paths["mlir"] = str(_emit_mlir(request.model, output, train))
-    _finish(planned, paths, json)
+    page = None if no_report else report or output.with_suffix(".html")
+    for path in (output, page):
+        if path is not None:
+            check_writable(path)
+    with quiet_torch():
+        planned = plan_model(request, lambda description: stage(description, quiet=json))
+    mlir = {"mlir": str(_emit_mlir(request.model, output, train))} if emit else {}
+    _finish(planned, mlir | _write(planned, output, page, dump_dir), json)
 
 
 def _write(planned: Planned, output: Path, report: Path | None, dump_dir: Path | None) -> dict[str, str]:
-    from .ir.plan_file import load_plan, save_plan
+    """Write the files; what was written, the report last."""
+    from .ir.plan_file import load_plan
 
-    output.parent.mkdir(parents=True, exist_ok=True)
-    save_plan(output, planned.plan, planned.graphs_text, {})
+    planned.save(output)
     paths = {"plan": str(output)}
+    if dump_dir is not None:
+        paths["passes"] = str(dump_dir)
     if report is not None:
         from .report.page import render_report
 
         write_text(report, render_report(load_plan(output, validate=False), dump_dir))
         paths["report"] = str(report)
-    if dump_dir is not None:
-        paths["dumps"] = str(dump_dir)
     return paths
 
 
@@ -101,16 +106,14 @@ def _emit_mlir(model: str, output: Path, train: bool) -> Path:
 
 
 def _finish(planned: Planned, paths: dict[str, str], json: bool) -> None:
-    from .summary import summarize
-
-    summary = summarize(planned.plan)
+    summary = planned.summary
     if json:
         print_json({"summary": summary, "paths": paths, "notes": planned.plan.notes})
         return
     out = console()
     out.print(f"[bold]{planned.plan.model}[/bold] on {planned.plan.device}")
     _print_summary(summary, planned)
-    for note in planned.plan.notes:
+    for note in (*planned.plan.notes, *_hints(planned.plan)):
         out.print(f"  note: {note}", markup=False, style="dim")
     for kind, path in paths.items():
         out.print(f"{kind + ':':8} {path}", markup=False)
@@ -124,22 +127,19 @@ def _print_summary(summary: Summary, planned: Planned) -> None:
     for index, line in enumerate(summary.words):
         style = ("green" if summary.fits else "red") if index == 0 and summary.fits is not None else ""
         out.print(f"  {line}", style=style, markup=False)
+    if summary.holders:
+        out.print("  Most of it, at the peak:", markup=False)
     for holder in summary.holders[:3]:
         count = f"{holder.count} x " if holder.count > 1 else ""
         where = f" in {holder.place}" if holder.place and holder.place != holder.what else ""
         out.print(f"    {bytes_text(holder.bytes):>11}  {count}{holder.role}: {holder.what}{where}", markup=False)
-    for repeat, count in _repeats(planned).items():
-        out.print(f"  {repeat} repeats {count} times and is planned once.", markup=False)
     for row in fallback_rows(planned.plan)[:3]:
         out.print(f"  fallback {row['op']}: {row['reason']} ({row['source']})", markup=False)
 
 
-def _repeats(planned: Planned) -> dict[str, int]:
-    """Distinct layers of the forward graphs and how often each runs."""
-    import re
-
-    found: dict[str, int] = {}
-    for text in planned.graphs_text.values():
-        for match in re.finditer(r"^\s*repeat @(\S+) x (\d+)", text, re.MULTILINE):
-            found[match[1]] = max(found.get(match[1], 0), int(match[2]))
-    return found
+def _hints(plan: Plan) -> list[str]:
+    """What would make the prediction better."""
+    device = device_of(plan)
+    if device is not None and device.kind == "cpu" and not device.machine:
+        return ["the figures for cpu are those of no machine in particular: effcc calibrate measures this one"]
+    return []

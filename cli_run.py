@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from .cli_support import JsonOption, console, open_plan, print_json, stage, table
+from .cli_support import (
+    JsonOption,
+    check_writable,
+    console,
+    open_plan,
+    print_json,
+    quiet_torch,
+    stage,
+    table,
+    write_text,
+)
 from .formatting import bytes_text, seconds_text
 
 
@@ -16,6 +27,9 @@ def run_command(
     model: Annotated[str, typer.Argument(metavar="FILE.py[:name]", help="The model file the plan was made from.")],
     rounds: Annotated[int, typer.Option("--rounds", "-n", min=1, help="Timed runs; the median is reported.")] = 10,
     seed: Annotated[int, typer.Option(help="Seed of the random weights.")] = 0,
+    report: Annotated[
+        Path | None, typer.Option("--report", help="Also write the HTML report, measured figures in it.")
+    ] = None,
     json: JsonOption = False,
 ) -> None:
     """Run a plan's model on this machine and print predicted beside measured time and peak memory.
@@ -23,19 +37,29 @@ def run_command(
     The model is built with random weights from the model file, compiled with the plan, and run: a training step if the
     plan is one. Peak: the allocator's, from torch's profiler. Time: the median.
     """
+    # Before torch is loaded: its profiler, which counts the memory, would print a line at each start and stop.
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     from .measuring import measure
 
     loaded = open_plan(plan)
-    measured = measure(
-        plan, loaded.plan, model, rounds=rounds, seed=seed, progress=lambda text: stage(text, quiet=json)
-    )
+    if report is not None:
+        check_writable(report)
+    with quiet_torch():
+        measured = measure(
+            plan, loaded.plan, model, rounds=rounds, seed=seed, progress=lambda text: stage(text, quiet=json)
+        )
     predicted_peak = loaded.plan.peak.get("device", 0)
+    if report is not None:
+        from .report.page import render_report
+
+        write_text(report, render_report(loaded, measured={"seconds": measured.seconds, "peak": measured.peak}))
     if json:
         print_json(
             {
                 "predicted": {"seconds": loaded.plan.seconds, "peak": predicted_peak},
                 "measured": measured,
                 "device": loaded.plan.device,
+                "report": str(report) if report is not None else None,
             }
         )
         return
@@ -52,5 +76,7 @@ def run_command(
     out.print(rows)
     if loaded.plan.device != measured.device:
         out.print(f"The plan is for {loaded.plan.device}; this machine ran it on {measured.device}.")
+    if report is not None:
+        out.print(f"report: {report}", markup=False)
     for reason in measured.fallbacks:
         out.print(f"fallback: {reason}", markup=False)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .errors import OptionError
+from .errors import OptionError, OutputError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -75,6 +75,45 @@ def write_text(path: Path, text: str) -> None:
     from .ir.plan_file import write_atomically
 
     write_atomically(path, text.encode("utf-8", "surrogatepass"))
+
+
+def check_writable(path: Path) -> None:
+    """Make the folder of an output and see that it can be written, before long work. Raises OutputError."""
+    import tempfile
+
+    try:
+        if path.is_dir():
+            raise OutputError(f"{path} is a folder", remedy="name a file in it")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise OutputError(
+            f"cannot write to the folder of the output: {error.strerror}",
+            where=str(path),
+            remedy="choose another with -o",
+        ) from error
+
+
+@contextlib.contextmanager
+def quiet_torch() -> Iterator[None]:
+    """Torch logs the traceback of what it then raises, and we show as one error. ``TORCH_LOGS`` brings the logs back."""
+    import logging
+    import os
+
+    logger = logging.getLogger("torch")
+    if os.environ.get("TORCH_LOGS"):
+        yield
+        return
+    import torch  # sets up its loggers when it is loaded
+
+    assert torch is not None
+    before = logger.level
+    logger.setLevel(logging.CRITICAL + 1)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
 
 
 @contextlib.contextmanager

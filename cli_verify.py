@@ -23,7 +23,7 @@ def verify_command(
     failures: dict[str, str | None] = {}
     for file in files:
         try:
-            what = _verify_graph(file) if file.suffix == ".ir" else _verify_plan(file)
+            what = _verify_graph(file) if _is_text(file) else _verify_plan(file)
             failures[str(file)] = None
             if not json:
                 print(f"{file}: sound ({what})")
@@ -35,6 +35,17 @@ def verify_command(
         print_json([{"file": name, "sound": reason is None, "error": reason} for name, reason in failures.items()])
     if any(failures.values()):
         raise typer.Exit(2)
+
+
+def _is_text(file: Path) -> bool:
+    """IR text by its name, or by what it begins with."""
+    if file.suffix in (".ir", ".effcc"):
+        return file.suffix == ".ir"
+    try:
+        with file.open("rb") as opened:
+            return opened.read(64).lstrip().startswith(b"graph")
+    except OSError:
+        return False  # load_plan says why it cannot be read
 
 
 def _verify_graph(file: Path) -> str:

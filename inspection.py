@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from .errors import OptionError
 from .formatting import bytes_text, seconds_text
-from .ir.plan import Plan
+from .ir.plan import Plan, Step
 from .ir.plan_file import load_plan
 from .passes.dump import PassRecord, read_records
 
@@ -110,62 +110,103 @@ def _text_stage(index: int, name: str, text: str, label: str) -> Stage:
 
 
 def node_history(dump: Dump, name: str) -> History:
-    """Every stage at which value ``%name`` appears, changes or goes; then its step and buffer in the plan."""
+    """Every stage at which value ``%name`` appears, changes or goes; then its step and buffer in the plan.
+
+    The bodies of subgraphs are scopes of their own: equal names in them are other values, told apart by ``in @body``.
+    """
     events: list[Event] = []
     source = ""
-    last: dict[str, str] = {}
+    last: dict[str, dict[str, str]] = {}  # stage's graph -> scope -> line
     for stage in dump.stages:
         if not stage.changed or stage.failed or stage.file.endswith((".py", ".cpp")):
             continue
-        lines = stage.text().splitlines()
-        line = next((text.strip() for text in lines if _defines(text, name)), "")
-        label = f"{stage.index:03d} {stage.label} ({stage.graph})"
-        before = last.get(stage.graph, "")
-        if line and not before:
-            readers = tuple(text.strip() for text in lines if _mentions(text, name) and not _defines(text, name))
-            events.append(Event(label, f"appears, read by {len(readers)}", (line, *(f"  {r}" for r in readers[:8]))))
-        elif line and line != before:
-            events.append(Event(label, "changes", (f"- {before}", f"+ {line}")))
-        elif before and not line:
-            heirs = tuple(text.strip() for text in lines if re.search(rf'from\(".*%?{re.escape(name)}\b', text))
-            events.append(Event(label, "goes", (f"- {before}", *heirs[:8])))
-        last[stage.graph] = line
-        if line and not source:
-            source = _location(line)
+        scopes = _scopes(stage.text(), stage.graph)
+        known = last.setdefault(stage.graph, {})
+        label = f"{stage.index:03d} {stage.label}"
+        for scope in dict.fromkeys([*scopes, *known]):
+            lines = scopes.get(scope, {})
+            event = _event(label, scope, name, known.get(scope, ""), lines)
+            if event is not None:
+                events.append(event)
+            if name in lines:
+                known[scope] = lines[name]
+                source = source or _location(lines[name])
+            else:
+                known.pop(scope, None)
     if dump.plan is not None:
         events += _plan_events(dump, dump.plan, name)
     return History(name, source, tuple(events))
 
 
+def _event(label: str, scope: str, name: str, before: str, lines: Mapping[str, str]) -> Event | None:
+    """What happened to ``%name`` in one scope between its line ``before`` ("" if there was none) and ``lines``."""
+    line = lines.get(name, "")
+    if line == before:
+        return None
+    stage = f"{label} (in @{scope})"
+    if not before:
+        readers = [text for key, text in lines.items() if key != name and _mentions(text, name)]
+        return Event(stage, f"appears, read by {len(readers)}", (line, *(f"  {text}" for text in readers[:8])))
+    if line:
+        return Event(stage, "changes", (f"- {before}", f"+ {line}"))
+    heirs = [text for text in lines.values() if re.search(rf'from\(".*(?<![\w.]){re.escape(name)}(?![\w.])', text)]
+    return Event(stage, "goes", (f"- {before}", *(f"+ {text}" for text in heirs[:8])))
+
+
+def _scopes(text: str, graph: str) -> dict[str, dict[str, str]]:
+    """The lines of each graph in an IR text, by the name they define: the outer graph's, and each subgraph's.
+
+    The ``return`` of a graph stands under the name ``return``.
+    """
+    scopes: dict[str, dict[str, str]] = {}
+    stack: list[str] = []
+    for raw in text.splitlines():
+        line = raw.strip()
+        if opened := re.match(r'graph @("(?:[^"\\]|\\.)*"|\S+)', line):
+            stack.append(opened[1].strip('"') if stack else graph)
+            scopes[stack[-1]] = {}
+        elif line == "}" and stack:
+            stack.pop()
+        elif stack and (defined := re.match(r"%([\w.]+)(?::| =)", line)):
+            scopes[stack[-1]][defined[1]] = line
+        elif stack and line.startswith("return"):
+            scopes[stack[-1]]["return"] = line
+    return scopes
+
+
 def _plan_events(dump: Dump, plan: Plan, name: str) -> list[Event]:
     """Steps that cover the op and buffers that hold its value."""
     events = []
-    order = {
-        found[1]: position
-        for stage in dump.stages
-        for position, found in enumerate(re.finditer(r"^\s*%([\w.]+)", stage.text(), re.MULTILINE))
-    }
-    for step in plan.steps:
-        covered = name in step.ops
-        if len(step.ops) >= 2 and name in order and step.ops[0] in order and step.ops[1] in order:
-            covered = covered or order[step.ops[0]] <= order[name] <= order[step.ops[1]]
-        if covered:
-            what = f"{step.kind} {step.name}, {step.phase}, {seconds_text(step.seconds)}"
+    scopes = {stage.graph: _scopes(stage.text(), stage.graph) for stage in dump.stages if stage.phase}
+    # A graph's steps may lie around those of another graph: the shorter range is the inner one.
+    graphs = sorted(plan.graphs, key=lambda graph: graph.last_step - graph.first_step)
+    for position, step in enumerate(plan.steps):
+        graph = next((each.name for each in graphs if each.first_step <= position <= each.last_step), "")
+        if any(_covers(step, name, list(lines)) for lines in scopes.get(graph, {}).values()):
+            where = f" in {step.module}" if step.module else ""
+            what = f"{step.kind} {step.name}{where}, {step.phase}, {seconds_text(step.seconds)}"
             events.append(Event(f"step {step.id}", what))
     for buffer in plan.buffers:
         if buffer.name == name:
             place = f"{buffer.tier}, not placed" if buffer.offset is None else f"{buffer.arena_key} + {buffer.offset}"
+            where = f" in {buffer.module}" if buffer.module else ""
             what = f"{bytes_text(buffer.bytes)} at {place}, steps {buffer.lower} to {buffer.upper}, {buffer.decision}"
-            events.append(Event(f"buffer {buffer.id}", f"{buffer.role}: {what}"))
+            events.append(Event(f"buffer {buffer.id}", f"{buffer.role}{where}: {what}"))
     return events
 
 
-def _defines(line: str, name: str) -> bool:
-    return re.match(rf"\s*%{re.escape(name)}(?::| =)", line) is not None
+def _covers(step: Step, name: str, order: Sequence[str]) -> bool:
+    """Whether ``%name`` is the step's op, or lies between its first and last op in the order of its graph."""
+    if name not in order:
+        return False
+    if len(step.ops) >= 2 and step.ops[0] in order and step.ops[1] in order:
+        return order.index(step.ops[0]) <= order.index(name) <= order.index(step.ops[1])
+    return name in step.ops
 
 
 def _mentions(line: str, name: str) -> bool:
-    return re.search(rf"%{re.escape(name)}(?![\w.])", line) is not None
+    code = line.partition("  loc(")[0]  # the source text behind it is the user's
+    return re.search(rf"%{re.escape(name)}(?![\w.])", code) is not None
 
 
 def _location(line: str) -> str:

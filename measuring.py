@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import statistics
 import time
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .errors import EffccError, PlanError
+from .errors import DeviceError, EffccError, ModelFileError, PlanError
+from .formatting import bytes_text
+from .summary import device_of
 
 if TYPE_CHECKING:
     from .ir.plan import Plan
@@ -42,17 +46,20 @@ def measure(
 ) -> Measured:
     """Build the model with random weights, compile it with the plan at ``path`` and measure steps of it.
 
-    Raises ModelFileError, and PlanError when the model is not the plan's.
+    Raises:
+        ModelFileError: the file is at fault, or the model fails while it runs.
+        PlanError: the model is not the plan's. DeviceError: it needs more memory than there is here.
     """
     from .runtime.reports import reports, reset
 
-    device = torch.device("cuda" if torch.cuda.is_available() and plan.device != "cpu" else "cpu")
+    device = _device_for(plan)
+    _check_room(plan, device)
     reset()
     with progress("build the model"):
         step, held = training_step(plan, path, model_file, device, seed) if plan.training else forward_step(
             plan, path, model_file, device, seed
         )  # fmt: skip
-    with progress("compile"):
+    with progress("compile"), _faults_of(model_file):
         step()
         step()
     with progress("measure memory"):
@@ -71,6 +78,57 @@ def measure(
 
 
 Step = Callable[[], Any]
+
+#: Names of ``frontend.state.OPTIMIZERS`` that are a class of torch.optim with keywords.
+_VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "sgd": ("sgd", {"lr": 1e-3}),
+    "sgd_momentum": ("sgd", {"lr": 1e-3, "momentum": 0.9}),
+    "adamw_amsgrad": ("adamw", {"amsgrad": True}),
+}
+
+
+def _device_for(plan: Plan) -> torch.device:
+    """CUDA for a plan made for anything but a CPU, where there is a CUDA device."""
+    planned = device_of(plan)
+    on_cpu = planned.kind == "cpu" if planned is not None else plan.device == "cpu"
+    return torch.device("cuda" if torch.cuda.is_available() and not on_cpu else "cpu")
+
+
+def _check_room(plan: Plan, device: torch.device) -> None:
+    """Refuse what cannot fit: the system would end the process, without a word."""
+    import psutil
+
+    if device.type == "cuda":
+        there = torch.cuda.get_device_properties(device).total_memory
+    else:
+        there = psutil.virtual_memory().total
+    peak = plan.peak.get("device", 0)
+    if peak > there:
+        raise DeviceError(
+            f"the plan needs {bytes_text(peak)}, and this machine's {device.type} has {bytes_text(there)}",
+            remedy="plan a smaller batch or a narrower --dtype, or run it on a larger machine",
+        )
+
+
+@contextlib.contextmanager
+def _faults_of(model_file: str) -> Iterator[None]:
+    """What the model raises while it runs, as an error that names the user's line."""
+    try:
+        yield
+    except EffccError:
+        raise
+    except Exception as error:
+        inner = getattr(error, "inner_exception", None)
+        if isinstance(inner, EffccError):
+            raise inner from None
+        own = str(Path(model_file.rpartition(".py")[0] + ".py").absolute())
+        frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename == own]
+        headline = next((line for line in str(error).splitlines() if line.strip()), "")
+        raise ModelFileError(
+            f"the model failed while it ran: {type(error).__name__}: {headline}",
+            where=f'{own}:{frames[-1].lineno} "{frames[-1].line}"' if frames else own,
+            remedy="see whether it runs without effcc: call it in eager mode",
+        ) from error
 
 
 def _load(model_file: str, device: torch.device, dtype: str, seed: int) -> tuple[Any, torch.nn.Module, Any, Any, Any]:
@@ -103,7 +161,7 @@ def _compiled(spec: Any, model: torch.nn.Module, targets: Any, path: Path | None
     def with_loss(*args: Any, **kwargs: Any) -> Any:
         return spec.loss(model(*args, **kwargs), *targets)
 
-    options = {"plan": str(path)} if path is not None else {}
+    options: dict[str, Any] = {"plan": str(path)} if path is not None else {}
     entry: Any = model if spec.loss is None else with_loss
     compiled: Callable[..., Any] = torch.compile(entry, backend="effcc", options=options)
     return compiled
@@ -149,7 +207,7 @@ def training_step(
     def step() -> None:
         with _autocast(spec, device):
             outputs = compiled(*args, **kwargs)
-        loss_of(outputs).backward()
+        loss_of(outputs).backward()  # type: ignore[no-untyped-call]
         if optimizer is not None:
             optimizer.step()
         model.zero_grad(set_to_none=True)
@@ -179,27 +237,26 @@ def loss_of(outputs: Any) -> torch.Tensor:
 
 
 def make_optimizer(name: str, spec: Any, model: torch.nn.Module) -> torch.optim.Optimizer | None:
-    """The plan's optimizer from torch.optim; None if the plan has none."""
-    if not name or name == "none":
+    """The plan's optimizer: the model file's function where it makes that one, else torch.optim's class; None if the
+    plan has none. Raises EffccError for one that torch.optim does not have."""
+    from .frontend.state import optimizer_name
+
+    if not name:
         return None
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    if callable(spec.optimizer) and not isinstance(spec.optimizer, type):
+    if callable(spec.optimizer) and not isinstance(spec.optimizer, type) and optimizer_name(spec.optimizer) == name:
         made: torch.optim.Optimizer = spec.optimizer(parameters)
         return made
+    base, keywords = _VARIANTS.get(name, (name, {}))
     table = {each.lower(): each for each in dir(torch.optim) if isinstance(getattr(torch.optim, each), type)}
-    base, keywords = {
-        "sgd_momentum": ("sgd", {"momentum": 0.9}),
-        "adamw_amsgrad": ("adamw", {"amsgrad": True}),
-    }.get(name, (name.replace("_", ""), {}))
     if base not in table:
         raise EffccError(f"optimizer {name!r} is not in torch.optim", remedy="make the plan with one that is")
     cls: Any = getattr(torch.optim, table[base])
-    return cls(parameters, **({"lr": 1e-3} if base == "sgd" else {}), **keywords)  # type: ignore[no-any-return]
+    found: torch.optim.Optimizer = cls(parameters, **keywords)
+    return found
 
 
 def _autocast(spec: Any, device: torch.device) -> Any:
-    import contextlib
-
     if spec.autocast is None:
         return contextlib.nullcontext()
     return torch.autocast(device.type, dtype=spec.autocast)

@@ -72,7 +72,7 @@ class Planned:
         return summarize(self.plan)
 
     def save(self, path: str | Path) -> None:
-        """Write ``plan.effcc``, for ``torch.compile(options={"plan": path})`` and the command line. Raises OutputError."""
+        """Write ``plan.effcc``, for ``torch.compile(options={"plan": path})`` and the commands. Raises OutputError."""
         from .ir.plan_file import save_plan
 
         save_plan(path, self.plan, self.graphs_text, {})
@@ -162,6 +162,7 @@ def plan_model(
             state=_state(captured),
             budget=request.memory_budget,
             optimizer=_optimizer_name(request, spec),
+            bindings=getattr(captured, "sizes", None),
         )
     _check_budget(made, request.memory_budget)
     made = msgspec.structs.replace(
@@ -204,8 +205,9 @@ def _check_budget(made: Plan, budget: int | None) -> None:
     held = "; ".join(f"{bytes_text(holder.bytes)} {holder.role} {holder.what}" for holder in holders)
     raise BudgetError(
         f"the step needs {bytes_text(peak)}, more than the memory budget of {bytes_text(budget)}",
-        where=f"the plan for {made.device}; at its peak most is held by: {held}" if held else f"the plan for {made.device}",
-        remedy=f"the least budget that works is {peak} bytes ({bytes_text(peak)}); a smaller batch or --dtype needs less",
+        where=f"the peak on {made.device}, where most is held by: {held}",
+        remedy=f"The least budget that works is {peak} bytes ({bytes_text(peak)}). A smaller batch or a narrower dtype "
+        "needs less.",
     )
 
 
@@ -265,7 +267,9 @@ def _with_saved_roles(graph: Graph) -> Graph:
     if graph.phase != "backward":
         return graph
     handed = ("parameter", "buffer", "input")
-    nodes = (replace(node, role="saved") if node.op == "input" and node.role in handed else node for node in graph.nodes)
+    nodes = (
+        replace(node, role="saved") if node.op == "input" and node.role in handed else node for node in graph.nodes
+    )
     return graph.with_nodes(tuple(nodes))
 
 

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import functools
 import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
-from .codegen.region_compiler import CompiledSegments
+from .codegen.region_compiler import CompiledSegment, CompiledSegments
 from .codegen.region_memory import SegmentMemory, memory_of_segments
-from .codegen.scratch import call_function, movable, use_scratch
+from .codegen.scratch import ScratchLayout, call_function, movable, use_scratch
 from .codegen.scratch_choice import choose_layouts, without
 from .cost_model.devices import load_device
 from .cost_model.region_memory import RegionMemory
-from .errors import EffccError
+from .errors import EffccError, PlanError
 from .ir.graph import Graph
 from .ir.plan import Plan
 from .passes.planner import make_plan
@@ -22,10 +22,26 @@ from .runtime.scratch import pool
 
 
 @dataclass
-class _Member:
-    compiled: CompiledSegments
+class Member:
+    """One compiled graph of a step. What only planning and reading need is made when it is first asked for."""
+
+    name: str
     result: CompiledGraph
-    memory: SegmentMemory
+    make_compiled: Callable[[], CompiledSegments]
+    make_graph: Callable[[], Graph | None]
+
+    @functools.cached_property
+    def compiled(self) -> CompiledSegments:
+        return self.make_compiled()
+
+    @functools.cached_property
+    def memory(self) -> SegmentMemory:
+        return memory_of_segments(self.compiled, f"{self.name}/")
+
+    @functools.cached_property
+    def graph(self) -> Graph | None:
+        """The graph after all passes, None where the IR cannot carry it."""
+        return self.make_graph()
 
 
 @dataclass
@@ -34,26 +50,22 @@ class StepPlanner:
 
     #: What costs are taken from: a name or file, see ``cost_model.devices``.
     device: str
-    members: dict[str, _Member] = field(default_factory=dict)
+    members: dict[str, Member] = field(default_factory=dict)
 
-    def add(self, name: str, compiled: CompiledSegments, result: CompiledGraph) -> None:
-        self.members[name] = _Member(compiled, result, memory_of_segments(compiled, f"{name}/"))
+    def plan(self, moved: Mapping[str, frozenset[str]] | None = None) -> Plan:
+        """Plan of the step; ``moved`` buffers (by segment identity) are left out. Raises EffccError for a step with a
+        graph that the IR cannot carry."""
+        graphs = [member.graph for member in self.members.values()]
+        if not graphs or any(graph is None for graph in graphs):
+            raise PlanError(
+                "a graph of this step has no form in the IR", remedy="Its report says which op is in the way."
+            )
+        memory = functools.partial(self.region_memory, moved or {})
+        return make_plan("model", graphs, load_device(self.device), None, memory, place=False)
 
-    def plan(self, graphs: Sequence[Graph], moved: Mapping[str, frozenset[str]] | None = None) -> Plan:
-        """Plan of the step; ``moved`` buffers (by segment identity) are left out."""
-        return make_plan(
-            "model",
-            graphs,
-            load_device(self.device),
-            None,
-            functools.partial(self.region_memory, moved or {}),
-            place=False,
-        )
-
-    def plan_or_none(self, graphs: Sequence[Graph]) -> Plan | None:
-        """The plan, or None where there is nothing to plan (a graph was compiled as captured)."""
+    def plan_or_none(self) -> Plan | None:
         try:
-            return self.plan(graphs) if graphs else None
+            return self.plan()
         except EffccError:
             return None
 
@@ -65,8 +77,9 @@ class StepPlanner:
                 return without(memory, moved.get(identity, frozenset()))
         return None
 
-    def use_scratch(self, graphs: Sequence[Graph]) -> None:
-        """Move internal buffers of CPU regions to the scratch arena where the step's peak allows it."""
+    def choose_scratch(self) -> dict[str, dict[str, ScratchLayout]]:
+        """Member name -> segment identity -> the internal buffers that move to the scratch arena: as many as the step's
+        peak allows."""
         movables = {
             f"{name}/{identity}": movable(member.memory.by_identity[f"{name}/{identity}"], code.source)
             for name, member in self.members.items()
@@ -74,20 +87,25 @@ class StepPlanner:
             if f"{name}/{identity}" in member.memory.by_identity and call_function(code.run) is not None
         }
         if not any(movables.values()):
-            return
+            return {}
         try:
-            layouts = choose_layouts(movables, lambda moved: self.plan(graphs, moved).peak.get("device", 0))
+            layouts = choose_layouts(movables, lambda moved: self.plan(moved).peak.get("device", 0))
         except EffccError:  # sizes that are only known at run time: the regions allocate for themselves
-            return
-        arena = pool("cpu")
-        for name, member in self.members.items():
-            for identity, code in member.compiled.code.items():
-                chosen = layouts.get(f"{name}/{identity}")
-                found = call_function(code.run)
-                if chosen is None or found is None:
-                    continue
-                function, runner = found
-                function.__globals__["_effcc_scratch"] = arena
-                arena.reserve(chosen.height)
-                moved = types.MethodType(use_scratch(function, code.source, chosen, arena), runner)
-                member.result.replace(member.compiled.functions[identity], moved)
+            return {}
+        chosen: dict[str, dict[str, ScratchLayout]] = {}
+        for key, layout in layouts.items():
+            name, identity = key.split("/", 1)
+            chosen.setdefault(name, {})[identity] = layout
+        return chosen
+
+
+def move_to_scratch(result: CompiledGraph, function: str, code: CompiledSegment, layout: ScratchLayout) -> None:
+    """Let the host module's ``function`` take the laid-out buffers from the scratch arena."""
+    found = call_function(code.run)
+    if found is None:
+        return
+    call, runner = found
+    arena = pool("cpu")
+    call.__globals__["_effcc_scratch"] = arena
+    arena.reserve(layout.height)
+    result.replace(function, types.MethodType(use_scratch(call, code.source, layout, arena), runner))

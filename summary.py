@@ -147,10 +147,11 @@ def holders(buffers: Iterable[Buffer]) -> tuple[Holder, ...]:
     groups: dict[tuple[str, str, str, str], list[Buffer]] = {}
     for buffer in buffers:
         module = module_class(buffer.module)
-        what = (
-            module or buffer.name if buffer.role in ("parameter", "gradient", "optimizer", "buffer") else buffer.source
-        )
-        key = (buffer.role, what or module or buffer.name, module, buffer.decision)
+        held_all_along = buffer.role in ("parameter", "gradient", "optimizer", "buffer")
+        # A module path of numbers alone (of a Sequential) says nothing.
+        named = module if module.strip("*.") else ""
+        what = (named or buffer.name) if held_all_along else (buffer.source or named or buffer.name)
+        key = (buffer.role, what, named, buffer.decision)
         groups.setdefault(key, []).append(buffer)
     found = [
         Holder(role, what, module, sum(b.bytes for b in members), len(members), decision)

@@ -38,6 +38,50 @@ def compile_region(gm: torch.fx.GraphModule, example_inputs: Sequence[Any], **kw
     return compile_fx_inner(gm, list(example_inputs), **kwargs)
 
 
+def code_key(gm: torch.fx.GraphModule, example_inputs: Sequence[Any], kwargs: dict[str, Any]) -> str | None:
+    """Inductor's cache key of a graph (structure, constants, input layouts, settings, versions, machine); None when its
+    code cache is off or does not take the graph."""
+    from torch._inductor.codecache import FxGraphCache
+
+    if not inductor_config.fx_graph_cache or inductor_config.force_disable_caches:
+        return None
+    found, _ = FxGraphCache.prepare_key(gm, list(example_inputs), dict(kwargs), [], False)
+    return found[0] if found is not None else None
+
+
+class _NotCachedError(Exception):
+    pass
+
+
+def load_region(key: str, gm: torch.fx.GraphModule, example_inputs: Sequence[Any], **kwargs: Any) -> Any:
+    """A region that was compiled before, by its key in Inductor's code cache; None when it is not there. ``gm`` is any
+    graph that has ops: it is not looked at."""
+    from torch._inductor import compile_fx as module
+    from torch._inductor.codecache import FxGraphCache
+
+    def refuse(*_: Any, **__: Any) -> Any:
+        raise _NotCachedError
+
+    prepare, generate = FxGraphCache.prepare_key, module.fx_codegen_and_compile
+    FxGraphCache.prepare_key = staticmethod(lambda *_, **__: ((key, []), {}))
+    module.fx_codegen_and_compile = refuse
+    try:
+        return module.compile_fx_inner(gm, list(example_inputs), **kwargs)
+    except Exception as error:
+        if isinstance(compile_error_cause(error), _NotCachedError | OSError):
+            return None
+        raise
+    finally:
+        FxGraphCache.prepare_key, module.fx_codegen_and_compile = staticmethod(prepare), generate
+
+
+def code_cache_path() -> Path:
+    """The directory of Inductor's code cache, as set now."""
+    from torch._inductor.runtime.cache_dir_utils import cache_dir
+
+    return Path(cache_dir())
+
+
 def graph_settings() -> contextlib.AbstractContextManager[Any]:
     """How AOTAutograd is run. Its own cache would hand back code that Inductor, not effcc, compiled for the same graph;
     and the backward is compiled at once, while the forward's C++ kernels are still on their way."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -34,6 +34,9 @@ class CompiledSegment:
     kernels: int
     output_strides: list[tuple[int, ...] | None]
     library: dict[str, str] = field(default_factory=dict)
+    #: Fake tensors that it was compiled for, and the positions of those that stay at their address.
+    inputs: list[Any] = field(default_factory=list)
+    static_inputs: list[int] = field(default_factory=list)
 
 
 @dataclass
@@ -115,6 +118,13 @@ def compile_segments(
             whole = {identity for identity in whole if identity.startswith("call:")}
 
 
+def cut_again(gm: fx.GraphModule, code: Mapping[str, CompiledSegment], collector: Collector) -> CompiledSegments:
+    """The segments of a graph whose ``code`` (by identity) an earlier process compiled."""
+    segments = cut(gm)
+    eager = {segment.identity: eager_segment(copy_module(segment.module)) for segment in segments}
+    return CompiledSegments(segments, dict(code), [], collector, eager)
+
+
 def compile_segment(
     segment: Segment, kwargs: dict[str, Any], gemm: GemmChoice | None, donated: Sequence[int], collector: Collector
 ) -> CompiledSegment:
@@ -124,15 +134,17 @@ def compile_segment(
     settings["static_input_idxs"] = [
         index for index, node in enumerate(segment.inputs) if isinstance(node, fx.Node) and input_index(node) in statics
     ]
+    inputs = segment.fake_inputs()
     with (
         torch_internals.collect_output_strides() as strides,
         torch_internals.donating(donated),
         collecting(collector),
     ):
-        compiled = torch_internals.compile_region(segment.module, segment.fake_inputs(), **settings)
+        compiled = torch_internals.compile_region(segment.module, inputs, **settings)
     source = getattr(compiled, "source_code", "") or ""
     known = list(strides) if len(strides) == len(segment.outputs) else [None] * len(segment.outputs)
-    return CompiledSegment(compiled, source, source.count("async_compile."), known, library)
+    kernels = source.count("async_compile.")
+    return CompiledSegment(compiled, source, kernels, known, library, inputs, settings["static_input_idxs"])
 
 
 def donated_by_identity(

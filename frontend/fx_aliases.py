@@ -33,7 +33,7 @@ def node_aliases(gm: torch.fx.GraphModule, known: set[str]) -> Iterator[Alias]:
 
 
 def _facts(node: torch.fx.Node) -> Iterator[tuple[torch.fx.Node, bool]]:
-    """(operand, whether it is written) for each operand that the node's value shares storage with, or that it writes."""
+    """(operand, whether it is written) for each operand that the node's value shares storage with or writes."""
     target = node.target
     if isinstance(target, torch._ops.OpOverload):
         yield from _schema_facts(node, target)
@@ -116,6 +116,8 @@ def _value(node: torch.fx.Node) -> Any:
 
 
 def _storage(value: Any) -> Any:
+    while isinstance(value, torch.Tensor) and torch._C._functorch.is_functorch_wrapped_tensor(value):
+        value = torch._C._functorch.get_unwrapped(value)  # inside vmap and the like
     if isinstance(value, torch.Tensor) and value.layout == torch.strided and not _is_wrapper(value):
         return value.untyped_storage()._cdata
     return None

@@ -5,29 +5,21 @@ Every value keeps its FX name. Types come from the fake tensors that tracing lea
 
 from __future__ import annotations
 
+import functools
 import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import sympy
 import torch
 
 from ..errors import CaptureError
-from ..ir.expressions import ExpressionError, canonical
+from ..ir.expressions import ExpressionError
 from ..ir.graph import Alias, Argument, Graph, Location, Node, Ref, Symbol
-from ..ir.types import (
-    SHORT_DTYPE,
-    NoneType,
-    OpaqueType,
-    ScalarType,
-    Size,
-    TensorType,
-    TupleType,
-    Type,
-)
+from ..ir.types import NoneType, OpaqueType, TupleType, Type
 from .fx_aliases import node_aliases
-from .fx_locations import forward_nodes, is_backward, node_location
+from .fx_locations import ForwardOps, is_backward, location_like, node_location
+from .fx_values import import_argument, qualified_name, value_type
 
 __all__ = ["from_fx", "import_argument", "tensor_constants", "value_type"]
 
@@ -50,12 +42,12 @@ def from_fx(
 
     Raises ``CaptureError`` for a node that has no form in the IR.
     """
-    numbers = forward_nodes(forward, "forward") if forward is not None else forward_nodes(gm, phase)
-    return _Importer(gm, name, phase, numbers).run(roles, saved)
+    origin = gm if phase == "joint" else forward
+    return _Importer(gm, name, phase, None if origin is None else ForwardOps(origin)).run(roles, saved)
 
 
 def tensor_constants(gm: torch.fx.GraphModule) -> dict[str, Any]:
-    """Name -> tensor (or other object) of each ``constant`` that ``from_fx`` makes of this module, submodules included."""
+    """Name -> tensor (or other object) of each ``constant`` that ``from_fx`` makes of a module and its submodules."""
     found: dict[str, Any] = {}
     for node in gm.graph.nodes:
         if node.op == "get_attr":
@@ -81,7 +73,7 @@ class _Importer:
     gm: torch.fx.GraphModule
     name: str
     phase: str
-    forward_names: Mapping[int, str]
+    forward_ops: ForwardOps | None
     prefix: str = ""
     nodes: list[Node] = field(default_factory=list)
     outputs: tuple[Argument, ...] = ()
@@ -134,19 +126,22 @@ class _Importer:
         path = str(node.target)
         value = attribute(self.gm, path)
         if isinstance(value, torch.fx.GraphModule):
-            self.bodies[node.name] = self.body(value, path)
+            caller = next(iter(node.users), None)
+            self.bodies[node.name] = self.body(value, path, caller)
             return
-        value_type = _node_type(node) if _has_value(node) else value_type_of_attribute(value)
-        constant = Node(node.name, "constant", (self.prefix + path,), type=value_type, location=node_location(node.meta))
-        self.nodes.append(constant)
+        found = _node_type(node) if _has_value(node) else value_type(value)
+        location = node_location(node.meta)
+        self.nodes.append(Node(node.name, "constant", (self.prefix + path,), type=found, location=location))
 
-    def body(self, module: torch.fx.GraphModule, path: str) -> Symbol:
-        """Import a submodule once; its symbol."""
+    def body(self, module: torch.fx.GraphModule, path: str, caller: torch.fx.Node | None) -> Symbol:
+        """Import a submodule once; its symbol. ``caller`` is the first node that calls it."""
         if id(module) not in self.body_names:
             name = path.replace(".", "_")
             while name in self.subgraphs:
                 name += "_"
-            importer = _Importer(module, name, self.phase, self.forward_names, f"{self.prefix}{path}.")
+            origin = module if self.phase == "joint" else self.forward_body(caller)
+            ops = ForwardOps(origin) if isinstance(origin, torch.fx.GraphModule) else origin
+            importer = _Importer(module, name, self.phase, ops, f"{self.prefix}{path}.")
             self.subgraphs[name] = importer.run(None, 0)
             self.body_names[id(module)] = name
         return Symbol(f"@{self.body_names[id(module)]}")
@@ -166,21 +161,17 @@ class _Importer:
                     where=_place(node),
                     remedy="capture with inline_inbuilt_nn_modules (the default) or through AOTAutograd",
                 )
-            op, args = "call", (self.body(module, str(node.target)), *args)
+            op, args = "call", (self.body(module, str(node.target), node), *args)
         elif op == "_operator.getitem" and _is_part(node):
             op = "getitem"
-        value_type = _node_type(node)
-        if op == "call" and not isinstance(value_type, TupleType):
-            value_type = self.subgraph_type(args[0])
-        return Node(
-            node.name,
-            op,
-            args,
-            kwargs,
-            value_type,
-            _location(node),
-            forward=self.forward_name(node),
-        )
+        found = _node_type(node)
+        if op == "call" and not isinstance(found, TupleType):
+            found = self.subgraph_type(args[0])
+        forward, origin = self.provenance(node)
+        location = _location(node)
+        if forward and self.forward_ops is not None:
+            location = location_like(location, self.forward_ops.nodes[forward].meta)
+        return Node(node.name, op, args, kwargs, found, location, forward=forward, origin=origin)
 
     def subgraph_type(self, target: Argument) -> Type:
         subgraph = self.subgraphs[target.text[1:]] if isinstance(target, Symbol) else None
@@ -190,12 +181,23 @@ class _Importer:
         items = [table[output.name].type if isinstance(output, Ref) else NoneType() for output in subgraph.outputs]
         return TupleType(tuple(item if item is not None else OpaqueType("unknown") for item in items))
 
-    def forward_name(self, node: torch.fx.Node) -> str:
-        number = node.meta.get("seq_nr")
+    def provenance(self, node: torch.fx.Node) -> tuple[str, str]:
+        """``Node.forward`` and ``Node.origin``: a backward op's forward op, and whether it is that op again."""
         backward = self.phase == "backward" or (self.phase == "joint" and is_backward(node.meta))
-        if not isinstance(number, int) or not backward:
-            return ""
-        return self.forward_names.get(number, "")
+        if self.forward_ops is None or not backward:
+            return "", ""
+        name = self.forward_names.get(node.name, "")
+        return name, f"remat(%{name})" if name and self.forward_ops.repeats(node) else ""
+
+    @functools.cached_property
+    def forward_names(self) -> Mapping[str, str]:
+        return {} if self.forward_ops is None else self.forward_ops.names_for(self.gm)
+
+    def forward_body(self, caller: torch.fx.Node | None) -> ForwardOps | None:
+        """The forward ops behind the body that a backward op calls."""
+        if self.phase != "backward" or self.forward_ops is None or caller is None:
+            return None
+        return self.forward_ops.body_of(self.forward_names.get(caller.name, ""))
 
     def argument(self, argument: Any, node: torch.fx.Node) -> Argument:
         if isinstance(argument, torch.fx.Node):
@@ -216,97 +218,6 @@ class _Importer:
                 where=_place(node),
                 remedy="keep this op out of the captured region",
             ) from error
-
-
-# Arguments -----------------------------------------------------------------------------------------------------------
-
-
-def import_argument(value: Any) -> Argument:
-    """A plain constant argument. Raises TypeError for a class that has no form in the IR."""
-    if value is None or isinstance(value, bool | str):
-        return value
-    if isinstance(value, int) and type(value) is int:
-        return value
-    if isinstance(value, float | complex):
-        return type(value)(value)
-    if isinstance(value, torch.SymInt | torch.SymFloat | torch.SymBool):
-        return _symbolic(value)
-    if isinstance(value, sympy.Basic):
-        return canonical(value)  # type: ignore[arg-type, no-any-return]
-    if isinstance(value, torch.dtype | torch.layout | torch.memory_format):
-        return Symbol(str(value))
-    if isinstance(value, torch.device):
-        return Symbol(f"device({value})")
-    if value is Ellipsis:
-        return Symbol("...")
-    if isinstance(value, type):
-        return Symbol(f"class {value.__module__}.{value.__qualname__}")
-    if isinstance(value, torch.Generator):
-        return Symbol(f"generator({value.device})")
-    if isinstance(value, int):
-        # An IntEnum or a bool-like subclass, such as torch's reduction and backend enumerations.
-        return int(value)
-    if callable(value) and getattr(value, "__name__", ""):
-        return Symbol(f"function {qualified_name(value)}")
-    if hasattr(value, "__name__") or hasattr(value, "__class__"):
-        return Symbol(f"object {type(value).__module__}.{type(value).__qualname__}")
-    raise TypeError(f"class {type(value).__name__}")
-
-
-def _symbolic(value: Any) -> Any:
-    """A SymInt, SymFloat or SymBool as a number or a canonical expression."""
-    constant = value.node.maybe_as_int() if isinstance(value, torch.SymInt) else None
-    return constant if constant is not None else canonical(value.node.expr)
-
-
-# Types ---------------------------------------------------------------------------------------------------------------
-
-
-def value_type(value: Any) -> Type:
-    """Type of a fake (or real) value: tensors, numbers, tuples of these, None; anything else is opaque."""
-    if isinstance(value, torch.Tensor):
-        return _tensor_type(value)
-    if isinstance(value, bool):
-        return ScalarType("bool")
-    if isinstance(value, int):
-        return ScalarType("int", int(value))
-    if isinstance(value, float):
-        return ScalarType("float", sympy.Float(value))
-    if isinstance(value, torch.SymInt):
-        return ScalarType("int", _symbolic(value))
-    if isinstance(value, torch.SymFloat):
-        return ScalarType("float", _float_expression(value))
-    if isinstance(value, torch.SymBool):
-        return ScalarType("bool", _float_expression(value))
-    if isinstance(value, tuple | list):
-        return TupleType(tuple(value_type(item) for item in value))
-    if value is None:
-        return NoneType()
-    return OpaqueType(f"{type(value).__module__}.{type(value).__qualname__}")
-
-
-def value_type_of_attribute(value: Any) -> Type:
-    """Type of what a get_attr node names."""
-    return value_type(value)
-
-
-def _float_expression(value: Any) -> Size | None:
-    expression = canonical(value.node.expr)
-    return sympy.Float(expression) if isinstance(expression, float) else expression
-
-
-def _tensor_type(tensor: torch.Tensor) -> Type:
-    dtype = SHORT_DTYPE.get(str(tensor.dtype).removeprefix("torch."))
-    if dtype is None or tensor.layout != torch.strided:
-        return OpaqueType(f"torch.Tensor({str(tensor.dtype).removeprefix('torch.')}, {tensor.layout})")
-    shape = tuple(_size(size) for size in tensor.shape)
-    return TensorType(dtype, shape, str(tensor.device), tuple(_size(stride) for stride in tensor.stride()))
-
-
-def _size(size: Any) -> Size:
-    if type(size) is int:
-        return size
-    return _symbolic(size)  # type: ignore[no-any-return]
 
 
 def _has_value(node: torch.fx.Node) -> bool:
@@ -351,21 +262,8 @@ def op_name(node: torch.fx.Node, gm: torch.fx.GraphModule | None = None) -> str:
     if isinstance(target, torch._ops.OpOverloadPacket):
         return target._qualified_op_name.replace("::", ".")
     if isinstance(target, torch._ops.HigherOrderOperator):
-        return f"higher_order.{target.name()}"
+        return f"higher_order.{target.name()}"  # type: ignore[no-untyped-call]
     return qualified_name(target)
-
-
-def qualified_name(target: Any) -> str:
-    """``module.name`` of a function; torch's built-ins, which do not say their module, are looked up."""
-    name = getattr(target, "__qualname__", None) or getattr(target, "__name__", type(target).__name__)
-    name = name.rsplit(".", 1)[-1].replace("<lambda>", "lambda")
-    module = getattr(target, "__module__", None)
-    if isinstance(module, str) and module:
-        return f"{module}.{name}"
-    for owner, prefix in ((torch, "torch"), (torch.Tensor, "torch.Tensor"), (operator, "_operator")):
-        if getattr(owner, name, None) is target:
-            return f"{prefix}.{name}"
-    return f"unknown.{name}"
 
 
 def _is_part(node: torch.fx.Node) -> bool:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import operator
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
@@ -16,30 +18,49 @@ _FRAME = re.compile(r'^\s*File "(?P<file>[^\n]*)", line (?P<line>\d+), in [^\n]*
 _TORCH = os.path.dirname(os.path.abspath(torch.__file__)) + os.sep
 _INDEXED = re.compile(r"\[(?:'([^']*)'|\"([^\"]*)\"|(\d+))\]")
 
-#: Autograd's own copy of a result that it saves, and AOTAutograd's writing back of mutated inputs.
-_NOT_DIFFERENTIATED = (torch.ops.aten.detach.default, torch.ops.aten.copy_.default)
+#: Autograd's own copy of a result that it saves, AOTAutograd's writing back of mutated inputs, parts of results.
+_NOT_DIFFERENTIATED = (torch.ops.aten.detach.default, torch.ops.aten.copy_.default, operator.getitem)
+#: What AOTAutograd writes into the trace of a sum of gradients, which has no autograd node of its own.
+_ADDITION = "Gradient addition node"
 
 
 def node_location(meta: Mapping[str, Any]) -> Location:
     """The innermost line outside of torch and the innermost module; of a backward op, those of its forward op."""
     trace = meta.get("stack_trace")
     file, line, source = user_frame(trace) if isinstance(trace, str) and trace else ("", 0, "")
+    return Location(file, line, source, _module(meta))
+
+
+def _module(meta: Mapping[str, Any]) -> str:
     stack = meta.get("nn_module_stack") or meta.get("fwd_nn_module_stack")
-    module = ""
-    if isinstance(stack, Mapping) and stack:
-        path = list(stack.values())[-1]
-        module = clean_module_path(str(path[0] if isinstance(path, tuple) else path))
-    return Location(file, line, source, module)
+    if not isinstance(stack, Mapping) or not stack:
+        return ""
+    path = list(stack.values())[-1]
+    return clean_module_path(str(path[0] if isinstance(path, tuple) else path))
+
+
+def location_like(location: Location, meta: Mapping[str, Any]) -> Location:
+    """A backward op's location, completed by its forward op's: line and module where it has none itself."""
+    if location.file and location.module:
+        return location
+    other = node_location(meta)
+    if not location.file:
+        location = replace(location, file=other.file, line=other.line, source=other.source)
+    return location if location.module else replace(location, module=other.module)
 
 
 @lru_cache(maxsize=65536)
 def user_frame(trace: str) -> tuple[str, int, str]:
-    """File, line number and text of the last frame outside of torch's own files (of the last frame, if all are inside)."""
+    """File, line number and text of the last frame outside of torch's own files (of all frames, if all are inside)."""
     frames = [(found["file"], int(found["line"]), found["source"].strip()) for found in _FRAME.finditer(trace)]
     if not frames:
         return "", 0, ""
-    outside = [frame for frame in frames if not os.path.abspath(frame[0]).startswith(_TORCH)]
+    outside = [frame for frame in frames if outside_torch(frame[0])]
     return (outside or frames)[-1]
+
+
+def outside_torch(file: str) -> bool:
+    return not os.path.abspath(file).startswith(_TORCH)
 
 
 @lru_cache(maxsize=65536)
@@ -55,25 +76,89 @@ def clean_module_path(path: str) -> str:
 
 def is_backward(meta: Mapping[str, Any]) -> bool:
     """Whether a joint graph's node belongs to the backward."""
-    return (
-        "fwd_nn_module_stack" in meta
-        or bool(meta.get("autograd_backward"))
-        or meta.get("partitioner_tag") in ("is_backward", "must_be_in_backward")
-    )
+    return "fwd_nn_module_stack" in meta or bool(meta.get("autograd_backward")) or is_backward_tag(meta)
 
 
-def forward_nodes(gm: torch.fx.GraphModule, phase: str) -> dict[int, str]:
-    """Autograd's sequence number -> the last forward node that carries it: the op that the autograd node differentiates.
+def is_backward_tag(meta: Mapping[str, Any]) -> bool:
+    """Whether the partitioner took the node for one of the backward. (All nodes of the backward graph that it made are
+    marked ``autograd_backward``, those of the forward that it repeats there too.)"""
+    return meta.get("partitioner_tag") in ("is_backward", "must_be_in_backward")
 
-    Ops that autograd does not see carry the number of the next one that it sees; the last is the one that counts.
+
+class ForwardOps:
+    """The forward op of each op of a backward (or joint) graph.
+
+    Autograd numbers what it differentiates. An op that is traced carries the number of the autograd node made last: its
+    own, or, if autograd does not see it, an earlier op's. Of the forward ops with a backward op's number, the one meant
+    is the last with the same stack trace and module (a composite op is several nodes), else the first.
     """
-    if phase == "backward":
-        return {}
-    table: dict[int, str] = {}
-    for node in gm.graph.nodes:
+
+    def __init__(self, gm: torch.fx.GraphModule) -> None:
+        self.gm = gm
+        self.nodes = {node.name: node for node in gm.graph.nodes}
+        self.by_place: dict[tuple[int, str, str], str] = {}
+        self.by_number: dict[int, str] = {}
+        for node in gm.graph.nodes:
+            number = node.meta.get("seq_nr")
+            if node.op != "call_function" or not isinstance(number, int) or is_backward(node.meta):
+                continue
+            key = (number, *_place(node.meta))
+            if key in self.by_place and node.target in _NOT_DIFFERENTIATED:
+                continue
+            self.by_place[key] = node.name
+            self.by_number.setdefault(number, node.name)
+
+    def names_for(self, gm: torch.fx.GraphModule) -> dict[str, str]:
+        """For the ops of a backward graph: the forward op that each differentiates, or computes again, where known."""
+        ops = [node for node in gm.graph.nodes if node.op == "call_function"]
+        names = {node.name: self._own(node) for node in ops}
+        # A sum of gradients is the gradient of a value that several ops read. Its reader differentiates the op that
+        # made the value. What is left is named after what it reads: a saved value stands for the op that made it.
+        for node in reversed(ops):
+            if not names[node.name] and _adds_gradients(node):
+                names[node.name] = _first(names, node.users)
+        for node in ops:
+            if not names[node.name]:
+                saved = (operand.name for operand in node.all_input_nodes if self._is_saved(operand))
+                names[node.name] = _first(names, node.all_input_nodes) or next(saved, "")
+        return names
+
+    def _own(self, node: torch.fx.Node) -> str:
+        if self.repeats(node):
+            return node.name
         number = node.meta.get("seq_nr")
-        if node.target in _NOT_DIFFERENTIATED and number in table:
-            continue
-        if node.op == "call_function" and isinstance(number, int) and not is_backward(node.meta):
-            table[number] = node.name
-    return table
+        if not isinstance(number, int) or _adds_gradients(node):
+            return ""
+        return self.by_place.get((number, *_place(node.meta))) or self.by_number.get(number, "")
+
+    def _is_saved(self, node: torch.fx.Node) -> bool:
+        return node.op == "placeholder" and node.name in self.nodes and self.nodes[node.name].op == "call_function"
+
+    def repeats(self, node: torch.fx.Node) -> bool:
+        """Whether a backward graph's op is a copy of a forward op, computed again instead of saved."""
+        own = self.nodes.get(node.name)
+        return own is not None and own is not node and own.target == node.target and not is_backward_tag(node.meta)
+
+    def body_of(self, name: str) -> ForwardOps | None:
+        """The ops of the subgraph that the forward op ``name`` calls; None if it calls none."""
+        node = self.nodes.get(name)
+        while node is not None and node.target is operator.getitem:
+            node = node.args[0] if isinstance(node.args[0], torch.fx.Node) else None
+        called = node.args[0] if node is not None and node.args else None
+        if not isinstance(called, torch.fx.Node) or called.op != "get_attr":
+            return None
+        body = getattr(self.gm, str(called.target), None)
+        return ForwardOps(body) if isinstance(body, torch.fx.GraphModule) else None
+
+
+def _place(meta: Mapping[str, Any]) -> tuple[str, str]:
+    """Stack trace and innermost module, equal for a forward op and what differentiates it."""
+    return str(meta.get("stack_trace")), _module(meta)
+
+
+def _first(names: Mapping[str, str], nodes: Iterable[torch.fx.Node]) -> str:
+    return next((names[node.name] for node in nodes if names.get(node.name)), "")
+
+
+def _adds_gradients(node: torch.fx.Node) -> bool:
+    return _ADDITION in str(node.meta.get("stack_trace"))

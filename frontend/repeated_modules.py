@@ -23,7 +23,7 @@ import contextlib
 import threading
 import types
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -164,9 +164,13 @@ def report_of_frame(compile_id: object) -> RegionReport:
     return state.report if state is not None else RegionReport()
 
 
-def state_of_frame(compile_id: object, backend: object) -> CompileState | None:
-    """The state if repeated modules are to be traced once in this frame, else None."""
-    if _active.suspended or not (_active.depth or getattr(backend, _MARK, False)):
+def state_of_frame(compile_id: object, backend: object, options: object = None) -> CompileState | None:
+    """The state if repeated modules are to be traced once in this frame, else None.
+
+    backend, options: what ``torch.compile`` was given; ``repeated_modules=False`` in the options of a marked backend
+    inlines everything.
+    """
+    if _active.suspended or not (is_ours(backend) and (_active.depth or _wanted(options))):
         return None
     state = _active.states.get(compile_id)
     if state is None:
@@ -174,6 +178,18 @@ def state_of_frame(compile_id: object, backend: object) -> CompileState | None:
         while len(_active.states) > _KEPT_REPORTS:
             _active.states.popitem(last=False)
     return state
+
+
+def is_ours(backend: object) -> bool:
+    """Whether frames compiled by ``backend`` on this thread are this package's business at all."""
+    return bool(_active.depth) or bool(getattr(backend, _MARK, False))
+
+
+def _wanted(options: object) -> bool:
+    """The option ``repeated_modules`` of a mapping or an options object; wrong values are the backend's to refuse."""
+    if isinstance(options, Mapping):
+        return options.get("repeated_modules", True) is not False
+    return getattr(options, "repeated_modules", True) is not False
 
 
 def is_active(compile_id: object) -> bool:

@@ -11,7 +11,6 @@ compiled for which ``repeated_modules`` is active in this thread, and then does 
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import threading
 from collections.abc import Callable
@@ -19,7 +18,7 @@ from typing import Any
 
 import torch
 
-from . import repeated_modules
+from . import min_cut, region_reuse, repeated_modules
 from .module_groups import ModuleGroup
 from .repeated_modules import MAXIMUM_VARIANTS, CompileState
 
@@ -35,21 +34,41 @@ def install() -> str | None:
         if _done:
             return _unavailable
         _done = True
+        _install_min_cut()
         try:
             from torch._dynamo.variables import invoke_subgraph as reuse
             from torch._dynamo.variables.nn_module import UnspecializedNNModuleVariable
             from torch._higher_order_ops.invoke_subgraph import InvokeSubgraphHOP
 
-            for name in ("find_reuse_match", "is_reusable", "save_reuse_entry", "stamp_out_subgraph"):
+            for name in ("build_input_fingerprint", "find_reuse_match", "is_reusable", "save_reuse_entry", "stamp_out_subgraph"):
                 getattr(reuse, name)
         except (ImportError, AttributeError) as error:
             _unavailable = f"torch {torch.__version__} has no subgraph reuse ({error})"
             return _unavailable
         UnspecializedNNModuleVariable.call_function = _call_function(UnspecializedNNModuleVariable.call_function)
         reuse.is_reusable = _is_reusable(reuse.is_reusable)
+        reuse.build_input_fingerprint = _build_fingerprint(reuse.build_input_fingerprint)
         reuse.save_reuse_entry = _save_reuse_entry(reuse.save_reuse_entry)
         InvokeSubgraphHOP.gen_schema = _gen_schema(InvokeSubgraphHOP.gen_schema)
         return None
+
+
+def _install_min_cut() -> None:
+    import networkx
+
+    if hasattr(networkx, "minimum_cut"):
+        networkx.minimum_cut = min_cut.fast_minimum_cut(networkx.minimum_cut, _compiling_for_us)
+
+
+def _compiling_for_us() -> bool:
+    """Whether this thread is compiling a frame for one of our backends."""
+    from torch._dynamo.symbolic_convert import InstructionTranslator
+
+    try:
+        tx = InstructionTranslator.current_tx()
+    except AttributeError:  # no frame is being traced
+        return False
+    return repeated_modules.is_ours(_backend_and_options(tx.output.compiler_fn)[0])
 
 
 def _current_compile_id() -> object:
@@ -59,11 +78,24 @@ def _current_compile_id() -> object:
 
 
 def _state(tx: Any) -> CompileState | None:
+    return repeated_modules.state_of_frame(_current_compile_id(), *_backend_and_options(tx.output.compiler_fn))
+
+
+def _backend_and_options(compiler: Any) -> tuple[Any, Any]:
+    """The function that the user named as backend and the ``options`` that it will get, from what Dynamo holds."""
     from torch._dynamo.eval_frame import innermost_backend
 
-    backend = innermost_backend(tx.output.compiler_fn)
-    backend = getattr(backend, "compiler_fn", backend)
-    return repeated_modules.state_of_frame(_current_compile_id(), backend)
+    options: Any = None
+    while True:
+        compiler = innermost_backend(compiler)
+        if isinstance(compiler, functools.partial):
+            given, inner = compiler.keywords, compiler.func
+        elif hasattr(compiler, "compiler_fn"):  # torch.compile's wrapper
+            given, inner = getattr(compiler, "kwargs", {}), compiler.compiler_fn
+        else:
+            return compiler, options
+        options = given.get("options") if options is None else options
+        compiler = inner
 
 
 # --- the hook ---------------------------------------------------------------------------------------------------------
@@ -257,9 +289,19 @@ def _is_reusable(original: Callable[..., bool]) -> Callable[..., bool]:
         state = _state(tx)
         if state is None or not state.inside:
             return original(tx, condition, fingerprint, cached_entry)
-        return _reuse(tx, condition, fingerprint, cached_entry)
+        return region_reuse.is_reusable(tx, condition, fingerprint, cached_entry)
 
     return is_reusable
+
+
+def _build_fingerprint(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def build_fingerprint(tx: Any, args: Any, kwargs: Any) -> Any:
+        state = _state(tx)
+        found = region_reuse.fingerprint_of(args, kwargs) if state is not None and state.inside else None
+        return found if found is not None else original(tx, args, kwargs)
+
+    return build_fingerprint
 
 
 def _save_reuse_entry(original: Callable[..., None]) -> Callable[..., None]:
@@ -270,7 +312,7 @@ def _save_reuse_entry(original: Callable[..., None]) -> Callable[..., None]:
         if state is not None and state.inside:
             for _, entry in _reuse_entries(tx, fn_var):
                 if not hasattr(entry, "_effcc_arguments"):
-                    entry._effcc_arguments = describe_arguments(fingerprint)
+                    entry._effcc_arguments = region_reuse.describe_arguments(fingerprint)
                     _name_symbols(tx, entry, kwargs["p_args"] if "p_args" in kwargs else args[3])
 
     return save_reuse_entry
@@ -291,123 +333,6 @@ def _name_symbols(tx: Any, entry: Any, p_args: Any) -> None:
             origin.expr = example.node._expr
         if grapharg is not None and _is_below(grapharg.source, own):
             entry._effcc_hazard = f"its {grapharg.source.name} is a number that varies"
-
-
-def _reuse(tx: Any, condition: Any, fingerprint: Any, entry: Any) -> bool:
-    """Whether the trace holds for these arguments; if so its guards are installed for them."""
-    if condition.treespec is not None and condition.treespec != fingerprint.treespec:
-        return False
-    if not hasattr(entry, "_effcc_arguments"):
-        raise AssertionError("a reuse entry was made outside of a region")
-    if entry._effcc_arguments != describe_arguments(fingerprint):
-        return False
-    replaced = {
-        old: new
-        for old, new in zip(entry.arg_sources, fingerprint.arg_sources, strict=True)
-        if old is not None and new is not None and old != new
-    }
-    clone = _SourceCloner(replaced)
-    mutated = tx.output.side_effects.mutated_sources
-    if mutated and any(clone(source) in mutated for source in condition.traced_sources):
-        return False
-    scope = {"G": tx.output.root_tx.f_globals, "L": tx.output.root_tx.f_locals}
-    values: dict[Any, Any] = {}
-    guards, tensors = [], []
-    for source, handler, expected, guard in condition.guards:
-        moved = clone(source)
-        if moved is source:
-            continue
-        try:
-            value = moved.get_value(scope, {}, values)
-        except Exception:
-            return False  # the sibling lacks an attribute that the first module has
-        if not handler.eval_fn(value, expected):
-            return False
-        if guard.create_fn_name() == "TENSOR_MATCH":
-            tensors.append((moved, value))
-            continue
-        moved_guard = moved.make_guard(_guard_function(guard, value))
-        moved_guard.user_stack = guard.user_stack
-        guards.append(moved_guard)
-    from torch._dynamo.guards import install_guard
-    from torch._dynamo.variables.builder import VariableBuilder
-
-    install_guard(*guards)
-    for moved, value in tensors:
-        VariableBuilder(tx, moved)(value)  # makes the input, and its guard, once
-    return True
-
-
-class _SourceCloner:
-    """``Source.clone`` with each distinct source cloned once; sources outside ``replaced`` come back as they are."""
-
-    def __init__(self, replaced: dict[Any, Any]) -> None:
-        self.done: dict[Any, Any] = dict(replaced)
-
-    def __call__(self, source: Any) -> Any:
-        known = self.done.get(source)
-        if known is not None:
-            return known
-        fields = {}
-        for item in dataclasses.fields(source):
-            value = getattr(source, item.name)
-            if isinstance(value, torch._guards.Source):
-                moved = self(value)
-                if moved is not value:
-                    fields[item.name] = moved
-        result = dataclasses.replace(source, **fields) if fields else source
-        self.done[source] = result
-        return result
-
-
-def _guard_function(guard: Any, value: Any) -> Any:
-    """The guard's maker, rebound to ``value`` where it carries the first module's value."""
-    make = guard.create_fn
-    if isinstance(make, functools.partial) and "value" in make.keywords:
-        return functools.partial(make.func, value=value)
-    return make
-
-
-def describe_arguments(fingerprint: Any) -> tuple[Any, ...]:
-    """Everything about a call's arguments that its trace may depend on, comparable with ``==``."""
-    from torch._dynamo.guards import extract_tensor_metadata
-    from torch._dynamo.variables.invoke_subgraph import InputTag
-
-    first: dict[Any, int] = {}
-    described: list[Any] = []
-    for position, (tag, variable) in enumerate(fingerprint.flat_vts):
-        if tag in (InputTag.TENSOR, InputTag.SYMNODE):
-            node = variable.as_proxy().node
-            described.append((tag, first.setdefault(node, position)))
-        if tag == InputTag.TENSOR:
-            example = variable.proxy.node.meta["example_value"]
-            shape, stride, *rest = extract_tensor_metadata(example)
-            described += [_sizes(shape), _sizes(stride), *rest]
-        elif tag == InputTag.SYMNODE:
-            described.append(_Same(variable.sym_num))
-        elif tag == InputTag.CONSTANT:
-            described.append((type(variable.value), repr(variable.value)))
-        else:
-            described.append(tag)
-    return tuple(described)
-
-
-def _sizes(sizes: Any) -> tuple[Any, ...]:
-    """Sizes as numbers and expressions; comparing SymInts would specialize them."""
-    return tuple(size.node.expr if isinstance(size, torch.SymInt) else size for size in sizes)
-
-
-class _Same:
-    """Equal only to itself: symbolic numbers must not be compared by value, which would specialize them."""
-
-    def __init__(self, value: Any) -> None:
-        self.value = value
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Same) and self.value is other.value
-
-    def __hash__(self) -> int:
-        return id(self.value)
 
 
 # --- cost per call ----------------------------------------------------------------------------------------------------

@@ -234,7 +234,7 @@ class Cascade:
 
     @cached_property
     def tensors(self) -> tuple[str, ...]:
-        """Every tensor's name: those of each line left to right as read, then as written."""
+        """Every tensor's name: for each line those that it reads, then the one that it writes."""
         names: dict[str, None] = {}
         for einsum in self.einsums:
             for item in einsum.reads:
@@ -301,7 +301,7 @@ def check(cascade: Cascade) -> None:
             recursive = name == einsum.output and einsum.iterative is not None
             if name in cascade.definitions and name not in written and not recursive:
                 raise CascadeError(f"{name} is read before it is written", where=where, remedy="Move its line up.")
-        _check_ranks(einsum, where)
+        check_ranks(einsum, where)
         kinds = written.setdefault(einsum.output, set())
         if einsum.is_start in kinds or (kinds and einsum.iterative is None and not einsum.is_start):
             raise CascadeError(f"{einsum.output} is written twice", where=where, remedy="Give the second another name.")
@@ -309,21 +309,38 @@ def check(cascade: Cascade) -> None:
     for name, kinds in written.items():
         if kinds == {True}:
             raise CascadeError(f"{name} has a start but no step", where=name, remedy=f"Write {name}[..., c+1] = ...")
+        if kinds == {False} and cascade.definitions[name].iterative is not None:
+            raise CascadeError(f"{name} has a step but no start", where=name, remedy=f"Write {name}[..., 0] = ...")
 
 
 def _check_arity(arity: dict[str, int], name: str, count: int, where: str) -> None:
     known = arity.setdefault(name, count)
     if known != count:
-        raise CascadeError(f"{name} has {known} ranks elsewhere and {count} here", where=where)
+        raise CascadeError(
+            f"{name} has {known} ranks elsewhere and {count} here",
+            where=where,
+            remedy="A tensor has as many indices everywhere; give another tensor another name.",
+        )
 
 
-def _check_ranks(einsum: Einsum, where: str) -> None:
+def check_ranks(einsum: Einsum, where: str) -> None:
+    """The rules that concern one Einsum alone. Raises ``CascadeError``."""
     kept = einsum.kept
     if len(set(kept)) != len(kept):
-        raise CascadeError(f"a rank occurs twice in the output {einsum.output}", where=where)
+        raise CascadeError(
+            f"a rank occurs twice in the output {einsum.output}",
+            where=where,
+            remedy="A diagonal is read, not written: use each rank once on the left.",
+        )
+    if any(not ranks_of(index) and index != 0 for index in einsum.indices):
+        raise CascadeError(f"{einsum.output} does not start at 0", where=where, remedy="An iterative rank starts at 0.")
     both = set(kept) & set(einsum.reduced)
     if both:
-        raise CascadeError(f"rank {min(s.name for s in both)} is both kept and reduced", where=where)
+        raise CascadeError(
+            f"rank {min(s.name for s in both)} is both kept and reduced",
+            where=where,
+            remedy=f"Drop it from {einsum.output}'s indices or from the reduction.",
+        )
     free = ranks_of(einsum.body) - einsum.space
     if free:
         name = min(symbol.name for symbol in free)
@@ -339,4 +356,8 @@ def _check_ranks(einsum: Einsum, where: str) -> None:
                 raise CascadeError(f"{einsum.output} reads itself", where=where, remedy="Only an iterative rank may.")
             position = next(i for i, index in enumerate(einsum.indices) if not index.is_Symbol)
             if item.args[position] != step:
-                raise CascadeError(f"{einsum.output} may read itself only at {step}, the step before", where=where)
+                raise CascadeError(
+                    f"{einsum.output} may read itself only at {step}, the step before",
+                    where=where,
+                    remedy=f"Index it with {step} on the right of the equals sign.",
+                )

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 
 import sympy
 
-from ..errors import CascadeError, ParseError
+from ..errors import CascadeError
 from .cascade import (
     COMPARISONS,
     IDENTITY,
@@ -38,6 +38,7 @@ from .cascade import (
     Where,
     access,
     check,
+    check_ranks,
     constant,
     is_rank,
     rank,
@@ -63,9 +64,11 @@ _FUNCTIONS: dict[str, tuple[int, Callable[..., sympy.Expr]]] = {
     "max": (2, Maximum),
     "min": (2, Minimum),
 }
+#: The remedy of errors that have no more particular one.
+_LINE_FORM = "A line reads  NAME[ranks] = reduction[ranks] expression , such as  SD[m] = sum[n] exp(QK[m,n] - GM[m])"
 _RESERVED = {*_FUNCTIONS, *IDENTITY, "inf", "nan"}
 #: Refused beyond this many characters, digits of an exponent, or levels of nesting: nothing sensible needs more.
-_MAX_TEXT, _MAX_EXPONENT, _MAX_DEPTH = 1_000_000, 400, 60
+_MAX_TEXT, _MAX_EXPONENT, _MAX_DEPTH, _MAX_BITS = 1_000_000, 400, 60, 16384
 
 
 @dataclass(frozen=True)
@@ -78,11 +81,11 @@ class _Token:
 def parse_cascade(text: str, name: str = "cascade") -> Cascade:
     """Read a cascade.
 
-    Raises ``ParseError`` with ``where`` = ``name:line:column`` for text that does not fit the grammar or does not make
-    a well-formed cascade (a tensor read before it is written, a rank neither kept nor reduced).
+    Raises ``CascadeError`` with ``where`` = ``name:line:column`` and a remedy for text that does not fit the grammar or
+    does not make a well-formed cascade (a tensor read before it is written, a rank neither kept nor reduced).
     """
     if len(text) > _MAX_TEXT:
-        raise ParseError("the text is too long", where=f"{name}:1:1", remedy=f"At most {_MAX_TEXT} characters.")
+        raise CascadeError("the text is too long", where=f"{name}:1:1", remedy=f"At most {_MAX_TEXT} characters.")
     einsums: list[Einsum] = []
     starts: list[int] = []
     for number, line in enumerate(text.split("\n"), start=1):
@@ -91,31 +94,17 @@ def parse_cascade(text: str, name: str = "cascade") -> Cascade:
             einsums.append(_LineParser(tokens, name, number).einsum())
             starts.append(tokens[0].column)
             try:
-                _check_prefix(einsums)
+                # What one line can break by itself is told at once, so that the first bad line is the one reported.
+                check_ranks(einsums[-1], str(number))
             except CascadeError as error:
-                raise ParseError(error.message, where=f"{name}:{number}:{starts[-1]}", remedy=error.remedy) from error
+                raise CascadeError(error.message, where=f"{name}:{number}:{starts[-1]}", remedy=error.remedy) from error
     cascade = Cascade(tuple(einsums))
     try:
         check(cascade)
     except CascadeError as error:
         where, column = _blame(cascade, error, starts)
-        raise ParseError(error.message, where=f"{name}:{where}:{column}", remedy=error.remedy) from error
+        raise CascadeError(error.message, where=f"{name}:{where}:{column}", remedy=error.remedy) from error
     return cascade
-
-
-def parse_expression(text: str) -> sympy.Expr:
-    """Read one expression of the language (every rank name is accepted)."""
-    parser = _LineParser(_tokenize(text, "expression", 1), "expression", 1)
-    result = parser.expression()
-    parser.expect_end()
-    return result
-
-
-def _check_prefix(einsums: list[Einsum]) -> None:
-    """The rules that one line can break by itself, so that the first bad line is the one reported."""
-    from .cascade import _check_ranks
-
-    _check_ranks(einsums[-1], str(einsums[-1].line))
 
 
 def _blame(cascade: Cascade, error: CascadeError, starts: list[int]) -> tuple[int, int]:
@@ -131,7 +120,9 @@ def _tokenize(line: str, name: str, number: int) -> list[_Token]:
     while position < len(line):
         match = _TOKEN.match(line, position)
         if match is None:
-            raise ParseError(f"unexpected character {line[position]!r}", where=f"{name}:{number}:{position + 1}")
+            raise CascadeError(
+                f"unexpected character {line[position]!r}", where=f"{name}:{number}:{position + 1}", remedy=_LINE_FORM
+            )
         if match.lastgroup != "space":
             tokens.append(_Token(str(match.lastgroup), match.group(), position + 1))
         position = match.end()
@@ -151,9 +142,9 @@ class _LineParser:
     def token(self) -> _Token:
         return self.tokens[self.position]
 
-    def fail(self, message: str, token: _Token | None = None, remedy: str = "") -> ParseError:
+    def fail(self, message: str, token: _Token | None = None, remedy: str = "") -> CascadeError:
         column = (token or self.token).column
-        return ParseError(message, where=f"{self.name}:{self.line}:{column}", remedy=remedy)
+        return CascadeError(message, where=f"{self.name}:{self.line}:{column}", remedy=remedy or _LINE_FORM)
 
     def take(self) -> _Token:
         token = self.token
@@ -184,8 +175,13 @@ class _LineParser:
             raise self.fail("only one rank can be iterative", self.tokens[start])
         self.expect("=")
         reduction, reduced = self.reduction()
+        first = self.token
         body = self.expression()
         self.expect_end()
+        if body.has(sympy.zoo, sympy.I):
+            raise self.fail(
+                "the expression has no real value", first, "A logarithm or root of a negative number, or of 0?"
+            )
         return Einsum(name, indices, body, reduction, reduced, self.line)
 
     def tensor(self) -> str:
@@ -300,7 +296,10 @@ class _LineParser:
         token = self.token
         exponent = self.unary()
         if exponent.is_number and not exponent.has(sympy.oo, sympy.nan) and abs(exponent) > _MAX_EXPONENT:
-            raise self.fail("the exponent is too large", token)
+            raise self.fail("the exponent is too large", token, f"At most {_MAX_EXPONENT}.")
+        if base.is_Rational and base.is_finite and exponent.is_Rational and exponent.is_finite:
+            if max(int(base.p).bit_length(), int(base.q).bit_length()) * abs(int(exponent)) > _MAX_BITS:
+                raise self.fail("the power is too large", token, f"At most {_MAX_BITS} bits.")
         if base == 0 and exponent.is_number and exponent.is_negative:
             raise self.fail("division by zero", token)
         return base**exponent
@@ -335,8 +334,8 @@ class _LineParser:
 
     def number(self, token: _Token) -> sympy.Expr:
         _, _, exponent = token.text.lower().partition("e")
-        if exponent and abs(int(exponent)) > _MAX_EXPONENT:
-            raise self.fail("the number is too large", token)
+        if len(token.text) > _MAX_EXPONENT or (exponent and abs(int(exponent)) > _MAX_EXPONENT):
+            raise self.fail("the number is too large", token, f"At most {_MAX_EXPONENT} digits.")
         return sympy.Rational(token.text)
 
     def call(self, token: _Token) -> sympy.Expr:

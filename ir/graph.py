@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, TypeAlias
 
 import sympy
@@ -149,6 +150,15 @@ class Graph:
     @property
     def inputs(self) -> tuple[Node, ...]:
         return tuple(node for node in self.nodes if node.op == "input")
+
+    @cached_property
+    def writes(self) -> Mapping[str, tuple[str, ...]]:
+        """Value -> the bases that its op writes, by the alias facts."""
+        table: dict[str, tuple[str, ...]] = {}
+        for alias in self.aliases:
+            if alias.writes:
+                table[alias.name] = (*table.get(alias.name, ()), alias.base)
+        return table
 
     def by_name(self) -> dict[str, Node]:
         return {node.name: node for node in self.nodes}

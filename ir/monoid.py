@@ -16,8 +16,8 @@ and ``NAME[..., |r|]`` the last one, so a component is also two lines of cascade
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import sympy
 from sympy.core.function import AppliedUndef
@@ -98,39 +98,24 @@ def state(component: Component, rank: sympy.Symbol, when: str) -> AppliedUndef:
     return access(component.name, (*component.indices, at))
 
 
-def loop_form(monoid: Monoid) -> list[Einsum]:
-    """The state as cascade text: an iterative rank, one element a step.
+def loop_form(component: Component, r: sympy.Symbol) -> list[Einsum]:
+    """One component as cascade text: an iterative rank, one element a step.
 
-    rewrite: component -> ``NAME[i,0] = identity``; ``NAME[i,r+1] = carry (+) element``, with the element's further
-    ranks reduced in a line of their own first.
+    rewrite: component -> ``NAME[i,0] = identity``; ``NAME[i,r+1] = carry (+) element``, with the element's further ranks
+    reduced in a line of their own first.
     """
     lines: list[Einsum] = []
-    r = monoid.rank
-    for component in monoid.components:
-        element = component.element
-        if component.inner:
-            part = f"{component.name}_part"
-            lines.append(Einsum(part, (*component.indices, r), element, component.reduction, component.inner))
-            element = access(part, (*component.indices, r))
-        body = element if component.reduction is None else join(component.reduction, component.carry, element)
-        lines.append(Einsum(component.name, (*component.indices, sympy.Integer(0)), component.identity))
-        lines.append(Einsum(component.name, (*component.indices, r + 1), body))
+    element = component.element
+    if component.inner:
+        part = part_name(component.name)
+        lines.append(Einsum(part, (*component.indices, r), element, component.reduction, component.inner))
+        element = access(part, (*component.indices, r))
+    body = element if component.reduction is None else join(component.reduction, component.carry, element)
+    lines.append(Einsum(component.name, (*component.indices, sympy.Integer(0)), component.identity))
+    lines.append(Einsum(component.name, (*component.indices, r + 1), body))
     return lines
 
 
-def renamed(monoid: Monoid, names: Mapping[str, str]) -> Monoid:
-    """The monoid with components renamed."""
-
-    def swap(expression: sympy.Expr) -> sympy.Expr:
-        table = {
-            item: access(names[tensor_name(item)], item.args)
-            for item in accesses(expression)
-            if tensor_name(item) in names
-        }
-        return expression.xreplace(table)
-
-    components = tuple(
-        replace(c, name=names.get(c.name, c.name), element=swap(c.element), carry=swap(c.carry))
-        for c in monoid.components
-    )
-    return replace(monoid, components=components)
+def part_name(name: str) -> str:
+    """The tensor that holds one element's share of a component, where that share is a reduction itself."""
+    return f"{name}_part"

@@ -19,8 +19,8 @@ class CommonSubexpressions:
     """Compute equal values once.
 
     Two nodes are equal if op, arguments and type are and nothing they read was written between them. Not merged: random
-    draws, ops with effects, values in a storage that is written, and two values that both leave the graph as outputs in
-    storages of their own (the caller may change one of them in place).
+    draws, ops with effects, values in a storage that is written, two values that are both returned, and two that both
+    leave the graph in storages of their own (the caller may change one of them in place).
 
     rewrite::
 
@@ -34,6 +34,7 @@ class CommonSubexpressions:
     def apply(self, graph: Graph) -> Graph:
         graph = with_subgraphs(graph, self.apply)
         storages = Storages(graph)
+        returned = frozenset(graph.output_names())
         version: dict[str, int] = {}
         first: dict[Hashable, Node] = {}
         replaced: dict[str, Argument] = {}
@@ -52,7 +53,8 @@ class CommonSubexpressions:
                     versions,
                 )
                 earlier = first.setdefault(key, node)
-                if earlier is not node and not _both_leave(earlier, node, storages):
+                both_leave = {earlier.name, node.name} <= returned or _both_leave(earlier, node, storages)
+                if earlier is not node and not both_leave:
                     replaced[node.name] = Ref(earlier.name)
                     continue
             kept.append(node)

@@ -88,7 +88,14 @@ class ConstantFolding:
                     node = _full(node, value)
             kept.append(node)
         same = len(kept) == len(graph.nodes) and all(a is b for a, b in zip(kept, graph.nodes, strict=True))
-        return graph if same else rebuild(graph, kept, replaced)
+        return graph if same else rebuild(_without_views_of(graph, kept), kept, replaced)
+
+
+def _without_views_of(graph: Graph, kept: list[Node]) -> Graph:
+    """The graph without alias facts of values that have become tensors of their own."""
+    fresh = {node.name for node in kept if node.op == "aten.full.default"}
+    aliases = tuple(alias for alias in graph.aliases if alias.name not in fresh)
+    return graph if len(aliases) == len(graph.aliases) else replace(graph, aliases=aliases)
 
 
 def _known_number(node: Node, graph: Graph) -> Number | None:

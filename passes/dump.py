@@ -2,7 +2,11 @@
 
 ``NNN-pass.json`` records every pass (time, sizes, which files hold the graph before and after); ``NNN-pass.ir`` is
 written where the pass changed something. ``NNN-input.ir`` is the graph before the first pass. Several graphs, and
-several processes, may share a folder: numbers are claimed by creating the ``.json`` file exclusively.
+several processes, may share a folder: a number is claimed by creating its ``.json`` file, and given up again if another
+process is found to have claimed it too.
+
+Of a pass that failed, ``NNN-pass-failed.ir`` is the graph that it was given, under a comment with the command that
+repeats the failure.
 """
 
 from __future__ import annotations
@@ -10,11 +14,11 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from ..errors import OptionError
+from ..errors import OptionError, OutputError
 
 _NUMBERED = re.compile(r"(\d{3,})-(.+)\.json")
 
@@ -60,20 +64,37 @@ class DumpFolder:
     def claim(self, name: str) -> tuple[int, str]:
         """The next free number and the stem ``NNN-name``; an empty ``.json`` file holds the place."""
         while True:
-            stem = f"{self._next:03d}-{name}"
-            taken = any(self.path.glob(f"{self._next:03d}-*.json"))
+            index, stem = self._next, f"{self._next:03d}-{name}"
             self._next += 1
-            if taken:
+            if self._claims(index):
                 continue
+            file = self.path / f"{stem}.json"
             try:
-                (self.path / f"{stem}.json").open("x").close()
+                file.open("x").close()
             except FileExistsError:
                 continue
-            return self._next - 1, stem
+            except OSError as error:
+                raise self._unwritable(file, error) from error
+            # Whoever comes second to this line sees the other's file, so that no two ever keep one number.
+            if self._claims(index) == [file]:
+                return index, stem
+            file.unlink(missing_ok=True)
+
+    def _claims(self, index: int) -> list[Path]:
+        return list(self.path.glob(f"{index:03d}-*.json"))
 
     def write(self, file: str, text: str) -> str:
-        (self.path / file).write_text(text, encoding="utf-8")
+        """Write a file of the folder; its name. Raises OutputError."""
+        try:
+            (self.path / file).write_text(text, encoding="utf-8", errors="surrogatepass")
+        except OSError as error:
+            raise self._unwritable(self.path / file, error) from error
         return file
+
+    def _unwritable(self, file: Path, error: OSError) -> OutputError:
+        return OutputError(
+            f"cannot write the dump: {error.strerror}", where=str(file), remedy="choose another EFFCC_DUMP / dump_dir"
+        )
 
     def write_record(self, stem: str, record: PassRecord) -> None:
         self.write(f"{stem}.json", json.dumps(asdict(record), indent=1) + "\n")
@@ -85,12 +106,20 @@ def read_records(path: Path) -> tuple[PassRecord, ...]:
 
 
 def _records(path: Path) -> Iterator[PassRecord]:
-    names = {field.name for field in fields(PassRecord)}
     numbered = [(int(match[1]), file) for file in path.iterdir() if (match := _NUMBERED.fullmatch(file.name))]
     for _, file in sorted(numbered):
         try:
             data: Any = json.loads(file.read_text(encoding="utf-8"))
         except (json.JSONDecodeError, UnicodeDecodeError):
             continue  # claimed by a pass that has not finished
-        if isinstance(data, dict) and names.issuperset(data):
+        if _is_record(data):
             yield PassRecord(**data)
+
+
+def _is_record(data: Any) -> bool:
+    if not isinstance(data, dict):
+        return False
+    kinds = {"int": int, "str": str, "bool": bool, "float": float}
+    known = {field.name: kinds[str(field.type)] for field in fields(PassRecord)}
+    needed = {field.name for field in fields(PassRecord) if field.default is MISSING}
+    return needed <= data.keys() <= known.keys() and all(type(value) is known[name] for name, value in data.items())

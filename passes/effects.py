@@ -13,12 +13,13 @@ from ..ir.types import ScalarType, TensorType, TupleType, Type
 
 #: ATen ops that draw random numbers whatever their arguments (torch's tag ``nondeterministic_seeded``).
 RANDOM_OPS = frozenset(
-    """_cudnn_rnn _fused_dropout _standard_gamma alpha_dropout bernoulli cauchy dropout exponential feature_dropout
-    feature_alpha_dropout geometric gru log_normal lstm miopen_rnn multinomial native_dropout normal poisson rand
-    rand_like randint randint_like randn randn_like randperm rnn_relu rnn_tanh rrelu_with_noise
-    rrelu_with_noise_functional uniform binomial _sample_dirichlet _efficient_attention_forward _flash_attention_forward
-    _flash_attention_forward_no_dropout_inplace _scaled_dot_product_attention_math_for_mps inductor_random
-    inductor_randint inductor_seed inductor_seeds""".split()
+    """_cudnn_init_dropout_state _cudnn_rnn _fused_dropout _standard_gamma alpha_dropout bernoulli cauchy dropout
+    exponential feature_dropout feature_alpha_dropout geometric gru log_normal lstm _lstm_mps miopen_rnn multinomial
+    native_dropout normal normal_functional poisson rand rand_like randint randint_like randn randn_like random randperm
+    rnn_relu rnn_tanh rrelu rrelu_with_noise rrelu_with_noise_functional uniform binomial _sample_dirichlet
+    _efficient_attention_forward _flash_attention_forward _flash_attention_forward_no_dropout_inplace
+    _cudnn_attention_forward _triton_scaled_dot_attention _fill_mem_eff_dropout_mask
+    _scaled_dot_product_attention_math_for_mps inductor_random inductor_randint inductor_seed inductor_seeds""".split()
 )
 
 #: Attention ops that draw random numbers only if this argument (position, name) is a probability above zero.
@@ -28,12 +29,21 @@ DROPOUT_ARGUMENT: dict[str, int] = {
     "_scaled_dot_product_fused_attention_overrideable": 4,
     "_scaled_dot_product_efficient_attention": 5,
     "_scaled_dot_product_cudnn_attention": 5,
+    "_scaled_dot_product_attention_math": 4,
     "scaled_dot_product_attention": 4,
 }
 
-#: ATen ops that write to an argument although neither their name (``add_``) nor their overload (``out``) says so.
+#: Overloads that write their result into arguments; so do ``out`` and all that end in ``_out``.
+OUT_OVERLOADS = frozenset(
+    """grad_input output values values_stable dim_min dim_max dim_values eigvals eigenvalues inverse result sign a L Q U
+    X out_mode out_ out_rcond_tensor out_tol_tensor OutScalar_Self OutScalar_Other OutTensor""".split()
+)
+
+#: Ops that write to an argument although neither their name (``add_``) nor their overload (``out``) says so.
 HIDDEN_WRITES = frozenset(
-    """aten._batch_norm_with_update.default aten._flash_attention_forward_no_dropout_inplace.default
+    """aten._cummax_helper.default aten._cummin_helper.default aten.fused_moving_avg_obs_fake_quant.default
+    aten.record_stream.default aten.retain_grad.default aten.set_data.default prims.copy_to.default
+    prims.resize.default aten._batch_norm_with_update.default aten._flash_attention_forward_no_dropout_inplace.default
     aten._fused_moving_avg_obs_fq_helper.default aten._native_batch_norm_legit.default aten.rrelu_with_noise.default
     aten.native_batch_norm.default aten.cudnn_batch_norm.default aten.miopen_batch_norm.default
     aten._cudnn_rnn.default""".split()
@@ -41,9 +51,19 @@ HIDDEN_WRITES = frozenset(
 
 #: ATen ops whose result may share storage with their first argument.
 VIEW_OPS = frozenset(
-    """_reshape_alias alias as_strided conj _conj detach diagonal expand flatten imag lift_fresh narrow permute positive
-    real reshape select slice split split_with_sizes squeeze t tensor_split to transpose unbind unfold unsqueeze view
-    view_as view_as_complex view_as_real _unsafe_view contiguous""".split()
+    """_autocast_to_full_precision _autocast_to_reduced_precision _conj _fw_primal _indices _make_dual
+    _nested_get_values _nested_view_from_buffer _nested_view_from_jagged _neg_view _reshape_alias _sparse_broadcast_to
+    _unpack_dual _unsafe_view _values adjoint alias as_strided broadcast_to
+    ccol_indices chunk coalesce col_indices conj contiguous crow_indices detach diagonal dsplit expand expand_as flatten
+    hsplit imag indices lift_fresh linalg_diagonal mH mT matrix_H moveaxis movedim narrow numpy_T permute pin_memory
+    positive ravel real reshape reshape_as resolve_conj resolve_neg row_indices select slice slice_inverse split
+    split_with_sizes squeeze swapaxes swapdims t tensor_split to transpose unbind unflatten unfold unsqueeze values view
+    view_as view_as_complex view_as_real vsplit""".split()
+)
+
+#: The same for the ops of ``prims``.
+VIEW_PRIMS = frozenset(
+    "as_strided broadcast_in_dim collapse_view conj imag real split_dim squeeze transpose view_of view_of_dtype".split()
 )
 
 #: ATen ops that check or steer instead of computing: their result is not what they are for.
@@ -60,7 +80,13 @@ TRANSPARENT_HIGHER_ORDER = frozenset(
 )
 
 #: Namespaces whose functional ops are known to have no effect besides their result.
-PURE_NAMESPACES = frozenset({"aten", "prims", "prim", "quantized_decomposed", "math", "operator"})
+PURE_NAMESPACES = frozenset({"aten", "prims", "prim", "quantized_decomposed", "math", "_operator"})
+
+#: Python operators that change their first operand. The others only compute (with sizes, mostly).
+OPERATOR_WRITES = frozenset(
+    """setitem delitem iadd iand iconcat ifloordiv ilshift imatmul imod imul ior ipow irshift isub itruediv
+    ixor""".split()
+)
 
 STRUCTURAL_OPS = frozenset({"input", "getitem", "call", "constant"})
 
@@ -86,10 +112,12 @@ def is_random(node: Node) -> bool:
 def writes_memory(node: Node, graph: Graph) -> bool:
     """Whether the op changes a tensor that existed before it."""
     namespace, name, overload = split_op(node.op)
-    if any(alias.writes and alias.name == node.name for alias in graph.aliases) or node.op in HIDDEN_WRITES:
+    if node.name in graph.writes or node.op in HIDDEN_WRITES:
         return True
+    if namespace == "_operator":
+        return name in OPERATOR_WRITES
     in_place = (name.endswith("_") and not name.endswith("__")) or (name.startswith("__i") and name.endswith("__"))
-    out = overload == "out" or overload.endswith("_out") or "out" in dict(node.kwargs)
+    out = overload == "out" or overload.endswith("_out") or overload in OUT_OVERLOADS or "out" in dict(node.kwargs)
     return namespace not in ("higher_order", "") and (in_place or out)
 
 
@@ -97,12 +125,18 @@ def written_names(node: Node, graph: Graph) -> tuple[str, ...]:
     """The values whose storage the op writes. All its operands where it is not known which."""
     if not writes_memory(node, graph):
         return ()
-    recorded = tuple(alias.base for alias in graph.aliases if alias.writes and alias.name == node.name)
+    recorded = graph.writes.get(node.name, ())
     operands = tuple(dict.fromkeys(node.operands()))
     namespace, name, _ = split_op(node.op)
     if namespace == "aten" and name.endswith("_") and not name.startswith("_") and operands:
         return tuple(dict.fromkeys((operands[0], *recorded)))
     return recorded or operands
+
+
+def is_view(node: Node) -> bool:
+    """Whether the result may share storage with the first argument."""
+    namespace, name, _ = split_op(node.op)
+    return (namespace == "aten" and name in VIEW_OPS) or (namespace == "prims" and name in VIEW_PRIMS)
 
 
 def has_effect(node: Node, graph: Graph) -> bool:
@@ -116,6 +150,8 @@ def has_effect(node: Node, graph: Graph) -> bool:
         bodies = [graph.subgraphs.get(body.removeprefix("@")) for body in subgraph_symbols(node)]
         known = node.op == "call" or name in TRANSPARENT_HIGHER_ORDER
         return not known or any(body is None or graph_has_effect(body) for body in bodies)
+    if namespace == "torch" and name.startswith("sym_"):
+        return False
     return namespace not in PURE_NAMESPACES or name in ACTING_OPS
 
 
@@ -158,9 +194,8 @@ class Storages:
         for alias in graph.aliases:
             self._join(alias.name, alias.base)
         for node in graph.nodes:
-            namespace, name, _ = split_op(node.op)
             first = next(node.operands(), None)
-            if first is not None and (node.op == "getitem" or (namespace == "aten" and name in VIEW_OPS)):
+            if first is not None and (node.op == "getitem" or is_view(node)):
                 self._join(node.name, first)
         for node in graph.nodes:
             written = written_names(node, graph)

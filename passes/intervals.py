@@ -7,10 +7,11 @@ an exponential can leave the floating-point range (bounds), and whether two part
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import sympy
+from sympy.core.function import AppliedUndef
 
 from ..ir.cascade import (
     COMPARISONS,
@@ -21,6 +22,7 @@ from ..ir.cascade import (
     Round,
     Sigmoid,
     Where,
+    is_rank,
     is_size,
     tensor_name,
 )
@@ -52,11 +54,17 @@ ANY = Interval()
 def tensor_intervals(cascade: Cascade) -> dict[str, Interval]:
     """A bound for every computed tensor; inputs and iterative tensors are unbounded."""
     table: dict[str, Interval] = {}
+
+    def leaf(e: sympy.Expr) -> Interval:
+        if isinstance(e, AppliedUndef):
+            return table.get(tensor_name(e), ANY)
+        return Interval(0.0) if is_rank(e) else ANY
+
     for einsum in cascade.einsums:
         if einsum.is_start or einsum.iterative is not None:
             table[einsum.output] = ANY
             continue
-        body = interval(einsum.body, lambda e: table.get(tensor_name(e), ANY))
+        body = interval(einsum.body, leaf)
         table[einsum.output] = _reduce(einsum.reduction, body)
     return table
 
@@ -74,7 +82,7 @@ def _reduce(reduction: str | None, body: Interval) -> Interval:
 
 
 def interval(e: sympy.Expr, leaf: Callable[[sympy.Expr], Interval]) -> Interval:
-    """A bound for the expression. ``leaf`` bounds tensor accesses and symbols that are neither ranks nor sizes."""
+    """A bound for the expression. ``leaf`` bounds tensor accesses and symbols other than sizes."""
     if e.is_Number or e in (sympy.oo, -sympy.oo):
         if e is sympy.nan:
             return ANY
@@ -87,9 +95,10 @@ def interval(e: sympy.Expr, leaf: Callable[[sympy.Expr], Interval]) -> Interval:
         if found == ANY and e.is_positive:
             return Interval(0.0, math.inf, True)
         return found
-    if e.is_number:
-        value = float(e)
-        return Interval(value, value, value != 0)
+    if e is sympy.E:
+        return Interval(math.e, math.e, True)
+    if isinstance(e, AppliedUndef):
+        return leaf(e)
     parts = [interval(argument, leaf) for argument in e.args]
     if e.is_Add:
         low, high = sum(p.low for p in parts), sum(p.high for p in parts)
@@ -176,8 +185,3 @@ def _exp(value: float) -> float:
         return math.exp(value)
     except OverflowError:
         return math.inf
-
-
-def leaf_of(table: Mapping[sympy.Expr, Interval]) -> Callable[[sympy.Expr], Interval]:
-    """A leaf function from a table."""
-    return lambda e: table.get(e, ANY)

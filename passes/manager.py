@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 import tempfile
 import time
@@ -109,8 +110,11 @@ class _Dump:
         """Saves the graph that the pass failed on (in a temporary folder if there is no other)."""
         folder = self.folder or DumpFolder(Path(tempfile.mkdtemp(prefix="effcc-")))
         index, stem = folder.claim(pass_.name)
-        file = folder.write(f"{stem}-failed.ir", print_graph(graph))
-        record = _record(index, pass_, graph, len(graph.nodes), seconds, False, (file, ""), str(error))
+        file = f"{stem}-failed.ir"
+        command = repeat_command(pass_, folder.path / file)
+        reason = "".join(f"#   {line}\n" for line in _reason(error).splitlines())
+        folder.write(file, f"# {command}\n{reason}{print_graph(graph)}")
+        record = _record(index, pass_, graph, len(graph.nodes), seconds, False, (file, ""), _reason(error))
         folder.write_record(stem, record)
         return folder.path / file, record
 
@@ -140,14 +144,21 @@ def _record(
     )
 
 
+def repeat_command(pass_: Pass, file: Path) -> str:
+    """The shell command that runs the pass on a saved graph again."""
+    return shlex.join(["effcc", "opt", str(file), "-p", pass_text(pass_)])
+
+
 def _failure(pass_: Pass, graph: Graph, file: Path, error: Exception) -> PassError:
-    reason = error.message if isinstance(error, EffccError) else f"{type(error).__name__}: {error}"
-    where = error.where if isinstance(error, EffccError) else ""
     return PassError(
-        f"pass {pass_.name} failed on graph {graph.name}: {reason}",
-        where=where,
-        remedy=f"repeat it with: effcc opt {file} -p '{pass_text(pass_)}'",
+        f"pass {pass_.name} failed on graph {graph.name}: {_reason(error)}",
+        where=error.where if isinstance(error, EffccError) else "",
+        remedy=f"repeat it with: {repeat_command(pass_, file)}",
     )
+
+
+def _reason(error: Exception) -> str:
+    return error.message if isinstance(error, EffccError) else f"{type(error).__name__}: {error}"
 
 
 def _trace_to_torch(name: str, text: Callable[[], str]) -> None:

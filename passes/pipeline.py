@@ -35,7 +35,8 @@ PIPELINES: Mapping[str, str] = {
 }
 
 _NAME = re.compile(r"\s*([A-Za-z_][\w.-]*)\s*")
-_QUOTED = re.compile(r'"((?:[^"\\]|\\.)*)"')
+_QUOTED = re.compile(r'"((?:[^"\\]|\\.)*)"', re.DOTALL)
+_ITEM = re.compile(rf"\s*(?:(?P<quoted>{_QUOTED.pattern})|(?P<plain>[^,]+))\s*(?:,|$)", re.DOTALL)
 
 
 def parse_pipeline(text: str) -> tuple[Pass, ...]:
@@ -154,6 +155,8 @@ def _options(text: str, position: int) -> tuple[dict[str, str], int]:
         match = _NAME.match(text, position)
         if not match or match.end() >= len(text) or text[match.end()] != "=":
             raise _malformed(text, position, "option=value")
+        if match[1] in options:
+            raise OptionError(f"pipeline text: option {match[1]!r} is given twice", where=text, remedy="remove one")
         value, position = _value(text, match.end() + 1)
         options[match[1]] = value
         position = _skip(text, position)
@@ -167,17 +170,34 @@ def _options(text: str, position: int) -> tuple[dict[str, str], int]:
 
 
 def _value(text: str, position: int) -> tuple[str, int]:
-    """A value as written: quoted, or up to the next comma or brace outside brackets."""
+    """A value as written: quoted, or up to the next comma or brace outside brackets and quotes."""
     position = _skip(text, position)
     if quoted := _QUOTED.match(text, position):
-        return re.sub(r"\\(.)", r"\1", quoted[1]), quoted.end()
+        return _unquoted(quoted[0]), quoted.end()
     start, depth = position, 0
-    while position < len(text) and (depth or text[position] not in ",}"):
+    while position < len(text) and (depth > 0 or text[position] not in ",}"):
+        if quoted := _QUOTED.match(text, position):
+            position = quoted.end()
+            continue
         depth += (text[position] in "[(") - (text[position] in "])")
         position += 1
     if depth:
         raise _malformed(text, position, "]")
     return text[start:position].strip(), position
+
+
+def _unquoted(text: str) -> str:
+    quoted = _QUOTED.fullmatch(text)
+    return re.sub(r"\\(.)", r"\1", quoted[1], flags=re.DOTALL) if quoted else text
+
+
+def _list_items(text: str) -> list[str]:
+    """The items of ``[a,"b,c",d]``; the brackets may be left out for plain items."""
+    inner = text.strip()
+    if inner[:1] + inner[-1:] in ("[]", "()"):
+        inner = inner[1:-1]
+    written = [match["quoted"] or match["plain"].strip() for match in _ITEM.finditer(inner)]
+    return [_unquoted(item) for item in written if item]
 
 
 def _skip(text: str, position: int) -> int:
@@ -208,9 +228,8 @@ def _read(text: str, kind: Any, where: str) -> Any:
         remedy = f"{_suggest(text, [str(item) for item in arguments])}one of {', '.join(map(str, arguments))}"
         raise OptionError(f"{where}: {text!r} is not understood", remedy=remedy)
     if origin in (tuple, list, Sequence) or kind is tuple:
-        inner = text.strip().removeprefix("[").removesuffix("]").removeprefix("(").removesuffix(")")
         item_kind = arguments[0] if arguments else str
-        return tuple(_read(item.strip(), item_kind, where) for item in inner.split(",") if item.strip())
+        return tuple(_read(item, item_kind, where) for item in _list_items(text))
     if kind is bool:
         if text.lower() in ("true", "yes", "1", "on", "false", "no", "0", "off"):
             return text.lower() in ("true", "yes", "1", "on")

@@ -56,7 +56,6 @@ class Registry:
     leaf: Callable[[sympy.Expr], Interval]
     components: dict[tuple[object, ...], Component] = field(default_factory=dict)
     running: set[str] = field(default_factory=set)
-    references: dict[str, tuple[Component, Component, Component]] = field(default_factory=dict)
 
     def last(self, component: Component) -> sympy.Expr:
         return state(component, self.rank, LAST)
@@ -97,15 +96,21 @@ class Registry:
         return self.add(hint, reduction, reduced, (sympy.expand(element),), element, order)
 
     def maximum(
-        self, hint: str, reduced: tuple[sympy.Symbol, ...], a: sympy.Expr, order: Sequence[sympy.Symbol]
+        self, hint: str, reduced: tuple[sympy.Symbol, ...], term: Term, order: Sequence[sympy.Symbol]
     ) -> Reference:
-        """The running maximum of a, as a positive multiple of a known maximum (or negative one of a minimum)."""
-        a = sympy.expand(a)
+        """The running maximum of a term's exponent where its masks hold.
+
+        A known maximum of which it is a positive multiple serves as well, or a minimum of which it is a negative one.
+        """
+        assert term.exponent is not None
+        a = sympy.expand(term.exponent[0])
+        for mask in reversed(term.masks):
+            a = Where(mask, a, -_INFINITY)
         for key, component in self.components.items():
             if key[0] not in ("max", "min") or key[1] != frozenset(reduced) or len(key) != 3:
                 continue
-            scale = sympy.cancel(a / key[2]) if key[2] != 0 else sympy.S.NaN
-            if scale.is_number and scale.is_real and (scale.is_positive if key[0] == "max" else scale.is_negative):
+            scale = _multiple(a, key[2])
+            if scale is not None and (scale > 0 if key[0] == "max" else scale < 0):
                 self.running.add(component.name)
                 return Reference(component, scale)
         component = self.plain(f"{hint}_max", "max", reduced, a, order)
@@ -124,7 +129,7 @@ class Registry:
         """(weighted sum of a, sum of weights, running mean) with the positive weights of ``weight``."""
         a = sympy.expand(a)
         total = self.weighted(f"{hint}_sum", reduced, replace(weight, x=a * weight.x, affine=()), exponent, (), order)
-        count = self.weighted(f"{hint}_count", reduced, replace(weight, affine=()), exponent, (), order)
+        count = self.weighted(f"{hint}_count", reduced, weight, exponent, (), order)
         key = ("mean", total.name, count.name)
         if key not in self.components:
             quotient = state(total, self.rank, NEW) / state(count, self.rank, NEW)
@@ -161,7 +166,7 @@ class Registry:
             tuple((sympy.expand(a), c.component.name, c.scale, q) for a, c, q in active),
         )
         if exponent is None and not active:
-            return self.plain(hint, "sum", reduced, masked(term.masks, term.x), order)
+            return self.plain(f"{hint}_run", "sum", reduced, masked(term.masks, term.x), order)
 
         def carry(own: Component) -> sympy.Expr:
             moved = sympy.Integer(0)
@@ -185,9 +190,20 @@ class Registry:
             if list(powers) != [q for _, _, q in active]:
                 lower = [(a, c, s) for (a, c, _), s in zip(active, powers, strict=True)]
                 self.weighted(hint, reduced, term, exponent, lower, order)
-        component = self.add(hint, "sum", reduced, key, masked(term.masks, value), order, carry)
+        component = self.add(f"{hint}_run", "sum", reduced, key, masked(term.masks, value), order, carry)
         self.running.add(component.name)
         return component
+
+
+def _multiple(a: sympy.Expr, b: object) -> sympy.Expr | None:
+    """The rational number a / b, or None if it is none."""
+    assert isinstance(b, sympy.Expr)
+    first, second = a.as_coefficients_dict(), b.as_coefficients_dict()
+    if set(first) != set(second) or not all(number.is_Rational and number != 0 for number in second.values()):
+        return None
+    ratios = {first[key] / second[key] for key in first}
+    ratio = ratios.pop()
+    return ratio if not ratios and ratio.is_Rational else None
 
 
 def _finite(value: sympy.Expr, reference: Reference) -> sympy.Expr:
@@ -195,167 +211,139 @@ def _finite(value: sympy.Expr, reference: Reference) -> sympy.Expr:
     return Where(Equal(value, -_INFINITY), sympy.Integer(0), value)
 
 
-@dataclass
+@dataclass(frozen=True)
+class Context:
+    """Where a term is realized: for which tensor (``hint``), over which ranks, in which order of kept ranks.
+
+    ``inline`` rewrites an expression to last states and inputs; ``alias`` gives the tensor equal to a component's last state
+    (or that state).
+    """
+
+    registry: Registry
+    hint: str
+    reduced: tuple[sympy.Symbol, ...]
+    order: tuple[sympy.Symbol, ...]
+    inline: Callable[[sympy.Expr], sympy.Expr]
+    alias: Callable[[Component], sympy.Expr]
+
+
+@dataclass(frozen=True)
+class Centre:
+    """The reference c of one factor ``(a + b)**power``; ``distance`` is ``b + c`` at the end of the fiber."""
+
+    a: sympy.Expr
+    power: int
+    reference: Reference
+    distance: sympy.Expr
+
+
+@dataclass(frozen=True)
 class Realized:
-    """One term in terms of last states: its value, and the facts and functions for the certificate."""
+    """One term at the end of the fiber, and the references that its state is kept relative to."""
 
     value: sympy.Expr
     exponent: Reference | None = None
-    means: list[tuple[Affine, Component]] = field(default_factory=list)
-    basis: list[Component] = field(default_factory=list)
+    centres: tuple[Centre, ...] = ()
 
 
-def realize(
-    term: Term,
-    registry: Registry,
-    hint: str,
-    reduced: tuple[sympy.Symbol, ...],
-    order: Sequence[sympy.Symbol],
-    inline: Callable[[sympy.Expr], sympy.Expr],
-    alias: Callable[[Component], sympy.Expr],
-) -> Realized:
-    """Register what a term needs; return its value at the end of the fiber.
-
-    ``inline`` rewrites an expression to last states and inputs; ``alias`` gives the tensor equal to a component's last
-    state.
-    """
+def realize(term: Term, at: Context) -> Realized:
+    """Register what a term needs; return its value at the end of the fiber."""
+    registry = at.registry
     if term.simple:
         if term.x == 1 and not term.masks:
-            return Realized(term.d * sympy.Mul(*(size(s.name) for s in reduced)))
-        component = registry.plain(hint, "sum", reduced, masked(term.masks, term.x), order)
-        return Realized(term.d * registry.last(component), basis=[component])
+            return Realized(term.d * sympy.Mul(*(size(s.name) for s in at.reduced)))
+        component = registry.plain(f"{at.hint}_run", "sum", at.reduced, masked(term.masks, term.x), at.order)
+        return Realized(_unless_masked(term.d * registry.last(component), term, at))
     exponent = None
     if term.exponent is not None:
-        exponent = registry.maximum(hint, reduced, term.exponent[0], order)
-    weight = _weight(term, registry, exponent)
-    centres: list[tuple[Affine, Reference, sympy.Expr]] = []
-    result = Realized(sympy.Integer(0), exponent)
-    for item in term.affine:
-        shift = _shared_exponent(item, term)
-        if exponent is not None and shift is not None:
-            centres.append(
-                (
-                    replace(item, x=item.x - shift, d=item.d + shift),
-                    exponent,
-                    item.d + shift + alias(exponent.component) * exponent.scale,
-                )
-            )
-            continue
-        total, count, mean = registry.mean(
-            hint, reduced, item.x, _mean_weight(item, term, weight, registry, reduced), exponent, order
-        )
-        reference = Reference(mean)
-        result.means.append((item, mean))
-        distance = _distance(
-            item,
-            total,
-            count,
-            mean,
-            registry,
-            hint,
-            reduced,
-            _mean_weight(item, term, weight, registry, reduced),
-            exponent,
-            order,
-            inline,
-        )
-        centres.append((item, reference, distance))
+        exponent = registry.maximum(at.hint, at.reduced, term, at.order)
+    centres = tuple(_centre(item, term, exponent, at) for item in term.affine)
     value = sympy.Integer(0)
-    for powers in cartesian(*(range(item.power, -1, -1) for item, _, _ in centres)):
+    for powers in cartesian(*(range(centre.power, -1, -1) for centre in centres)):
         factor = sympy.Integer(1)
-        for (item, _, distance), q in zip(centres, powers, strict=True):
-            factor *= sympy.binomial(item.power, q) * distance ** (item.power - q)
-        affine = [(item.x, reference, q) for (item, reference, _), q in zip(centres, powers, strict=True)]
-        component = registry.weighted(hint, reduced, term, exponent, affine, order)
-        result.basis.append(component)
+        for centre, q in zip(centres, powers, strict=True):
+            factor *= sympy.binomial(centre.power, q) * centre.distance ** (centre.power - q)
+        affine = [(centre.a, centre.reference, q) for centre, q in zip(centres, powers, strict=True)]
+        component = registry.weighted(at.hint, at.reduced, term, exponent, affine, at.order)
         value += factor * registry.last(component)
-    result.value = term.d * _restore_exponent(value, term, exponent, registry, inline, alias)
-    return result
+    whole = term.d * _restore_exponent(value, term, exponent, at)
+    return Realized(_unless_masked(whole, term, at), exponent, centres)
 
 
-def _weight(term: Term, registry: Registry, exponent: Reference | None) -> Term:
-    """The part of a term that is certainly positive: its masks, its exponential and its positive factors."""
-    factors = [f for f in sympy.Mul.make_args(term.x) if interval(f, registry.leaf).positive]
-    return replace(
+def _unless_masked(value: sympy.Expr, term: Term, at: Context) -> sympy.Expr:
+    """0 for a fiber that is masked altogether, whatever d is there (often a NaN, or an infinity: 1/0)."""
+    if not term.masks or not (term.exponent or term.affine or accesses(term.d)):
+        return value
+    ones = masked(term.masks, sympy.Integer(1))
+    count = at.registry.plain(f"{at.hint}_unmasked", "sum", at.reduced, ones, at.order)
+    return Where(Equal(at.registry.last(count), 0), sympy.Integer(0), value)
+
+
+def _centre(item: Affine, term: Term, exponent: Reference | None, at: Context) -> Centre:
+    shift = _shared_exponent(item, term)
+    if exponent is not None and shift is not None:
+        distance = item.d + shift + at.alias(exponent.component) * exponent.scale
+        return Centre(item.x - shift, item.power, exponent, distance)
+    weight = _mean_weight(item, term, exponent, at)
+    total, count, mean = at.registry.mean(at.hint, at.reduced, item.x, weight, exponent, at.order)
+    reference = Reference(mean)
+    return Centre(item.x, item.power, reference, _distance(item, total, count, reference, weight, exponent, at))
+
+
+def _mean_weight(item: Affine, term: Term, exponent: Reference | None, at: Context) -> Term:
+    """The part of a term that is certainly positive: its masks, its exponential and its positive factors.
+
+    Equal weights where the plain sum is known already (a mean that the cascade computes itself).
+    """
+    factors = [f for f in sympy.Mul.make_args(term.x) if interval(f, at.registry.leaf).positive]
+    weight = replace(
         term, d=sympy.Integer(1), x=sympy.Mul(*factors), affine=(), exponent=term.exponent if exponent else None
     )
-
-
-def _mean_weight(item: Affine, term: Term, weight: Term, registry: Registry, reduced: tuple[sympy.Symbol, ...]) -> Term:
-    """Equal weights where the plain sum is known already (a mean that the cascade computes itself), else ``weight``."""
-    uniform = replace(weight, x=sympy.Integer(1))
     if weight.exponent is None and weight.x != 1:
-        key = ("sum", frozenset(reduced), sympy.expand(masked(uniform.masks, sympy.expand(item.x))))
-        if key in registry.components:
+        uniform = replace(weight, x=sympy.Integer(1))
+        key = ("sum", frozenset(at.reduced), sympy.expand(masked(uniform.masks, sympy.expand(item.x))))
+        if key in at.registry.components:
             return uniform
     return weight
 
 
 def _shared_exponent(item: Affine, term: Term) -> sympy.Expr | None:
-    """The part of ``item.x`` beyond the exponent's a, if that does not vary along the fiber."""
+    """The number by which ``item.x`` exceeds the exponent's a, if it is one: then M serves as the centre as well."""
     if term.exponent is None:
         return None
     difference = sympy.expand(item.x - term.exponent[0])
-    varying = {symbol for e in (item.x, term.exponent[0]) for symbol in accesses(e)}
-    if difference == 0 or (difference.is_number and not (difference.atoms() & varying)):
-        return difference
-    return None
+    return difference if difference.is_number else None
 
 
 def _distance(
     item: Affine,
     total: Component,
     count: Component,
-    mean: Component,
-    registry: Registry,
-    hint: str,
-    reduced: tuple[sympy.Symbol, ...],
+    mean: Reference,
     weight: Term,
     exponent: Reference | None,
-    order: Sequence[sympy.Symbol],
-    inline: Callable[[sympy.Expr], sympy.Expr],
+    at: Context,
 ) -> sympy.Expr:
-    """``b + c`` at the end. If b is minus the mean of a, it is 0 but for c's rounding, which the sum of a - c tells."""
-    sizes = sympy.Mul(*(size(s.name) for s in reduced))
+    """``b + c`` at the end. If b is minus the mean of a, this is 0 but for the rounding of c, which the sum of a - c tells."""
+    registry = at.registry
+    sizes = sympy.Mul(*(size(s.name) for s in at.reduced))
     weights = sizes if weight.x == 1 and not weight.masks and exponent is None else registry.last(count)
-    rest = sympy.expand(inline(item.d) + registry.last(total) / weights)
-    centred = registry.weighted(hint, reduced, weight, exponent, [(item.x, Reference(mean), 1)], order)
-    if not rest.has(registry.last(total)):
-        correction = registry.last(centred) / registry.last(count)
-        if weight.masks:
-            correction = Where(Equal(registry.last(count), 0), sympy.Integer(0), correction)
-        return rest - correction
-    return item.d + registry.last(mean)
+    rest = sympy.expand(at.inline(item.d) + registry.last(total) / weights)
+    if rest.has(registry.last(total)):
+        return item.d + registry.last(mean.component)
+    centred = registry.weighted(at.hint, at.reduced, weight, exponent, [(item.x, mean, 1)], at.order)
+    return rest - registry.last(centred) / registry.last(count)
 
 
-def _restore_exponent(
-    value: sympy.Expr,
-    term: Term,
-    exponent: Reference | None,
-    registry: Registry,
-    inline: Callable[[sympy.Expr], sympy.Expr],
-    alias: Callable[[Component], sympy.Expr],
-) -> sympy.Expr:
+def _restore_exponent(value: sympy.Expr, term: Term, exponent: Reference | None, at: Context) -> sympy.Expr:
     """Multiply by ``exp(M + b)``; where M cancels, keep the NaN that the original has for a fiber of -inf only."""
     if exponent is None or term.exponent is None:
         return value
-    named = alias(exponent.component)
+    named = exponent.scale * at.alias(exponent.component)
+    last = exponent.scale * at.registry.last(exponent.component)
     b = term.exponent[1]
-    direct = sympy.expand(exponent.scale * named + b)
-    if not direct.has(named):
-        return Where(Equal(exponent.scale * named, -_INFINITY), sympy.nan, sympy.exp(direct) * value)
-    last = registry.last(exponent.component)
-    inlined = sympy.expand(exponent.scale * last + inline(b))
-    if not inlined.has(last):
-        return Where(Equal(exponent.scale * named, -_INFINITY), sympy.nan, sympy.exp(inlined) * value)
-    return sympy.exp(exponent.scale * named + b) * value
-
-
-def depends_on_state(component: Component, names: frozenset[str]) -> bool:
-    """Whether the component reads another component while the fiber is walked."""
-    own = component.name
-    return any(
-        tensor_name(item) in names and tensor_name(item) != own
-        for e in (component.element, component.carry)
-        for item in accesses(e)
-    )
+    for maximum, addend in ((named, b), (last, at.inline(b))):
+        total = sympy.expand(maximum + addend)
+        if not total.has(at.alias(exponent.component), at.registry.last(exponent.component)):
+            return Where(Equal(named, -_INFINITY), sympy.nan, sympy.exp(total) * value)
+    return sympy.exp(named + b) * value

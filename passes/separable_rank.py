@@ -17,27 +17,10 @@ from itertools import product as cartesian
 
 import sympy
 
-from ..ir.cascade import (
-    COMPARISONS,
-    Equal,
-    Greater,
-    GreaterEqual,
-    Less,
-    LessEqual,
-    NotEqual,
-    Relu,
-    Where,
-)
+from ..ir.cascade import COMPARISONS, Equal, NotEqual, Relu, Where
 from .intervals import SAFE_EXPONENT, Interval, interval
+from .normal_form import OPPOSITE, normal_form
 
-_COMPLEMENT = {
-    Less: GreaterEqual,
-    LessEqual: Greater,
-    Greater: LessEqual,
-    GreaterEqual: Less,
-    Equal: NotEqual,
-    NotEqual: Equal,
-}
 #: More products than this, or a higher power, is no summand anyone streams.
 _MAX_TERMS, _MAX_POWER = 48, 6
 
@@ -69,6 +52,12 @@ class Term:
     def simple(self) -> bool:
         return self.exponent is None and not self.affine
 
+    def map(self, change: Callable[[sympy.Expr], sympy.Expr]) -> Term:
+        """The term with each of its expressions changed."""
+        exponent = (change(self.exponent[0]), change(self.exponent[1])) if self.exponent else None
+        affine = tuple(Affine(change(item.x), change(item.d), item.power) for item in self.affine)
+        return Term(change(self.d), change(self.x), tuple(map(change, self.masks)), exponent, affine)
+
 
 @dataclass(frozen=True)
 class Variables:
@@ -98,13 +87,18 @@ def decompose(e: sympy.Expr, variables: Variables) -> list[Term]:
 
 
 def _settle(term: Term, v: Variables) -> Term:
-    """Split an exponential whose x-part is bounded: exp(a) can then neither overflow nor vanish."""
+    """Split an exponential of which neither part can overflow or vanish; one without d is not split at all."""
     if term.exponent is not None:
         a, b = term.exponent
-        bound = v.bound(a)
-        if not v.has_d(b) or (bound.low >= -SAFE_EXPONENT and bound.high <= SAFE_EXPONENT):
+        if not v.has_d(b):
+            return replace(term, x=term.x * sympy.exp(a + b), exponent=None)
+        if _moderate(v.bound(a)) and _moderate(v.bound(b)):
             return replace(term, x=term.x * sympy.exp(a), d=term.d * sympy.exp(b), exponent=None)
     return term
+
+
+def _moderate(bound: Interval) -> bool:
+    return bound.low >= -SAFE_EXPONENT and bound.high <= SAFE_EXPONENT
 
 
 def _decompose(e: sympy.Expr, v: Variables) -> list[Term]:
@@ -113,7 +107,7 @@ def _decompose(e: sympy.Expr, v: Variables) -> list[Term]:
     if not v.has_x(e):
         return [Term(d=e)]
     if e.is_Mul:
-        return _product([_decompose(factor, v) for factor in e.args], e)
+        return _product([_decompose(factor, v) for factor in e.args], e, v)
     if e.is_Add:
         return _sum(e, v)
     if e.is_Pow:
@@ -168,13 +162,31 @@ def _multiply(a: Term, b: Term) -> Term:
     return Term(a.d * b.d, a.x * b.x, masks, exponent, tuple(affine))
 
 
-def _product(factors: Sequence[list[Term]], e: sympy.Expr) -> list[Term]:
+def _product(factors: Sequence[list[Term]], e: sympy.Expr, v: Variables) -> list[Term]:
+    """All products of one term of each factor.
+
+    A sum of several terms has an error relative to those terms, which the original has too (it rounds each of them). A
+    product of two such sums has not, if they can cancel: the original rounds each sum before it multiplies.
+    """
+    sums = [terms for terms in factors if len(terms) > 1]
+    if len(sums) > 1 and not all(_same_sign(terms, v) for terms in sums):
+        raise NotSeparable(f"the terms may cancel in more than one factor, so expanding loses digits: {e}")
     result = [Term()]
     for terms in factors:
         result = [_multiply(a, b) for a, b in cartesian(result, terms)]
         if len(result) > _MAX_TERMS:
             raise NotSeparable(f"more than {_MAX_TERMS} products: {e}")
     return result
+
+
+def _same_sign(terms: Sequence[Term], v: Variables) -> bool:
+    signs = set()
+    for term in terms:
+        bounds = (v.bound(term.x), v.bound(term.d))
+        if term.affine or not all(b.low >= 0 or b.high <= 0 for b in bounds):
+            return False
+        signs.add((bounds[0].low >= 0) == (bounds[1].low >= 0))
+    return len(signs) <= 1
 
 
 def _sum(e: sympy.Expr, v: Variables) -> list[Term]:
@@ -245,10 +257,7 @@ def _power(e: sympy.Expr, v: Variables) -> list[Term]:
             return _exponential(exponent * sympy.log(base), v)
         raise _mixed(e, v)
     if exponent.is_Integer and 0 < exponent <= _MAX_POWER:
-        terms = _decompose(base, v)
-        if len(terms) == 1:
-            return _product([terms] * int(exponent), e)
-        return _product([terms] * int(exponent), e)
+        return _product([_decompose(base, v)] * int(exponent), e, v)
     term = _single(base, v, e)
     if not exponent.is_Integer and not (v.positive(term.x) or v.positive(term.d)):
         raise NotSeparable(f"the sign of neither part is known under the power {exponent}: {e}")
@@ -298,10 +307,10 @@ def _where(e: Where, v: Variables) -> list[Term]:
 def complement(condition: sympy.Expr) -> sympy.Expr:
     """The opposite condition. (A NaN makes a comparison and its plain opposite false, hence the equality with 0.)"""
     if type(condition) in (Equal, NotEqual):
-        return _COMPLEMENT[type(condition)](*condition.args)
+        return OPPOSITE[type(condition)](*condition.args)
     exact = all(argument.is_integer and not argument.is_Float for argument in condition.args)
     if type(condition) in COMPARISONS.values() and exact:
-        return _COMPLEMENT[type(condition)](*condition.args)
+        return OPPOSITE[type(condition)](*condition.args)
     return Equal(condition, sympy.Integer(0))
 
 
@@ -356,66 +365,3 @@ def _merge(pairs: list[tuple[sympy.Expr, sympy.Expr]]) -> list[tuple[sympy.Expr,
 
 def _monomials(e: sympy.Expr) -> dict[sympy.Expr, sympy.Rational]:
     return dict(normal_form(e).as_coefficients_dict())
-
-
-def normal_form(e: sympy.Expr) -> sympy.Expr:
-    """Expand to a sum of monomials: where() as an indicator, logarithms and powers split, exponentials joined.
-
-    Two expressions with the same normal form are equal (as functions of finite reals in the bounds of their symbols).
-    """
-    expanded = sympy.expand(_indicators(e), force=False)
-    total: dict[sympy.Expr, sympy.Expr] = {}
-    for part in sympy.Add.make_args(expanded):
-        coefficient, key = _join_exponentials(part)
-        total[key] = total.get(key, sympy.Integer(0)) + coefficient
-    return sympy.Add(*(coefficient * key for key, coefficient in total.items()))
-
-
-def _indicators(e: sympy.Expr) -> sympy.Expr:
-    """where(c, a, b) -> I*a + (1 - I)*b with an idempotent symbol I for c, where both branches are finite."""
-    if not e.args or not e.has(Where):
-        return e
-    args = [_indicators(argument) for argument in e.args]
-    if isinstance(e, Where):
-        condition, a, b = args
-        if a.has(sympy.oo, -sympy.oo, sympy.nan) or b.has(sympy.oo, -sympy.oo, sympy.nan):
-            return Where(condition, a, b)
-        flip = False
-        if isinstance(condition, (NotEqual, GreaterEqual, Greater)) and all(
-            argument.is_integer for argument in condition.args
-        ):
-            condition, flip = _COMPLEMENT[type(condition)](*condition.args), True
-        elif isinstance(condition, NotEqual):
-            condition, flip = Equal(*condition.args), True
-        elif isinstance(condition, Equal) and condition.args[1] == 0 and condition.args[0].is_Function:
-            condition, flip = condition.args[0], True
-        indicator = sympy.Symbol(f"indicator({condition})", nonnegative=True)
-        indicator = 1 - indicator if flip else indicator
-        return indicator * a + (1 - indicator) * b
-    return e.func(*args)
-
-
-def _join_exponentials(part: sympy.Expr) -> tuple[sympy.Expr, sympy.Expr]:
-    coefficient, exponent, factors = sympy.Integer(1), sympy.Integer(0), []
-    for factor in sympy.Mul.make_args(part):
-        base, power = factor.as_base_exp()
-        if factor.is_number and not factor.has(sympy.exp):
-            coefficient *= factor
-        elif factor.func is sympy.exp:
-            exponent += factor.args[0]
-        elif base.is_Symbol and base.name.startswith("indicator(") and power.is_Integer and power > 0:
-            factors.append(base)
-        else:
-            factors.append(factor)
-    exponent = sympy.expand(exponent)
-    key = sympy.Mul(*factors) * sympy.exp(exponent)
-    return coefficient, key
-
-
-def is_zero(e: sympy.Expr) -> bool:
-    """Proof that an expression is identically 0: its normal form is, or that of its numerator."""
-    form = normal_form(e)
-    if form == 0:
-        return True
-    numerator, _ = sympy.fraction(sympy.together(form))
-    return bool(normal_form(sympy.expand(numerator)) == 0)

@@ -43,12 +43,13 @@ class GraphReport:
     regions: list[RegionReport] = field(default_factory=list)
     fallbacks: list[FallbackReport] = field(default_factory=list)
     measured_peak: int | None = None
+    #: From the captured graph to its host module, and what the first run then waited for kernels.
     compile_seconds: float = 0.0
+    wait_seconds: float = 0.0
     notes: list[str] = field(default_factory=list)
-    #: The graph after all passes; None when it could not be brought into the IR.
-    graph: Graph | None = None
     host_source: str = ""
     make_plan: Callable[[], Plan | None] = lambda: None
+    make_graph: Callable[[], Graph | None] = lambda: None
     seconds: deque[float] = field(default_factory=lambda: deque(maxlen=100))
     runs: int = 0
 
@@ -56,6 +57,11 @@ class GraphReport:
     def plan(self) -> Plan | None:
         """The plan of the whole step, made when it is first asked for; None for a graph that the IR cannot carry."""
         return self.make_plan()
+
+    @functools.cached_property
+    def graph(self) -> Graph | None:
+        """The graph after all passes; None when it could not be brought into the IR."""
+        return self.make_graph()
 
     @property
     def predicted_seconds(self) -> float | None:

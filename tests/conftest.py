@@ -1,19 +1,20 @@
 """What all tests share: warm caches in one temporary folder, and a clean compiler where a test asks for one.
 
-The caches lie in ``EFFCC_TEST_CACHE``, else in a folder of the system's temporary directory that belongs to this user
-and this torch. A second run of the suite then compiles almost nothing. Tests that need a cold cache set their own.
+The caches lie in ``EFFCC_TEST_CACHE``, else in a folder of the system's temporary directory that belongs to this user and
+this torch. A second run of the suite then compiles almost nothing. Tests that need a cold cache set their own.
 """
 
 from __future__ import annotations
 
 import getpass
 import importlib.metadata
-import logging
 import os
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -28,14 +29,18 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 sys.path.append(str(Path(__file__).parent))
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    # Else pytest formats, keeps and prints thousands of lines of torch's structured trace, which is at level DEBUG.
+    config.option.log_level = config.option.log_level or "WARNING"
+
+
 @pytest.fixture
 def clean_compiler() -> Iterator[None]:
     """Dynamo without compiled code, the default generator at a fixed seed, and no reports of earlier tests."""
-    import effcc
     import torch
 
-    # Otherwise pytest formats and prints thousands of lines of torch's structured trace.
-    logging.getLogger("torch.__trace").propagate = False
+    import effcc
+
     torch._dynamo.reset()
     effcc.reset_reports()
     torch.manual_seed(0)
@@ -53,3 +58,23 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if not torch.cuda.is_available():
         for item in marked:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Totals of the op database, and what did not go through whole."""
+    totals: Counter[str] = Counter()
+    lines = []
+    for outcome in ("passed", "failed"):
+        for report in terminalreporter.stats.get(outcome, []):
+            for key, value in report.user_properties:
+                if key != "op_db":
+                    continue
+                totals["ops"] += 1
+                for name, part in value.items():
+                    totals[name] += part if isinstance(part, int) else len(part)
+                lines += [f"{kind}: {text}" for kind in ("wrong", "failed", "refused", "near") for text in value[kind]]
+    if totals:
+        terminalreporter.section("op database")
+        terminalreporter.write_line(", ".join(f"{name} {count}" for name, count in totals.items()))
+        for line in lines:
+            terminalreporter.write_line(line[:300])

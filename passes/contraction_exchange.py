@@ -1,0 +1,225 @@
+"""Contraction exchange: ``sum_n P_n sum_f a_f V_nf = sum_f a_f (sum_n P_n V_nf)``, where the right-hand inner sum is known.
+
+In attention's backward ``D[m] = sum[n] P[m,n] * DP[m,n]`` walks over the keys, with ``DP[m,n] = sum[f] DO[m,f] * V[n,f]``; but
+``sum[n] P[m,n] * V[n,f]`` is the forward's output O, so ``D[m] = sum[f] DO[m,f] * O[m,f]`` (FlashAttention's delta, derived).
+It needs that the inner contraction is linear in P, nothing else: scores may come from anywhere. Where the inner
+contraction is one addend of several (P has another consumer), the others stay in a sum over n of their own.
+
+rewrite: ``D[m] = sum[n] P[m,n] * DP[m,n]``  ->  ``D[m] = sum[f] DO[m,f] * O[m,f]``
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import permutations
+
+import networkx
+import sympy
+from sympy.core.function import AppliedUndef
+
+from ..ir.cascade import Cascade, Einsum, access, accesses, ranks_of, tensor_name
+from .certificate import Certificate
+from .normal_form import normal_form
+
+#: Renamings of an Einsum's ranks are tried one by one; beyond this many ranks none is.
+_MAX_RANKS = 6
+
+
+@dataclass(frozen=True)
+class _Found:
+    """One addend ``weight * inner`` of a sum, and the known Einsum that contracts it first."""
+
+    addend: sympy.Expr
+    outside: sympy.Expr
+    weight: sympy.Expr
+    varying: sympy.Expr
+    inner: tuple[sympy.Symbol, ...]
+    known: AppliedUndef
+
+
+def exchange(cascade: Cascade, fresh: Callable[[str], str]) -> tuple[Cascade, tuple[Certificate, ...]]:
+    """Exchange every contraction whose other order is known. The outputs keep their values up to rounding."""
+    certificates: list[Certificate] = []
+    refused: set[str] = set()
+    while True:
+        for position, einsum in enumerate(cascade.einsums):
+            if einsum.reduction != "sum" or einsum.iterative is not None or einsum.output in refused:
+                continue
+            found = _search(cascade, einsum)
+            if found is None:
+                continue
+            changed = _replace(cascade, position, found, fresh)
+            if changed is None:
+                refused.add(einsum.output)
+                continue
+            cascade = changed
+            certificates.append(_certificate(einsum, found))
+            break
+        else:
+            return cascade, tuple(certificates)
+
+
+def _search(cascade: Cascade, einsum: Einsum) -> _Found | None:
+    body = sympy.expand(_inline_addends(cascade, einsum.body, einsum.reduced))
+    for addend in sympy.Add.make_args(body):
+        factors = sympy.Mul.make_args(addend)
+        for factor in factors:
+            definition = _contraction(cascade, factor)
+            if definition is None or not isinstance(factor, AppliedUndef):
+                continue
+            weight = sympy.Mul(*(other for other in factors if other != factor))
+            if weight * factor != addend or ranks_of(weight) & set(definition.reduced):
+                continue
+            renamed = definition.body.xreplace(dict(zip(definition.indices, factor.args, strict=True)))
+            parts = sympy.Mul.make_args(renamed)
+            outside = sympy.Mul(*(p for p in parts if not ranks_of(p) & set(einsum.reduced)))
+            varying = sympy.Mul(*(p for p in parts if ranks_of(p) & set(einsum.reduced)))
+            for known, ratio in _known(cascade, einsum, weight * varying):
+                return _Found(addend, outside * ratio, weight, varying, definition.reduced, known)
+    return None
+
+
+def _contraction(cascade: Cascade, factor: sympy.Expr) -> Einsum | None:
+    """The sum that a factor reads, if it is a plain one."""
+    definition = cascade.definitions.get(tensor_name(factor)) if isinstance(factor, AppliedUndef) else None
+    if definition is None or definition.reduction != "sum" or definition.iterative is not None:
+        return None
+    return definition
+
+
+def _inline_addends(cascade: Cascade, body: sympy.Expr, reduced: tuple[sympy.Symbol, ...]) -> sympy.Expr:
+    """Maps that add something to a contraction (``DA = DP + G``) replaced by their bodies."""
+    for item in accesses(body):
+        definition = cascade.definitions.get(tensor_name(item))
+        if definition is None or definition.reduction is not None or definition.iterative is not None:
+            continue
+        if any(_contraction(cascade, read) for read in definition.reads) and definition.body.is_polynomial(
+            *definition.reads
+        ):
+            mapped = definition.body.xreplace(dict(zip(definition.indices, item.args, strict=True)))
+            body = body.xreplace({item: mapped})
+    return body
+
+
+def _known(cascade: Cascade, einsum: Einsum, target: sympy.Expr) -> Iterator[tuple[AppliedUndef, sympy.Expr]]:
+    """Einsums that sum the target over the same ranks, up to a factor that does not vary over them."""
+    wanted = normal_form(_leaves(cascade, target))
+    for other in cascade.einsums:
+        if other.reduction != "sum" or other.output == einsum.output or other.iterative is not None:
+            continue
+        if len(other.reduced) != len(einsum.reduced) or len(other.space) > _MAX_RANKS:
+            continue
+        body = normal_form(_leaves(cascade, other.body))
+        for renaming in _renamings(other, body, einsum, wanted):
+            ratio = _ratio(wanted, body.xreplace(renaming), frozenset(einsum.reduced))
+            if ratio is not None:
+                known = access(other.output, [index.xreplace(renaming) for index in other.indices])
+                assert isinstance(known, AppliedUndef)
+                yield known, ratio
+
+
+def _leaves(cascade: Cascade, e: sympy.Expr) -> sympy.Expr:
+    """Every map inlined: what is left reads inputs and reductions."""
+    while True:
+        table: dict[sympy.Expr, sympy.Expr] = {}
+        for item in accesses(e):
+            definition = cascade.definitions.get(tensor_name(item))
+            if definition is None or definition.reduction or definition.iterative or definition.is_start:
+                continue
+            table[item] = definition.body.xreplace(dict(zip(definition.indices, item.args, strict=True)))
+        if not table:
+            return e
+        e = e.xreplace(table)
+
+
+def _renamings(
+    other: Einsum, body: sympy.Expr, einsum: Einsum, wanted: sympy.Expr
+) -> Iterator[dict[sympy.Symbol, sympy.Symbol]]:
+    """Renamings of the other Einsum's ranks under which it varies with the same tensors over the same ranks."""
+    theirs = sorted(other.space, key=lambda s: (s not in other.reduced, s.name))
+    ours = sorted(ranks_of(wanted), key=lambda s: s.name)
+    if len(theirs) != len(ours):
+        return
+    goal = {item for item in accesses(wanted) if ranks_of(item) & set(einsum.reduced)}
+    for order in permutations(ours):
+        renaming = dict(zip(theirs, order, strict=True))
+        if {renaming[symbol] for symbol in other.reduced} != set(einsum.reduced):
+            continue
+        items = {item.xreplace(renaming) for item in accesses(body)}
+        if goal == {item for item in items if ranks_of(item) & set(einsum.reduced)}:
+            yield renaming
+
+
+def _ratio(wanted: sympy.Expr, known: sympy.Expr, reduced: frozenset[sympy.Symbol]) -> sympy.Expr | None:
+    """``wanted / known`` if that is a product that does not vary over the reduced ranks, and has no exponential."""
+    if normal_form(wanted - known) == 0:
+        return sympy.Integer(1)
+    if wanted.is_Add or known.is_Add:
+        return None
+    ratio = normal_form(wanted / known)
+    if ratio.is_Add or ratio.has(sympy.exp) or ranks_of(ratio) & reduced:
+        return None
+    return ratio
+
+
+def _replace(cascade: Cascade, position: int, found: _Found, fresh: Callable[[str], str]) -> Cascade | None:
+    """The cascade with the exchange made, in an order that works; None if the known sum needs this one."""
+    einsum = cascade.einsums[position]
+    body = sympy.expand(_inline_addends(cascade, einsum.body, einsum.reduced))
+    rest = body - found.addend
+    exchanged = Einsum(
+        einsum.output, einsum.indices, found.outside * found.known, "sum", found.inner, line=einsum.line
+    )
+    lines = [exchanged]
+    if rest != 0:
+        parts = [access(fresh(f"{einsum.output}_{name}"), einsum.indices) for name in ("exchanged", "rest")]
+        first, second = (tensor_name(part) for part in parts)
+        lines = [
+            Einsum(first, einsum.indices, exchanged.body, "sum", found.inner),
+            Einsum(second, einsum.indices, rest, "sum", einsum.reduced),
+            Einsum(einsum.output, einsum.indices, sympy.Add(*parts), line=einsum.line),
+        ]
+    return _ordered([*cascade.einsums[:position], *lines, *cascade.einsums[position + 1 :]])
+
+
+def _ordered(einsums: list[Einsum]) -> Cascade | None:
+    """The Einsums in the given order as far as each can come after what it reads; None if they need each other."""
+    graph = networkx.DiGraph()
+    graph.add_nodes_from(range(len(einsums)))
+    writers: dict[str, list[int]] = {}
+    for position, einsum in enumerate(einsums):
+        writers.setdefault(einsum.output, []).append(position)
+    for position, einsum in enumerate(einsums):
+        for name in {tensor_name(item) for item in einsum.reads} - {einsum.output}:
+            recurrent = any(einsums[writer].iterative for writer in writers.get(name, ()))
+            # Inside a recurrence, text order is what says which step is read.
+            graph.add_edges_from((w, position) for w in writers.get(name, ()) if not recurrent or w < position)
+        graph.add_edges_from((w, position) for w in writers[einsum.output] if w < position)
+    if not networkx.is_directed_acyclic_graph(graph):
+        return None
+    return Cascade(tuple(einsums[p] for p in networkx.lexicographical_topological_sort(graph)))
+
+
+def _certificate(einsum: Einsum, found: _Found) -> Certificate:
+    symbols: dict[sympy.Expr, sympy.Symbol] = {}
+    for item in accesses(found.weight * found.varying * found.outside):
+        names = {symbol.name for symbol in symbols.values()}
+        name, count = tensor_name(item), 1
+        while name in names:
+            count += 1
+            name = f"{tensor_name(item)}_{count}"
+        symbols[item] = sympy.Symbol(name, real=True)
+    g = (found.weight * found.varying).xreplace(symbols)
+    h = found.outside.xreplace(symbols)
+    return Certificate(
+        einsum.output,
+        einsum.reduced[0].name,
+        (tensor_name(found.known),),
+        "exchange",
+        g * h,
+        (g,),
+        (h,),
+        None,
+        {"linear": True, "contraction_known": True},
+    )

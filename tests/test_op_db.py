@@ -1,0 +1,78 @@
+"""torch's own op database (OpInfo) through the backend: forward and gradients against eager, see ``op_samples``.
+
+By default a few ops drawn afresh; with ``-m slow`` all of them, one test an op. ``EFFCC_OP_DB_LOG=file`` appends a line of
+JSON for each op done, and skips ops that the file already has as right, so that a sweep can be resumed or split.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import os
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("expecttest", reason="torch's op database needs the package expecttest (extra dev)")
+
+from op_samples import Verdict, cases_of, check
+from torch.testing._internal.common_methods_invocations import op_db
+
+pytestmark = pytest.mark.usefixtures("clean_compiler")
+
+OPS = {op.formatted_name: op for op in op_db if op.dtypes & {torch.float64, torch.float32}}
+LOG = os.environ.get("EFFCC_OP_DB_LOG")
+LIMIT = 6  # samples per op and dtype
+
+
+def done_before() -> set[str]:
+    if not LOG or not Path(LOG).exists():
+        return set()
+    lines = [json.loads(line) for line in Path(LOG).read_text().splitlines()]
+    return {line["op"] for line in lines if not line["wrong"] and not line["failed"]}
+
+
+@pytest.fixture(autouse=True)
+def quiet() -> Any:
+    """Dynamo warns at every graph break of an op that it does not trace."""
+    logger = logging.getLogger("torch._dynamo")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    yield
+    logger.setLevel(level)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", list(OPS))
+def test_op(name: str, record_property: Callable[[str, object], None]) -> None:
+    if name in done_before():
+        pytest.skip(f"right according to {LOG}")
+    total = Verdict()
+    for dtype in (torch.float64, torch.float32):
+        if dtype in OPS[name].dtypes:
+            verdict = check(cases_of(OPS[name], dtype, LIMIT, gradient=True))
+            for item in dataclasses.fields(Verdict):
+                setattr(total, item.name, getattr(total, item.name) + getattr(verdict, item.name))
+    record_property("op_db", dataclasses.asdict(total))
+    if LOG:
+        with Path(LOG).open("a") as file:
+            file.write(json.dumps({"op": name} | dataclasses.asdict(total)) + "\n")
+    assert not total.bad(), "\n".join(total.bad())
+
+
+def test_ops_drawn_afresh(record_property: Callable[[str, object], None]) -> None:
+    """Twelve ops, two samples each, in one graph with its backward."""
+    seed = random.randrange(10**6)
+    print(f"seed {seed}")
+    names = random.Random(seed).sample(sorted(OPS), 12)
+    print(*names)
+    cases = [case for name in names for case in cases_of(OPS[name], torch.float64, 2, gradient=True)]
+    verdict = check(cases)
+    record_property("op_db", dataclasses.asdict(verdict))
+    assert verdict.compiled + verdict.broken + verdict.untouched + len(verdict.refused) > 0
+    assert not verdict.bad(), f"seed {seed}\n" + "\n".join(verdict.bad())
