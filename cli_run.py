@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -44,7 +46,8 @@ def run_command(
     loaded = open_plan(plan)
     if report is not None:
         check_writable(report)
-    with quiet_torch():
+    # What the model prints goes where it cannot be taken for our output.
+    with quiet_torch(), contextlib.redirect_stdout(sys.stderr):
         measured = measure(
             plan, loaded.plan, model, rounds=rounds, seed=seed, progress=lambda text: stage(text, quiet=json)
         )

@@ -97,7 +97,7 @@ def check_writable(path: Path) -> None:
 
 @contextlib.contextmanager
 def quiet_torch() -> Iterator[None]:
-    """Torch logs the traceback of what it then raises, and we show as one error. ``TORCH_LOGS`` brings the logs back."""
+    """Torch logs the traceback of what it then raises, which we show as one error. ``TORCH_LOGS`` brings it back."""
     import logging
     import os
 

@@ -176,6 +176,11 @@ def donating(positions: Sequence[int]) -> Iterator[None]:
         metadata.bw_donated_idxs = before
 
 
+def has_bodies(gm: torch.fx.GraphModule) -> bool:
+    """Whether an op of the graph runs graphs of its own (``cond``, ``scan``)."""
+    return any(isinstance(node.target, torch._ops.HigherOrderOperator) for node in gm.graph.nodes)
+
+
 def is_invoke_subgraph(node: torch.fx.Node) -> bool:
     return node.op == "call_function" and node.target is torch.ops.higher_order.invoke_subgraph
 
@@ -198,7 +203,7 @@ def lowering_error_target(error: BaseException) -> str:
 def divert_cpp_kernels(current: Callable[[], Any]) -> None:
     """From now on, wrappers loaded while ``current()`` gives a collector hand their C++ kernels to it.
 
-    The collector has ``add(argument types, source, compile alone)``, and ``scopes``, which receives each wrapper's
+    The collector has ``add(argument types, source, compile one)``, and ``scopes``, which receives each wrapper's
     namespace. Installed once; other compilations are untouched.
     """
     from torch._inductor.async_compile import AsyncCompile
@@ -212,7 +217,7 @@ def divert_cpp_kernels(current: Callable[[], Any]) -> None:
         collector = current()
         if collector is None:
             return plain_kernel(self, argtypes, source_code)
-        return collector.add(argtypes, source_code, lambda: load_cpp_kernel(argtypes, source_code))
+        return collector.add(argtypes, source_code, load_cpp_kernel)
 
     @functools.wraps(plain_wait)
     def wait(self: Any, scope: dict[str, Any]) -> None:

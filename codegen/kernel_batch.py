@@ -14,14 +14,16 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeAlias
 
 from .. import torch_internals
 
 #: Fewest and most kernels of a translation unit (compiling is serial within a unit).
 SMALLEST, LARGEST = 4, 10
 _ENTRY = re.compile(r'extern\s+"C"\s+void\s+kernel\s*\(')
-_READERS = {"int64_t": "integer", "float": "real<float>", "double": "real<double>"}
+_READERS = {"int64_t": "integer", "double": "real<double>"}
+#: A scalar that Inductor hands over in single precision, whatever the dtype of the tensor that it was read from.
+_ROUNDED = re.compile(r"\bconst float (?=\w+[,)])")
 
 _PRELUDE = """
 #define PY_SSIZE_T_CLEAN
@@ -77,6 +79,10 @@ PyMODINIT_FUNC PyInit_effcc_kernels(void) {{ return PyModule_Create(&definition)
 """
 
 
+#: Compiles one kernel from its argument types and source.
+CompileAlone: TypeAlias = Callable[[list[str], str], Any]
+
+
 @dataclass(eq=False)
 class PendingKernel:
     """A kernel that a region asked for; stands in the region's namespace until its batch is compiled."""
@@ -129,10 +135,14 @@ class Collector:
     #: Identity of the region whose code is being generated.
     region: str = ""
 
-    def add(self, argument_types: list[str], source: str, alone: Callable[[], Any]) -> Any:
+    def add(self, argument_types: list[str], source: str, alone: CompileAlone) -> Any:
+        """A kernel as Inductor's wrapper asks for it. ``alone`` compiles it by itself."""
+        argument_types = ["const double" if kind == "const float" else kind for kind in argument_types]
+        source = _ROUNDED.sub("const double ", source)
+        compile_alone = functools.partial(alone, argument_types, source)
         if len(_ENTRY.findall(source)) != 1 or "#define" in source or reader_problem(argument_types):
-            return alone()
-        kernel = PendingKernel(tuple(argument_types), source, alone, self.region)
+            return compile_alone()
+        kernel = PendingKernel(tuple(argument_types), source, compile_alone, self.region)
         self.pending.append(kernel)
         return kernel
 

@@ -163,9 +163,11 @@ def donated_by_identity(
     }
     table: dict[str, list[int]] = {}
     for position, segment in enumerate(segments):
+        # Inductor would take the positions for those of a body's inputs, too, and overwrite what is still needed.
+        inputs = [] if torch_internals.has_bodies(segment.module) else segment.inputs
         mine = {
             index
-            for index, node in enumerate(segment.inputs)
+            for index, node in enumerate(inputs)
             if isinstance(node, fx.Node) and node in free and last[node] == position and segment.inputs.count(node) == 1
         }
         before = table.get(segment.identity)

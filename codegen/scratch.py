@@ -13,14 +13,21 @@ import ast
 import types
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
 from ..cost_model.region_memory import RegionBuffer, RegionMemory
-from ..runtime.scratch import ScratchPool
 
 ALIGNMENT = 64
+
+
+class Arenas(Protocol):
+    """Where a region's wrapper takes an arena from, and gives it back to."""
+
+    def take(self) -> torch.Tensor: ...
+
+    def give(self, arena: torch.Tensor) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -65,7 +72,7 @@ def movable(memory: RegionMemory, source: str) -> list[RegionBuffer]:
 
 
 def use_scratch(
-    function: types.FunctionType, source: str, moved: ScratchLayout, pool: ScratchPool
+    function: types.FunctionType, source: str, moved: ScratchLayout, pool: Arenas
 ) -> types.FunctionType:
     """The wrapper's ``call`` with moved allocations; ``source`` is the text of its module."""
     call = _call(source)

@@ -20,7 +20,7 @@ __all__ = ["errors_of_tracing", "quiet"]
 
 #: Dynamo's report of an op that failed on fake tensors ends in the op's own error.
 _FAILED_OP = re.compile(r"got (\w+)\((['\"])(.*?)\2,?\)\s*$", re.MULTILINE | re.DOTALL)
-_NO_ACCELERATOR = re.compile(r"not compiled with|no NVIDIA driver|not linked with support for|Cannot access accelerator")
+_NO_ACCELERATOR = re.compile(r"not compiled with|no NVIDIA driver|not linked with support|Cannot access accelerator")
 
 
 @contextlib.contextmanager

@@ -8,16 +8,18 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+from torch._dynamo.utils import counters
 
 from ..ir.graph import Graph, Location, Node
 from .fx_import import from_fx
+from .repeated_modules import RegionReport, report_of_frame
 from .without_weights import Weightless
 
 _NUMBERED = re.compile(r"^(?:primals_|arg)(\d+)(?:_1)?$")
 
 
 @dataclass
-class _AotGraphs:
+class AotGraphs:
     """What AOTAutograd made of one Dynamo graph; ``outputs`` is the number of the forward's own outputs."""
 
     forward: torch.fx.GraphModule | None = None
@@ -26,15 +28,29 @@ class _AotGraphs:
     outputs: int = 0
 
 
-@dataclass
+@dataclass(frozen=True)
+class GraphBreak:
+    """Where Dynamo ended a graph early, and why."""
+
+    reason: str
+    file: str
+    line: int
+
+
+@dataclass(repr=False)
 class CollectingBackend:
-    """Callable as a Dynamo backend. ``frames`` holds (dynamo, forward, backward, names) for each graph, in order."""
+    """Callable as a Dynamo backend. ``frames`` holds (dynamo, forward, backward, names) for each graph, in order, and
+    ``modules`` the FX graphs that the latter two come from. ``regions`` sums up the repeated modules of all graphs."""
 
     model: torch.nn.Module
     weightless: Weightless
     train: bool
+    #: None: Inductor's.
+    decompositions: Mapping[Any, Callable[..., Any]] | None = None
     frames: list[tuple[Graph, Graph, Graph | None, dict[str, str]]] = field(default_factory=list)
-    graph_breaks: list[tuple[str, str, int]] = field(default_factory=list)
+    modules: list[AotGraphs] = field(default_factory=list)
+    graph_breaks: list[GraphBreak] = field(default_factory=list)
+    regions: RegionReport = field(default_factory=RegionReport)
 
     def __post_init__(self) -> None:
         self.paths: dict[int, tuple[str, str]] = {}
@@ -42,9 +58,11 @@ class CollectingBackend:
             self.paths.setdefault(id(parameter), ("parameter", name))
         for name, buffer in self.model.named_buffers():
             self.paths.setdefault(id(buffer), ("buffer", name))
+        self.counted_breaks = dict(counters["graph_break"])
 
     def __call__(self, gm: torch.fx.GraphModule, example_inputs: Sequence[Any], **_: Any) -> Callable[..., Any]:
         self._note_break(gm)
+        self._note_regions()
         roles, paths = self._roles(gm)
         index = len(self.frames)
         dynamo = from_fx(gm, f"dynamo_{index}", "joint", roles=roles)
@@ -64,20 +82,22 @@ class CollectingBackend:
             assert module is not None
             forward = self._import(module, f"inference_{index}", "inference", roles, paths, names)
         self.frames.append((dynamo, forward, backward, names))
+        self.modules.append(found)
         return self.weightless.runner(running)
 
-    def _aot(self, gm: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> _AotGraphs:
+    def _aot(self, gm: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> AotGraphs:
         import torch._functorch.config as functorch_config
         from torch._dynamo.backends.common import aot_autograd
         from torch._functorch.partitioners import min_cut_rematerialization_partition
         from torch._inductor.decomposition import select_decomp_table
 
-        found = _AotGraphs()
+        decompositions = select_decomp_table() if self.decompositions is None else self.decompositions
+        found = AotGraphs()
 
         def keep(slot: str) -> Callable[..., Any]:
             def compiler(module: torch.fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
                 setattr(found, slot, module)
-                return module.forward  # type: ignore[no-any-return]
+                return module.forward
 
             return compiler
 
@@ -90,7 +110,7 @@ class CollectingBackend:
             bw_compiler=keep("backward"),
             inference_compiler=keep("inference"),
             partition_fn=partition,
-            decompositions=select_decomp_table(),
+            decompositions=decompositions,
             keep_inference_input_mutations=True,
         )
         with functorch_config.patch(force_non_lazy_backward_lowering=True, enable_autograd_cache=False):
@@ -98,13 +118,27 @@ class CollectingBackend:
         return found
 
     def _note_break(self, gm: torch.fx.GraphModule) -> None:
+        before, self.counted_breaks = self.counted_breaks, dict(counters["graph_break"])
         reason = getattr(gm, "compile_subgraph_reason", None)
         if reason is None or not getattr(reason, "graph_break", False):
             return
         stack = [frame for frame in (reason.user_stack or []) if frame is not None]
         place = stack[-1] if stack else None
-        headline = next((line.strip() for line in str(reason.reason).splitlines() if line.strip()), "")
-        self.graph_breaks.append((headline, place.filename if place else "", (place.lineno or 0) if place else 0))
+        text = str(reason.reason)
+        if text == "step_unsupported":
+            # Dynamo went back to an earlier statement; why is what it counted last.
+            text = next((key for key, count in counters["graph_break"].items() if count > before.get(key, 0)), text)
+        headline = next((line.strip() for line in text.splitlines() if line.strip()), "")
+        line = (place.lineno or 0) if place else 0
+        self.graph_breaks.append(GraphBreak(headline, place.filename if place else "", line))
+
+    def _note_regions(self) -> None:
+        """Count the repeated modules of this graph. (A frame may be analysed several times until it yields one.)"""
+        found = report_of_frame(torch._guards.CompileContext.current_compile_id())
+        for total, counts in ((self.regions.calls, found.calls), (self.regions.traces, found.traces)):
+            for name, count in counts.items():
+                total[name] = total.get(name, 0) + count
+        self.regions.rejections += found.rejections
 
     def _roles(self, gm: torch.fx.GraphModule) -> tuple[list[str], list[str]]:
         """Role and path of each Dynamo placeholder ("" where it is neither parameter nor buffer)."""

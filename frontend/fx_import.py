@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import operator
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,6 +21,10 @@ from ..ir.types import NoneType, OpaqueType, TupleType, Type
 from .fx_aliases import node_aliases
 from .fx_locations import ForwardOps, is_backward, location_like, node_location
 from .fx_values import import_argument, qualified_name, value_type
+
+#: Functions whose string argument is a device type.
+_NAMES_A_DEVICE = ("torch.amp.autocast_mode._enter_autocast",)
+_DEVICE_NAME = re.compile(r"(cpu|cuda|xpu|mps|hip|mtia|meta)(:[0-9]+)?")
 
 __all__ = ["from_fx", "import_argument", "tensor_constants", "value_type"]
 
@@ -150,6 +155,9 @@ class _Importer:
         op = op_name(node, self.gm)
         args = tuple(self.argument(argument, node) for argument in node.args)
         kwargs = tuple((key, self.argument(value, node)) for key, value in node.kwargs.items())
+        if op in _NAMES_A_DEVICE or (node.op == "call_method" and node.target == "to"):
+            args = tuple(_as_device(argument) for argument in args)
+        kwargs = tuple((key, _as_device(value) if key == "device" else value) for key, value in kwargs)
         if op == "higher_order.invoke_subgraph" and len(args) >= 2 and isinstance(args[0], Symbol):
             # invoke_subgraph(body, identifier, operands...): the identifier only keys torch's own cache.
             op, args, kwargs = "call", (args[0], *args[2:]), ()
@@ -244,6 +252,13 @@ def _role(node: torch.fx.Node, phase: str) -> str:
     if phase == "backward":
         return "saved"
     return "parameter" if isinstance(value, torch.nn.Parameter) else "input"
+
+
+def _as_device(argument: Argument) -> Argument:
+    """A device that is named by a string (``device="cuda"``) as every other device."""
+    if isinstance(argument, str) and _DEVICE_NAME.fullmatch(argument):
+        return Symbol(f"device({argument})")
+    return argument
 
 
 # Names ---------------------------------------------------------------------------------------------------------------

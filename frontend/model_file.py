@@ -41,8 +41,8 @@ _CONVENTION = (
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """What a model file offers. ``build_model`` and ``example_inputs`` make new objects at each call where the file offers
-    functions; call them inside ``Weightless.building()`` to allocate nothing. ``sources`` are the files read."""
+    """What a model file offers. ``build_model`` and ``example_inputs`` make new objects at each call where the file
+    offers functions; call them inside ``Weightless.building()`` to allocate nothing. ``sources`` are the files read."""
 
     name: str
     build_model: Callable[[], torch.nn.Module]
@@ -55,8 +55,8 @@ class ModelSpec:
 
 
 def load_model_file(spec: str) -> ModelSpec:
-    """``FILE.py`` or ``FILE.py:name``. The file is executed; run it inside ``Weightless.building()`` when its module level
-    builds the model. Raises ModelFileError for everything that can be wrong with it."""
+    """``FILE.py`` or ``FILE.py:name``. The file is executed; run it inside ``Weightless.building()`` when its module
+    level builds the model. Raises ModelFileError for everything that can be wrong with it."""
     path, name = _split(spec)
     module = _execute(path)
     offered: Any = module
@@ -264,13 +264,14 @@ def _autocast(value: Any, path: Path) -> torch.dtype | None:
     if value is None or value is False:
         return None
     found = torch.bfloat16 if value is True else parse_dtype(value) if isinstance(value, str | torch.dtype) else None
-    if found is None:
+    if found is None or not found.is_floating_point:
         raise ModelFileError(
-            f"`autocast` is {value!r}, not a dtype", where=str(path), remedy='Write torch.bfloat16 or "bf16".'
+            f"`autocast` is {value!r}, not a floating-point dtype", where=str(path), remedy='Write torch.bfloat16 or "bf16".'
         )
     return found
 
 
 def _names(module: ModuleType) -> str:
-    public = [name for name in vars(module) if not name.startswith("_") and not isinstance(getattr(module, name), ModuleType)]
+    modules = [name for name, value in vars(module).items() if isinstance(value, ModuleType)]
+    public = [name for name in vars(module) if not name.startswith("_") and name not in modules]
     return ", ".join(sorted(public)[:20]) or "nothing"

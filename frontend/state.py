@@ -1,7 +1,7 @@
 """Bytes that live as long as training does: parameters, gradients, optimizer state and buffers.
 
-Optimizer state is counted as ``torch.optim`` allocates it (default, non-fused settings): tensors of the parameter's dtype,
-and a float32 step count of one element for each parameter where the optimizer keeps one.
+Optimizer state is counted as ``torch.optim`` allocates it (default, non-fused settings): tensors of the parameter's
+dtype, and a float32 step count of one element for each parameter where the optimizer keeps one.
 """
 
 from __future__ import annotations
@@ -138,7 +138,7 @@ def model_state(
     """Count a model's state; nothing is read but shapes and dtypes. A tensor used in several places counts once.
 
     train: also gradients (of parameters that require them) and the optimizer's state.
-    master_weights: a float32 copy of each trained parameter of a smaller dtype, which also carries the optimizer's state.
+    master_weights: a float32 copy of each trained parameter of a smaller dtype; the optimizer's state is then float32.
     """
     state = OPTIMIZERS[optimizer_name(optimizer)]
     return StateBytes(tuple(_entries(model, train, state, master_weights)))

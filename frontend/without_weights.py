@@ -9,9 +9,10 @@ a loop over a table). What is computed from a fake tensor is fake. Devices named
 from __future__ import annotations
 
 import contextlib
+import functools
 import threading
 import unittest.mock
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -55,9 +56,9 @@ class _OnCpu(TorchFunctionMode):
         return value
 
 
-class _LargeIsFake(TorchDispatchMode):
+class _LargeIsFake(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self, fake_mode: FakeTensorMode, threshold: int) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.fake_mode = fake_mode
         self.threshold = threshold
 
@@ -89,19 +90,21 @@ def _bytes(value: Any) -> int:
 def _converting_fake_parameters() -> Iterator[None]:
     """``module.to(dtype)`` for fake parameters. Torch swaps their contents in place, which their fake mode's references
     forbid; here the module gets a new parameter, the same one wherever the old one was shared."""
-    original = torch.nn.Module._apply
+    original: Callable[..., Any] = torch.nn.Module._apply
     thread = threading.get_ident()
-    converted: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+    converted: dict[int, tuple[torch.Tensor, Any]] = {}
     depth = 0
 
     def apply(module: torch.nn.Module, fn: Callable[[Any], Any], recurse: bool = True) -> torch.nn.Module:
         nonlocal depth
         if threading.get_ident() != thread:
-            return original(module, fn, recurse)
+            original(module, fn, recurse)
+            return module
         depth += 1
         try:
             if recurse:
-                for child in module.children():
+                children: Iterable[Any] = module.children()
+                for child in children:
                     child._apply(fn)
             for key, parameter in module._parameters.items():
                 if isinstance(parameter, FakeTensor):
@@ -111,7 +114,7 @@ def _converting_fake_parameters() -> Iterator[None]:
                         if result is not parameter:
                             result = torch.nn.Parameter(result, parameter.requires_grad)
                         converted[id(parameter)] = (parameter, result)
-                    module._parameters[key] = converted[id(parameter)][1]  # type: ignore[assignment]
+                    module._parameters[key] = converted[id(parameter)][1]
             held = {key: value for key, value in module._parameters.items() if isinstance(value, FakeTensor)}
             order = list(module._parameters)
             for key in held:
@@ -141,7 +144,7 @@ def _truncated_normal(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
 
 
 class Weightless:
-    """The modes of one capture: ``fake_mode`` owns all its fake tensors, ``devices`` lists the devices named by the code."""
+    """The modes of one capture: ``fake_mode`` owns all its fake tensors, ``devices`` are those that the code names."""
 
     def __init__(self, threshold: int = DEFAULT_THRESHOLD) -> None:
         self.fake_mode = FakeTensorMode(allow_non_fake_inputs=True)
@@ -162,6 +165,22 @@ class Weightless:
             _LargeIsFake(self.fake_mode, self.threshold),
             self._on_cpu,
         ):
+            yield
+
+    @contextlib.contextmanager
+    def tracing(self) -> Iterator[None]:
+        """Autocast regions of the model's code that name an accelerator (``torch.autocast("cuda")``) count for the
+        CPU's tensors. The graph keeps the name, which does not count in its structure."""
+        original: Callable[..., Any] = torch.amp.autocast_mode._enter_autocast
+
+        @functools.wraps(original)
+        def enter(device_type: str, dtype: torch.dtype | None = None, *rest: Any) -> Any:
+            if device_type == "cpu":
+                return original(device_type, dtype, *rest)
+            self._on_cpu.devices.add(device_type)
+            return original("cpu", dtype or torch.get_autocast_dtype(device_type), *rest)
+
+        with unittest.mock.patch.object(torch.amp, "_enter_autocast", enter):
             yield
 
     def runner(self, function: Callable[..., Any]) -> Callable[..., Any]:

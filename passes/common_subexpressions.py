@@ -34,7 +34,7 @@ class CommonSubexpressions:
     def apply(self, graph: Graph) -> Graph:
         graph = with_subgraphs(graph, self.apply)
         storages = Storages(graph)
-        returned = frozenset(graph.output_names())
+        leaving = _Leaving(graph, storages)
         version: dict[str, int] = {}
         first: dict[Hashable, Node] = {}
         replaced: dict[str, Argument] = {}
@@ -53,8 +53,7 @@ class CommonSubexpressions:
                     versions,
                 )
                 earlier = first.setdefault(key, node)
-                both_leave = {earlier.name, node.name} <= returned or _both_leave(earlier, node, storages)
-                if earlier is not node and not both_leave:
+                if earlier is not node and leaving.merge(earlier.name, node.name):
                     replaced[node.name] = Ref(earlier.name)
                     continue
             kept.append(node)
@@ -64,9 +63,25 @@ class CommonSubexpressions:
         return rebuild(graph, kept, replaced) if replaced else graph
 
 
-def _both_leave(left: Node, right: Node, storages: Storages) -> bool:
-    one, other = storages.root(left.name), storages.root(right.name)
-    return one != other and one in storages.escaping and other in storages.escaping
+class _Leaving:
+    """What leaves the graph so far: values that are returned, and storages that are handed out."""
+
+    def __init__(self, graph: Graph, storages: Storages) -> None:
+        self.storages = storages
+        self.returned = set(graph.output_names())
+        self.escaping = set(storages.escaping)
+
+    def merge(self, earlier: str, later: str) -> bool:
+        """Let ``earlier`` stand for ``later``, unless both leave."""
+        one, other = self.storages.root(earlier), self.storages.root(later)
+        both_escape = one != other and one in self.escaping and other in self.escaping
+        if both_escape or {earlier, later} <= self.returned:
+            return False
+        if later in self.returned:
+            self.returned.add(earlier)
+        if other in self.escaping:
+            self.escaping.add(one)
+        return True
 
 
 def _key(arguments: tuple[Argument, ...], op: str) -> Hashable:

@@ -13,11 +13,10 @@ import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import effcc
 import pytest
 import torch
 from models import ZOO, Sample, build, loss_of, main_output
-
-import effcc
 
 FAST_FLOAT64 = ("gpt2", "resnet")
 FAST_FLOAT32 = ("llama",)

@@ -27,7 +27,8 @@ pytestmark = pytest.mark.usefixtures("clean_compiler")
 
 OPS = {op.formatted_name: op for op in op_db if op.dtypes & {torch.float64, torch.float32}}
 LOG = os.environ.get("EFFCC_OP_DB_LOG")
-LIMIT = 6  # samples per op and dtype
+#: Samples of an op: in float64 with gradients, in float32 the forward alone.
+LIMITS = {torch.float64: 4, torch.float32: 3}
 
 
 def done_before() -> set[str]:
@@ -53,9 +54,9 @@ def test_op(name: str, record_property: Callable[[str, object], None]) -> None:
     if name in done_before():
         pytest.skip(f"right according to {LOG}")
     total = Verdict()
-    for dtype in (torch.float64, torch.float32):
+    for dtype, limit in LIMITS.items():
         if dtype in OPS[name].dtypes:
-            verdict = check(cases_of(OPS[name], dtype, LIMIT, gradient=True))
+            verdict = check(cases_of(OPS[name], dtype, limit, gradient=dtype == torch.float64))
             for item in dataclasses.fields(Verdict):
                 setattr(total, item.name, getattr(total, item.name) + getattr(verdict, item.name))
     record_property("op_db", dataclasses.asdict(total))

@@ -12,6 +12,7 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
+import effcc
 import pytest
 import torch
 import torch.nn.functional as F
@@ -19,8 +20,6 @@ from models import Block, Tower
 from torch import nn
 from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
-
-import effcc
 
 pytestmark = pytest.mark.usefixtures("clean_compiler")
 

@@ -160,6 +160,23 @@ def test_two_outputs_through_views_stay_two() -> None:
     assert rewritten(CommonSubexpressions(), text) == text
 
 
+def test_two_outputs_do_not_meet_in_a_third_value() -> None:
+    assert rewritten(CommonSubexpressions(), """
+        %x: f32[4] = input()  role(input)
+        %a: f32[4] = aten.exp.default(%x)
+        %b: f32[4] = aten.exp.default(%x)
+        %c: f32[4] = aten.exp.default(%x)
+        %d: f32[4] = aten.neg.default(%a)
+        return (%d, %b, %c)
+    """) == plain("""
+        %x: f32[4] = input()  role(input)
+        %a: f32[4] = aten.exp.default(%x)
+        %c: f32[4] = aten.exp.default(%x)
+        %d: f32[4] = aten.neg.default(%a)
+        return (%d, %a, %c)
+    """)  # fmt: skip
+
+
 def test_calls_of_one_pure_subgraph_are_merged() -> None:
     after = rewritten(CommonSubexpressions(), """
         repeat @layer x 2 digest "d"
