@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from . import torch_internals
+from .cost_model.devices import load_device
 from .frontend.repeated_modules import trace_repeated_modules_once
 from .graph_compiler import Compilation, input_role
 from .options import Options, parse_options
@@ -29,10 +30,12 @@ def effcc(
     """Compile one Dynamo graph, forward and backward. Registered as the backend ``effcc``.
 
     options: see ``effcc.options.Options``. mode: torch.compile's, for instance ``reduce-overhead``.
-    Raises OptionError for unknown options, PlanError for a plan that does not fit the model.
+    Raises OptionError for unknown options, DeviceError for an unknown device, PlanError for a plan that does not fit the model.
     """
     roles = [input_role(node) for node in gm.graph.find_nodes(op="placeholder")]
     settings = parse_options(options)
+    if settings.device is not None:
+        load_device(settings.device)
     plan = matching_plan(settings.plan, gm, roles) if settings.plan is not None else None
     compilation = Compilation(settings, next(_numbers), roles, plan)
     with (

@@ -16,6 +16,7 @@ from .cli_devices import devices_command
 from .cli_explain import explain_command
 from .cli_inspect import inspect_command
 from .cli_opt import opt_command
+from .cli_passes import passes_command
 from .cli_plan import plan_command
 from .cli_report import report_command
 from .cli_run import run_command
@@ -60,6 +61,7 @@ app.command("explain", rich_help_panel="Read")(explain_command)
 app.command("inspect", rich_help_panel="Read")(inspect_command)
 app.command("report", rich_help_panel="Read")(report_command)
 app.command("opt", rich_help_panel="Compiler")(opt_command)
+app.command("passes", rich_help_panel="Compiler")(passes_command)
 app.command("devices", rich_help_panel="Devices")(devices_command)
 app.command("calibrate", rich_help_panel="Devices")(calibrate_command)
 

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from .cli_support import JsonOption, check_writable, console, print_json, stage, table, write_text
+from .cli_support import JsonOption, check_writable, console, heading, print_json, stage, table, write_text
 from .formatting import bytes_text, count_text, seconds_text
 
 
@@ -35,7 +35,7 @@ def calibrate_command(
         print_json(device)
         return
     out = console()
-    out.print(f"[bold]{device.name}[/bold]: {device.title}")
+    heading(out, device.name, f": {device.title}")
     for dtype, figure in device.matrix.items():
         out.print(f"  matrix products in {dtype}: {count_text(figure.value, 'FLOP/s')}")
     out.print(f"  memory: {bytes_text(device.memory)} at {count_text(device.bandwidth, 'B')}/s")

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from .cli_support import JsonOption, console, print_json, table
+from .cli_support import JsonOption, console, heading, print_json, table
 from .formatting import bytes_text, count_text, seconds_text
 
 
@@ -27,7 +27,7 @@ def devices_command(
             print_json(device)
             return
         out = console()
-        out.print(f"[bold]{device.name}[/bold]  {device.title}")
+        heading(out, device.name, f"  {device.title}")
         rows = table("figure", "value", "source", right=("value",))
         for label, figure in figures(device):
             rows.add_row(label, _figure_text(label, figure.value), figure.source)

@@ -128,7 +128,7 @@ def _solvers(out: Console, plan: Plan) -> None:
     rows.title = "How it was decided"
     for solver in plan.solvers:
         rows.add_row(
-            solver.problem, solver.name, f"{solver.value:,.6g}", f"{solver.bound:,.6g}", f"{100 * solver.gap:.2f} %",
+            solver.problem, solver.name, f"{solver.value:,.9g}", f"{solver.bound:,.9g}", f"{100 * solver.gap:.2f} %",
             seconds_text(solver.seconds),
         )  # fmt: skip
     out.print(rows)

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from .cli_support import JsonOption, console, print_json, table
+from .cli_support import JsonOption, console, heading, print_json, table
 from .errors import OptionError
 from .formatting import seconds_text
 from .inspection import Dump, Stage, node_history, open_dump
@@ -90,9 +90,12 @@ def _list(dump: Dump, json: bool) -> None:
         return
     rows_table = table("#", "pass", "graph", "phase", "ops", "time", "result", right=("#", "ops", "time"))
     for stage in dump.stages:
-        result = f"[red]failed: {stage.failed.splitlines()[0]}[/red]" if stage.failed else stage.file or "unchanged"
+        result = f"failed: {stage.failed.splitlines()[0]}" if stage.failed else stage.file or "unchanged"
         seconds = seconds_text(stage.seconds) if stage.seconds else ""
-        rows_table.add_row(str(stage.index), stage.label, stage.graph, stage.phase, str(stage.ops), seconds, result)
+        rows_table.add_row(
+            str(stage.index), stage.label, stage.graph, stage.phase, str(stage.ops), seconds, result,
+            style="red" if stage.failed else None,
+        )  # fmt: skip
     out = console()
     out.print(rows_table)
     out.print("--show N prints one, --diff A B compares two, --node %name follows one value")
@@ -124,11 +127,11 @@ def _node(dump: Dump, name: str, json: bool) -> None:
         return
     out = console()
     if history.source:
-        out.print(f"[bold]%{name}[/bold] comes from {history.source}", markup=True)
+        heading(out, f"%{name}", f" comes from {history.source}")
     else:
-        out.print(f"[bold]%{name}[/bold]: no source line is known")
+        heading(out, f"%{name}", ": no source line is known")
     for event in history.events:
-        out.print(f"\n[bold]{event.stage}[/bold]  {event.what}")
+        heading(out, f"\n{event.stage}", f"  {event.what}")
         for line in event.lines:
             out.print(f"    {line}", markup=False)
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .cli_support import JsonOption, check_writable, console, print_json, quiet_torch, stage, write_text
+from .cli_support import JsonOption, check_writable, console, heading, print_json, quiet_torch, stage, write_text
 from .errors import OptionError
 from .options import parse_bytes
 from .summary import device_of
@@ -111,7 +111,7 @@ def _finish(planned: Planned, paths: dict[str, str], json: bool) -> None:
         print_json({"summary": summary, "paths": paths, "notes": planned.plan.notes})
         return
     out = console()
-    out.print(f"[bold]{planned.plan.model}[/bold] on {planned.plan.device}")
+    heading(out, planned.plan.model, f" on {planned.plan.device}")
     _print_summary(summary, planned)
     for note in (*planned.plan.notes, *_hints(planned.plan)):
         out.print(f"  note: {note}", markup=False, style="dim")

@@ -34,6 +34,13 @@ def error_console() -> Console:
     return Console(stderr=True, highlight=False)
 
 
+def heading(out: Console, name: str, rest: str) -> None:
+    """A line that begins with a bold name."""
+    from rich.text import Text
+
+    out.print(Text.assemble((name, "bold"), rest))
+
+
 def print_json(value: Any) -> None:
     """``value`` (dataclasses and msgspec structs too) as indented JSON on standard output."""
     import msgspec
@@ -43,11 +50,17 @@ def print_json(value: Any) -> None:
 
 
 def table(*columns: str, right: tuple[str, ...] = (), title: str | None = None) -> Table:
-    """A plain table; the columns named in ``right`` hold numbers."""
+    """A plain table; the columns named in ``right`` hold numbers. Cells are shown as they are: what looks like rich's
+    markup, such as ``f32[2,3]``, may come from a user's file."""
     from rich import box
     from rich.table import Table
+    from rich.text import Text
 
-    result = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left", pad_edge=False, title_style="bold")
+    class PlainCells(Table):
+        def add_row(self, *cells: Any, **options: Any) -> None:
+            super().add_row(*(Text(cell) if isinstance(cell, str) else cell for cell in cells), **options)
+
+    result = PlainCells(box=box.SIMPLE_HEAD, title=title, title_justify="left", pad_edge=False, title_style="bold")
     for column in columns:
         result.add_column(column, justify="right" if column in right else "left", overflow="fold")
     return result
@@ -125,7 +138,9 @@ def stage(description: str, quiet: bool = False) -> Iterator[None]:
         return
     import time
 
+    from rich.text import Text
+
     begin = time.perf_counter()
-    with err.status(f"{description} ..."):
+    with err.status(Text(f"{description} ...")):
         yield
-    err.print(f"[dim]{description}: {time.perf_counter() - begin:.1f} s[/dim]")
+    err.print(f"{description}: {time.perf_counter() - begin:.1f} s", markup=False, style="dim")

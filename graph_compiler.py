@@ -199,7 +199,7 @@ class Compilation:
                     remedy="Install a C++ compiler (or set CXX), or leave the option fallback at 'eager'.",
                 )
             member.result.replace(member.compiled.functions[identity], member.compiled.eager[identity].run)
-            report.fall_back(f"{len(segment.ops)} ops", reason, source_of(segment))
+            report.fall_back(f"{len(segment.ops)} ops", reason, source_of(segment), member.compiled.functions[identity])
 
     def gemm(self) -> GemmMeasurements:
         return gemm_measurements(str(usable_directory(self.options.cache_path())), self.options.gemm)

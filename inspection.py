@@ -12,6 +12,7 @@ from .formatting import bytes_text, seconds_text
 from .ir.plan import Plan, Step
 from .ir.plan_file import load_plan
 from .passes.dump import PassRecord, read_records
+from .summary import module_class
 
 
 @dataclass(frozen=True)
@@ -180,12 +181,15 @@ def _plan_events(dump: Dump, plan: Plan, name: str) -> list[Event]:
     scopes = {stage.graph: _scopes(stage.text(), stage.graph) for stage in dump.stages if stage.phase}
     # A graph's steps may lie around those of another graph: the shorter range is the inner one.
     graphs = sorted(plan.graphs, key=lambda graph: graph.last_step - graph.first_step)
+    found: dict[str, list[int]] = {}
     for position, step in enumerate(plan.steps):
         graph = next((each.name for each in graphs if each.first_step <= position <= each.last_step), "")
         if any(_covers(step, name, list(lines)) for lines in scopes.get(graph, {}).values()):
-            where = f" in {step.module}" if step.module else ""
+            where = f" in {module_class(step.module)}" if step.module else ""
             what = f"{step.kind} {step.name}{where}, {step.phase}, {seconds_text(step.seconds)}"
-            events.append(Event(f"step {step.id}", what))
+            found.setdefault(what, []).append(step.id)
+    for what, steps in found.items():
+        events.append(Event(f"step {', '.join(map(str, steps))}", what))
     for buffer in plan.buffers:
         if buffer.name == name:
             place = f"{buffer.tier}, not placed" if buffer.offset is None else f"{buffer.arena_key} + {buffer.offset}"
@@ -199,9 +203,13 @@ def _covers(step: Step, name: str, order: Sequence[str]) -> bool:
     """Whether ``%name`` is the step's op, or lies between its first and last op in the order of its graph."""
     if name not in order:
         return False
-    if len(step.ops) >= 2 and step.ops[0] in order and step.ops[1] in order:
-        return order.index(step.ops[0]) <= order.index(name) <= order.index(step.ops[1])
-    return name in step.ops
+    if name in step.ops[:2]:
+        return True
+    if len(step.ops) < 3 or step.ops[0] not in order or step.ops[1] not in order:
+        return False
+    first, last = order.index(step.ops[0]), order.index(step.ops[1])
+    # Ops of other steps may stand between them; then only the ends are certain.
+    return step.ops[2] == str(last - first + 1) and first <= order.index(name) <= last
 
 
 def _mentions(line: str, name: str) -> bool:

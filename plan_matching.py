@@ -1,4 +1,8 @@
-"""A plan made elsewhere, matched to the graph that Dynamo has just captured."""
+"""A plan made elsewhere, matched to the graph that Dynamo has just captured.
+
+Matched is structure: ops, plain arguments, dtypes, shapes, data flow, aliasing (``ir.structural_hash``). Names, source
+lines and devices do not count, so a plan made on a machine without a GPU fits the same model on one.
+"""
 
 from __future__ import annotations
 
@@ -8,10 +12,13 @@ import torch
 
 from .errors import PlanError
 from .frontend.fx_import import from_fx
-from .ir.graph import Graph
+from .ir.graph import Graph, Node
 from .ir.plan import GraphPlan, Plan
 from .ir.plan_file import load_plan
-from .ir.structural_hash import first_difference, graph_hash
+from .ir.printer import print_type
+from .ir.structural_hash import graph_hash, op_hashes
+
+__all__ = ["check_plan", "matching_plan"]
 
 
 def matching_plan(path: str, gm: torch.fx.GraphModule, roles: Sequence[str]) -> Plan:
@@ -20,29 +27,50 @@ def matching_plan(path: str, gm: torch.fx.GraphModule, roles: Sequence[str]) -> 
     Raises PlanError when the file is damaged, or made for another graph (naming the first op that differs).
     """
     plan = load_plan(path).plan
-    captured = from_fx(gm, "captured", "joint", roles=roles)
-    digest = graph_hash(captured)
-    if any(graph.graph_hash == digest for graph in plan.graphs):
-        return plan
+    check_plan(plan, from_fx(gm, "captured", "joint", roles=roles), path)
+    return plan
+
+
+def check_plan(plan: Plan, captured: Graph, path: str = "") -> GraphPlan:
+    """The graph of the plan that is equal in structure to ``captured``. Raises PlanError if there is none."""
     if not plan.graphs:
         raise PlanError(f"the plan of {plan.model} holds no graph", where=path, remedy="Make the plan again.")
-    likest = max(plan.graphs, key=lambda graph: common_prefix(graph, captured))
+    digest = graph_hash(captured)
+    for graph in plan.graphs:
+        if graph.graph_hash == digest:
+            return graph
+    own = op_hashes(captured)
+    likest = max(plan.graphs, key=lambda graph: _common_prefix(graph.op_hashes, own))
     raise PlanError(
-        f"the plan was made for another graph than the one captured: {difference(likest, captured)}",
+        f"the plan of {plan.model} was made for another graph than the one captured: "
+        f"{_difference(likest, captured, own)}",
         where=path,
-        remedy="Make the plan again from this model with `effcc plan`, with the same inputs and the same mode "
-        "(training or inference).",
+        remedy="Make the plan again with `effcc plan` from this model: the same inputs, training or inference, and the "
+        "loss inside the compiled function where the model file has a `loss`, outside where it has none.",
     )
 
 
-def common_prefix(graph: GraphPlan, captured: Graph) -> int:
-    node = first_difference(graph.op_hashes, captured)
-    return len(captured.nodes) if node is None else captured.nodes.index(node)
+def _common_prefix(planned: Sequence[str], own: Sequence[str]) -> int:
+    for index, (theirs, mine) in enumerate(zip(planned, own, strict=False)):
+        if theirs != mine:
+            return index
+    return min(len(planned), len(own))
 
 
-def difference(graph: GraphPlan, captured: Graph) -> str:
-    node = first_difference(graph.op_hashes, captured)
-    if node is None:
-        return f"graph {graph.name!r} has other outputs, or more ops"
+def _difference(graph: GraphPlan, captured: Graph, own: Sequence[str]) -> str:
+    equal = _common_prefix(graph.op_hashes, own)
+    if equal < min(len(own), len(graph.op_hashes)):
+        return f"{_describe(captured.nodes[equal])} differs from graph {graph.name!r}"
+    if equal < len(own):
+        return f"{_describe(captured.nodes[equal])} comes after the last op of graph {graph.name!r}"
+    if equal < len(graph.op_hashes):
+        last = f" after {_describe(captured.nodes[-1])}" if captured.nodes else ""
+        return f"graph {graph.name!r} has {len(graph.op_hashes) - equal} more ops{last}"
+    return f"graph {graph.name!r} has the same ops, but other outputs or other views"
+
+
+def _describe(node: Node) -> str:
     place = f" at {node.location.file}:{node.location.line}" if node.location.file else ""
-    return f"op %{node.name} = {node.op}{place} differs from graph {graph.name!r}"
+    what = "input" if node.op == "input" else "op"
+    kind = "" if node.type is None else f": {print_type(node.type)}"
+    return f"{what} %{node.name}{kind} = {node.op}{place}" if what == "op" else f"{what} %{node.name}{kind}{place}"

@@ -22,6 +22,7 @@ from .passes.dump import PassRecord
 from .summary import Summary, device_named, summarize
 
 if TYPE_CHECKING:
+    from .passes.flatten import RegionBuffers
     import torch
 
     from .frontend.capture import Captured
@@ -163,6 +164,7 @@ def plan_model(
             budget=request.memory_budget,
             optimizer=_optimizer_name(request, spec),
             bindings=getattr(captured, "sizes", None),
+            region_buffers=_region_buffers(device),
         )
     _check_budget(made, request.memory_budget)
     made = msgspec.structs.replace(
@@ -259,6 +261,16 @@ def _capture(request: PlanRequest, device: Device, spec: ModelSpec) -> Captured:
     )
 
 
+def _region_buffers(device: Device) -> RegionBuffers | None:
+    """How regions use memory inside: read from the code that Inductor generates for them on a CPU, which needs no other
+    device than this one; estimated elsewhere."""
+    if device.kind != "cpu":
+        return None
+    from .codegen.region_memory import memory_of_generated_code
+
+    return memory_of_generated_code
+
+
 def _with_saved_roles(graph: Graph) -> Graph:
     """A backward graph in which parameters and inputs of the model that it reads have the role ``saved`` too.
 
@@ -304,4 +316,8 @@ def _captured_identities(plan: Plan, captured: Captured) -> tuple[GraphPlan, ...
 
 
 def _graph_breaks(captured: Captured) -> tuple[str, ...]:
-    return tuple(f"graph break at {item.file}:{item.line}: {item.reason}" for item in captured.graph_breaks)
+    # Of an installed package, the path in it is enough.
+    return tuple(
+        f"graph break at {item.file.rpartition('site-packages/')[2]}:{item.line}: {item.reason}"
+        for item in captured.graph_breaks
+    )

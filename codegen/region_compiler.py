@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,6 +15,10 @@ from ..errors import CompileError
 from .kernel_batch import Collector, collecting, describe
 from .library_kernels import GemmChoice, use_library_kernels
 from .segments import EAGER, Segment, copy_module, cut
+
+
+#: A kernel in a generated wrapper: ``async_compile.cpp_pybinding(...)``, ``async_compile.triton(...)``.
+_KERNEL = re.compile(r"^\w+ = async_compile\.(?!wait)", re.MULTILINE)
 
 
 @dataclass(frozen=True)
@@ -134,6 +139,7 @@ def compile_segment(
     settings["static_input_idxs"] = [
         index for index, node in enumerate(segment.inputs) if isinstance(node, fx.Node) and input_index(node) in statics
     ]
+    mark_donated(segment.module, donated)
     inputs = segment.fake_inputs()
     with (
         torch_internals.collect_output_strides() as strides,
@@ -143,8 +149,19 @@ def compile_segment(
         compiled = torch_internals.compile_region(segment.module, inputs, **settings)
     source = getattr(compiled, "source_code", "") or ""
     known = list(strides) if len(strides) == len(segment.outputs) else [None] * len(segment.outputs)
-    kernels = source.count("async_compile.")
+    kernels = len(_KERNEL.findall(source))
     return CompiledSegment(compiled, source, kernels, known, library, inputs, settings["static_input_idxs"])
+
+
+def mark_donated(module: fx.GraphModule, donated: Sequence[int]) -> None:
+    """Say in the names of inputs which are donated. Inductor's code cache goes by the graph's text: without this it would
+    hand a region that overwrites its inputs to one that must not."""
+    placeholders = module.graph.find_nodes(op="placeholder")
+    for index in donated:
+        node = placeholders[index]
+        node._rename(f"{node.name}_donated")
+        node.target = node.name
+    module.recompile()
 
 
 def donated_by_identity(

@@ -71,9 +71,7 @@ def movable(memory: RegionMemory, source: str) -> list[RegionBuffer]:
     ]
 
 
-def use_scratch(
-    function: types.FunctionType, source: str, moved: ScratchLayout, pool: Arenas
-) -> types.FunctionType:
+def use_scratch(function: types.FunctionType, source: str, moved: ScratchLayout, pool: Arenas) -> types.FunctionType:
     """The wrapper's ``call`` with moved allocations; ``source`` is the text of its module."""
     call = _call(source)
     assert call is not None

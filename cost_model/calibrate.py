@@ -21,12 +21,10 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from .devices import Cache, Device, Figure, GemmMeasurement, Tier, load_device, parse_device
-from .roofline import nearest
 
 if TYPE_CHECKING:
     import torch
 
-LIBRARIES = ("blas", "onednn")
 LAYOUTS = ("forward", "input_gradient", "weight_gradient")
 #: (tokens, input features, output features) of the linear layers whose three products are measured: from a single
 #: token to a training batch, square and oblong.
@@ -40,11 +38,7 @@ LINEAR_SHAPES = (
     (2048, 256, 1024),
     (1024, 256, 8192),
 )
-#: How much faster oneDNN must be to be chosen: a tie keeps BLAS, which can write to a given address.
-MARGIN = 0.95
 _SHORT = {"f32": "float32", "bf16": "bfloat16"}
-#: Measured on demand in this process: (dtype, layout, m, k, n) -> library.
-_asked: dict[tuple[str, str, int, int, int], str] = {}
 
 
 def calibrate(seconds: float = 20.0, save: bool = True) -> Device:
@@ -67,41 +61,6 @@ def calibrated_device() -> Device:
         return parse_device(path.read_bytes(), where=str(path))
     except OSError:
         return load_device("cpu")
-
-
-def gemm_choice(
-    op: str,
-    m: int,
-    k: int,
-    n: int,
-    dtype: str,
-    layout: str = "forward",
-    device: Device | None = None,
-    ask: bool = False,
-) -> str:
-    """The library to run ``op`` with, a product (m, k) @ (k, n): ``blas`` (aten) or ``onednn``.
-
-    Args:
-        op: ``aten.mm`` or ``aten.addmm`` (any overload); everything else runs as it is, which is ``blas``.
-        layout: forward (x @ w.t()), input_gradient (dy @ w), weight_gradient (dy.t() @ x).
-        device: whose measurements decide (default: ``calibrated_device()``); the nearest measured shape is taken.
-        ask: measure this very product now (a few milliseconds), and remember it in this process.
-    """
-    if op.split(".")[1 if "." in op else 0] not in ("mm", "addmm", "linear") or dtype not in _SHORT or 0 in (m, k, n):
-        return "blas"
-    key = (dtype, layout, m, k, n)
-    if key in _asked:
-        return _asked[key]
-    if ask:
-        rates = {entry.library: entry.rate for entry in measure_product(dtype, layout, m, k, n, 0.03)}
-    else:
-        table = (device or calibrated_device()).gemm
-        found = [nearest((e for e in table if e.library == library), dtype, m, k, n, layout) for library in LIBRARIES]
-        rates = {entry.library: entry.rate for entry in found if entry is not None}
-    choice = "onednn" if rates.get("onednn", 0.0) * MARGIN > rates.get("blas", 0.0) else "blas"
-    if ask:
-        _asked[key] = choice
-    return choice
 
 
 def measure_product(dtype: str, layout: str, m: int, k: int, n: int, seconds: float) -> tuple[GemmMeasurement, ...]:

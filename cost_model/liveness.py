@@ -1,4 +1,4 @@
-"""Live ranges and the bytes they hold: pure data in, data out.
+"""The bytes that buffers hold over time: pure data in, data out.
 
 Positions count steps; a buffer is live at ``lower <= position < upper``. A step uses what it reads and writes while it
 runs, so a buffer freed by step p is live at p and no longer at p + 1.
@@ -6,11 +6,11 @@ runs, so a buffer freed by step p is live at p and no longer at p + 1.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import accumulate
 
-from ..ir.plan import Buffer, Step
+from ..ir.plan import Buffer
 
 
 @dataclass(frozen=True)
@@ -27,42 +27,6 @@ class LiveBytes:
     @property
     def peak_position(self) -> int:
         return self.bytes.index(self.peak) if self.bytes else 0
-
-
-@dataclass(frozen=True)
-class Holder:
-    """A buffer live at the peak and its share of it."""
-
-    buffer: Buffer
-    share: float
-
-
-def live_ranges(
-    steps: Sequence[Step], given: Iterable[int] = (), escaping: Iterable[int] = ()
-) -> dict[int, tuple[int, int]]:
-    """Buffer id -> (lower, upper), from what the steps read, write and free, at positions of the list.
-
-    ``given`` buffers are live from 0 (they exist before the first step), ``escaping`` ones to the end. A buffer that is
-    freed explicitly lives to that step, else to its last use.
-    """
-    first: dict[int, int] = dict.fromkeys(given, 0)
-    last: dict[int, int] = {}
-    freed: dict[int, int] = {}
-    for position, step in enumerate(steps):
-        for identity in (*step.reads, *step.writes):
-            first.setdefault(identity, position)
-            last[identity] = position
-        for identity in step.frees:
-            first.setdefault(identity, position)
-            freed[identity] = position
-    end = len(steps)
-    ranges = {
-        identity: (lower, freed.get(identity, last.get(identity, lower)) + 1) for identity, lower in first.items()
-    }
-    for identity in escaping:
-        if identity in ranges:
-            ranges[identity] = (ranges[identity][0], end)
-    return ranges
 
 
 def live_bytes(buffers: Iterable[Buffer], length: int, tier: str = "device") -> LiveBytes:
@@ -93,15 +57,6 @@ def reserved_bytes(buffers: Iterable[Buffer], arena: Mapping[str, int], length: 
         change[lower] += arena.get(key, 0)
         change[upper] -= arena.get(key, 0)
     return LiveBytes(tier, tuple(accumulate(change[:length])))
-
-
-def peak_holders(buffers: Sequence[Buffer], length: int, tier: str = "device") -> tuple[Holder, ...]:
-    """The buffers live at the peak of a tier, largest first (ties by id), with their shares."""
-    timeline = live_bytes(buffers, length, tier)
-    at, peak = timeline.peak_position, timeline.peak
-    live = [b for b in buffers if b.tier == tier and b.lower <= at < b.upper and b.bytes]
-    live.sort(key=lambda buffer: (-buffer.bytes, buffer.id))
-    return tuple(Holder(buffer, buffer.bytes / peak) for buffer in live)
 
 
 def by_role(buffers: Iterable[Buffer], position: int, tier: str = "device") -> dict[str, int]:

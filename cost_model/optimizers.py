@@ -24,18 +24,6 @@ _TEMPORARIES = {
     "rmsprop": (1, 1),
     "sgd": (0, 0),
 }
-#: State tensors of parameter size that each optimizer keeps, with its default options.
-STATE_COPIES = {
-    "adam": 2,
-    "adamw": 2,
-    "nadam": 2,
-    "radam": 2,
-    "adamax": 2,
-    "adagrad": 1,
-    "adadelta": 2,
-    "rmsprop": 1,
-    "sgd": 0,
-}
 
 
 def optimizer_workspace(optimizer: str, parameter_bytes: Sequence[int], device: Device) -> int:

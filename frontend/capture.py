@@ -19,10 +19,11 @@ import torch
 
 from ..errors import CaptureError
 from ..ir.graph import Graph
-from .capture_errors import errors_of_tracing, quiet
+from .capture_errors import errors_of_tracing
 from .collect import CollectingBackend, GraphBreak
 from .inputs import InputSpec, check_inputs, convert, input_specs
 from .model_file import ModelSpec, parse_dtype
+from .quiet import quiet
 from .repeated_modules import RegionReport, repeated_regions, without_repeated_regions
 from .state import StateBytes, model_state, optimizer_name
 from .target_device import rewrite_device
@@ -44,7 +45,8 @@ class CapturedFrame:
 
 @dataclass(frozen=True)
 class Captured:
-    """What was captured of a model. ``optimizer`` is a key of ``state.OPTIMIZERS``, or "" where there is none."""
+    """What was captured of a model. ``optimizer`` is a key of ``state.OPTIMIZERS``, "" where there is none; ``sizes``
+    are the example inputs' values of the graphs' size symbols."""
 
     name: str
     train: bool
@@ -55,6 +57,7 @@ class Captured:
     graph_breaks: tuple[GraphBreak, ...] = ()
     notes: tuple[str, ...] = ()
     regions: RegionReport = field(default_factory=RegionReport)
+    sizes: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def graphs(self) -> list[Graph]:
@@ -95,6 +98,7 @@ def capture(
         graph_breaks=tuple(traced.backend.graph_breaks),
         notes=tuple(_notes(traced.backend.weightless, traced.backend.regions)),
         regions=traced.backend.regions,
+        sizes=traced.backend.sizes,
     )
 
 
@@ -134,7 +138,7 @@ def trace(
     backend = CollectingBackend(model, weightless, train, decompositions)
     step = _step(spec, model, targets, backend, dynamic)
     sharing = repeated_regions() if share_repeated else without_repeated_regions()
-    with quiet(), errors_of_tracing(spec), sharing, weightless.tracing(), _recompiling_freely():
+    with quiet(), errors_of_tracing(spec), sharing, weightless.tracing(), _one_of_a_kind():
         _run(step, args, kwargs, train, spec)
     if not backend.frames:
         raise CaptureError(
@@ -168,7 +172,7 @@ def _dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
 
 def _step(
     spec: ModelSpec, model: torch.nn.Module, targets: tuple[Any, ...], backend: CollectingBackend, dynamic: bool | None
-) -> Callable[..., Any]:
+) -> Any:
     """The function of the inputs that yields what ``backward`` is called on."""
     autocast = spec.autocast
     loss = spec.loss
@@ -190,9 +194,12 @@ def _step(
 
 
 @contextlib.contextmanager
-def _recompiling_freely() -> Iterator[None]:
-    """Other captures of the same class in this process count as recompilations of one code object."""
-    with torch._dynamo.config.patch(recompile_limit=1 << 20, accumulated_recompile_limit=1 << 20):
+def _one_of_a_kind() -> Iterator[None]:
+    """Other captures of the same class in this process would count as recompilations of one code object, and sizes that
+    differ from theirs would become symbols."""
+    with torch._dynamo.config.patch(
+        recompile_limit=1 << 20, accumulated_recompile_limit=1 << 20, automatic_dynamic_shapes=False
+    ):
         yield
 
 

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 import re
-import sys
 import traceback
 from collections.abc import Iterator
 
@@ -16,11 +14,13 @@ from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from ..errors import CaptureError, EffccError
 from .model_file import ModelSpec
 
-__all__ = ["errors_of_tracing", "quiet"]
+__all__ = ["errors_of_tracing"]
 
 #: Dynamo's report of an op that failed on fake tensors ends in the op's own error.
 _FAILED_OP = re.compile(r"got (\w+)\((['\"])(.*?)\2,?\)\s*$", re.MULTILINE | re.DOTALL)
-_NO_ACCELERATOR = re.compile(r"not compiled with|no NVIDIA driver|not linked with support|Cannot access accelerator")
+_OTHER_DEVICE = re.compile(
+    r"not compiled with|no NVIDIA driver|not linked with support|Cannot access accelerator|device mismatch"
+)
 
 
 @contextlib.contextmanager
@@ -34,20 +34,6 @@ def errors_of_tracing(spec: ModelSpec) -> Iterator[None]:
             raise inner from None
         message, remedy = _explain(spec.name, inner)
         raise CaptureError(message, where=_user_line(error, inner, spec), remedy=remedy) from error
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """What the model prints goes to stderr, where it cannot be taken for our output; torch does not log the tracebacks
-    of what is raised anyway."""
-    logger = logging.getLogger("torch._subclasses.fake_tensor")
-    before = logger.disabled
-    logger.disabled = True
-    try:
-        with contextlib.redirect_stdout(sys.stderr):
-            yield
-    finally:
-        logger.disabled = before
 
 
 def _innermost(error: BaseException) -> BaseException:
@@ -68,9 +54,9 @@ def _explain(name: str, error: BaseException) -> tuple[str, str]:
             'torch.compile(model, backend="effcc") runs such code, with a graph break.',
         )
     text = _headline(error)
-    if _NO_ACCELERATOR.search(str(error)):
+    if _OTHER_DEVICE.search(str(error)):
         return (
-            f"{name} names a device that is not on this machine: {text}",
+            f"{name} names a device that its inputs are not on: {text}",
             "Let forward follow its inputs (device=x.device); --device chooses the target of the plan.",
         )
     return (
@@ -88,18 +74,12 @@ def _headline(error: BaseException) -> str:
 
 def _user_line(outer: BaseException, inner: BaseException, spec: ModelSpec) -> str:
     """The last line of the model's file that the error passed through, else of any file outside of torch and effcc."""
-    from .fx_locations import outside_torch
+    from .fx_locations import is_users
 
     frames: list[traceback.FrameSummary] = []
     for error in (outer, inner):
         frames += list(getattr(error, "real_stack", None) or ()) + list(traceback.extract_tb(error.__traceback__))
     own = {str(path) for path in spec.sources}
     found = [frame for frame in frames if frame.filename in own]
-    found = found or [frame for frame in frames if outside_torch(frame.filename) and not _is_ours(frame.filename)]
+    found = found or [frame for frame in frames if is_users(frame.filename)]
     return f'{found[-1].filename}:{found[-1].lineno} "{found[-1].line}"' if found else str(next(iter(spec.sources), ""))
-
-
-def _is_ours(filename: str) -> bool:
-    from pathlib import Path
-
-    return Path(filename).is_relative_to(Path(__file__).parent.parent) and "site-packages" not in filename

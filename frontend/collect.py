@@ -40,7 +40,8 @@ class GraphBreak:
 @dataclass(repr=False)
 class CollectingBackend:
     """Callable as a Dynamo backend. ``frames`` holds (dynamo, forward, backward, names) for each graph, in order, and
-    ``modules`` the FX graphs that the latter two come from. ``regions`` sums up the repeated modules of all graphs."""
+    ``modules`` the FX graphs that the latter two come from. ``regions`` sums up the repeated modules of all graphs;
+    ``sizes`` are the values of size symbols."""
 
     model: torch.nn.Module
     weightless: Weightless
@@ -51,6 +52,7 @@ class CollectingBackend:
     modules: list[AotGraphs] = field(default_factory=list)
     graph_breaks: list[GraphBreak] = field(default_factory=list)
     regions: RegionReport = field(default_factory=RegionReport)
+    sizes: dict[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.paths: dict[int, tuple[str, str]] = {}
@@ -63,6 +65,7 @@ class CollectingBackend:
     def __call__(self, gm: torch.fx.GraphModule, example_inputs: Sequence[Any], **_: Any) -> Callable[..., Any]:
         self._note_break(gm)
         self._note_regions()
+        self._note_sizes(gm)
         roles, paths = self._roles(gm)
         index = len(self.frames)
         dynamo = from_fx(gm, f"dynamo_{index}", "joint", roles=roles)
@@ -139,6 +142,14 @@ class CollectingBackend:
             for name, count in counts.items():
                 total[name] = total.get(name, 0) + count
         self.regions.rejections += found.rejections
+
+    def _note_sizes(self, gm: torch.fx.GraphModule) -> None:
+        """Values of the size symbols, from Dynamo's inputs: each symbol is an input or a dimension of one."""
+        for node in gm.graph.find_nodes(op="placeholder"):
+            value = node.meta.get("example_value")
+            for size in (value, *(value.shape if isinstance(value, torch.Tensor) else ())):
+                if isinstance(size, torch.SymInt) and size.node.expr.is_Symbol and size.node.hint is not None:
+                    self.sizes[str(size.node.expr)] = int(size.node.hint)
 
     def _roles(self, gm: torch.fx.GraphModule) -> tuple[list[str], list[str]]:
         """Role and path of each Dynamo placeholder ("" where it is neither parameter nor buffer)."""

@@ -13,6 +13,9 @@ from ..ir.graph import Alias
 #: Ops whose result is a view although their schema does not say so.
 _UNDECLARED_VIEWS = ("aten::_unsafe_view",)
 
+#: Methods that move a tensor, or hand it on as it is where it already lies there: on which machine is no fact of the
+#: graph's structure.
+_MOVES = ("to", "cuda", "cpu")
 _IN_PLACE_OPERATORS = frozenset(
     "setitem iadd isub imul itruediv ifloordiv imod ipow iand ior ixor imatmul ilshift irshift".split()
 )
@@ -94,6 +97,8 @@ def _higher_order_facts(node: torch.fx.Node, target: Any) -> Iterator[tuple[torc
 def _storage_facts(node: torch.fx.Node) -> Iterator[tuple[torch.fx.Node, bool]]:
     """Functions and methods without a schema (Dynamo's graphs): compare the fake tensors' storages."""
     name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    if node.op == "call_method" and name in _MOVES and _names_device(node):
+        return
     if getattr(node.target, "__module__", "") == "_operator":
         in_place = name in _IN_PLACE_OPERATORS
     else:
@@ -103,6 +108,11 @@ def _storage_facts(node: torch.fx.Node) -> Iterator[tuple[torch.fx.Node, bool]]:
         writes = in_place and position == 0
         if writes or (own is not None and own == _storage(_value(operand))):
             yield operand, writes
+
+
+def _names_device(node: torch.fx.Node) -> bool:
+    arguments = (*node.args[1:], *node.kwargs.values())
+    return node.target != "to" or any(isinstance(value, torch.device | str) for value in arguments)
 
 
 def _operands(value: Any) -> list[torch.fx.Node]:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import linecache
 import operator
 import os
 import re
+import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +19,7 @@ from ..ir.graph import Location
 
 _FRAME = re.compile(r'^\s*File "(?P<file>[^\n]*)", line (?P<line>\d+), in [^\n]*\n(?P<source>[^\n]*)', re.MULTILINE)
 _TORCH = os.path.dirname(os.path.abspath(torch.__file__)) + os.sep
+_PACKAGE, _PACKAGE_NAME = Path(__file__).parent.parent, str(__package__).rpartition(".")[0]
 _INDEXED = re.compile(r"\[(?:'([^']*)'|\"([^\"]*)\"|(\d+))\]")
 
 #: Autograd's own copy of a result that it saves, AOTAutograd's writing back of mutated inputs, parts of results.
@@ -25,18 +29,35 @@ _ADDITION = "Gradient addition node"
 
 
 def node_location(meta: Mapping[str, Any]) -> Location:
-    """The innermost line outside of torch and the innermost module; of a backward op, those of its forward op."""
+    """The user's innermost line and the innermost module; of a backward op, those of its forward op."""
     trace = meta.get("stack_trace")
     file, line, source = user_frame(trace) if isinstance(trace, str) and trace else ("", 0, "")
+    if not file:
+        file, line, source = _forward_of(_innermost_module(meta)[1])
     return Location(file, line, source, _module(meta))
 
 
 def _module(meta: Mapping[str, Any]) -> str:
+    return clean_module_path(str(_innermost_module(meta)[0]))
+
+
+def _innermost_module(meta: Mapping[str, Any]) -> tuple[str, Any]:
+    """Path and class of the innermost module on an op's module stack."""
     stack = meta.get("nn_module_stack") or meta.get("fwd_nn_module_stack")
     if not isinstance(stack, Mapping) or not stack:
-        return ""
-    path = list(stack.values())[-1]
-    return clean_module_path(str(path[0] if isinstance(path, tuple) else path))
+        return "", None
+    entry = list(stack.values())[-1]
+    return entry if isinstance(entry, tuple) else (entry, None)
+
+
+@lru_cache(maxsize=4096)
+def _forward_of(module_class: Any) -> tuple[str, int, str]:
+    """Where the class defines ``forward``: what is known of an op of torch's own modules that no line of the user's calls
+    (a model that is an ``nn.Sequential``)."""
+    code = getattr(getattr(module_class, "forward", None), "__code__", None)
+    if code is None:
+        return "", 0, ""
+    return code.co_filename, code.co_firstlineno, linecache.getline(code.co_filename, code.co_firstlineno).strip()
 
 
 def location_like(location: Location, meta: Mapping[str, Any]) -> Location:
@@ -51,16 +72,25 @@ def location_like(location: Location, meta: Mapping[str, Any]) -> Location:
 
 @lru_cache(maxsize=65536)
 def user_frame(trace: str) -> tuple[str, int, str]:
-    """File, line number and text of the last frame outside of torch's own files (of all frames, if all are inside)."""
+    """File, line number and text of the last frame of the user's files; where there is none, of torch's."""
     frames = [(found["file"], int(found["line"]), found["source"].strip()) for found in _FRAME.finditer(trace)]
-    if not frames:
-        return "", 0, ""
-    outside = [frame for frame in frames if outside_torch(frame[0])]
-    return (outside or frames)[-1]
+    outside = [frame for frame in frames if is_users(frame[0])]
+    frames = outside or [frame for frame in frames if not _is_ours(frame[0])]
+    return frames[-1] if frames else ("", 0, "")
 
 
-def outside_torch(file: str) -> bool:
-    return not os.path.abspath(file).startswith(_TORCH)
+def is_users(file: str) -> bool:
+    """Whether a source file is neither torch's nor effcc's."""
+    return not os.path.abspath(file).startswith(_TORCH) and not _is_ours(file)
+
+
+@lru_cache(maxsize=4096)
+def _is_ours(file: str) -> bool:
+    """The package's root may hold other things than the package (examples, a virtual environment)."""
+    path = Path(os.path.abspath(file))
+    if path.suffix != ".py" or not path.is_relative_to(_PACKAGE):
+        return False
+    return ".".join((_PACKAGE_NAME, *path.relative_to(_PACKAGE).with_suffix("").parts)) in sys.modules
 
 
 @lru_cache(maxsize=65536)

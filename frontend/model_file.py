@@ -30,6 +30,7 @@ from typing import Any
 import torch
 
 from ..errors import ModelFileError
+from .quiet import quiet
 
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -58,7 +59,8 @@ def load_model_file(spec: str) -> ModelSpec:
     """``FILE.py`` or ``FILE.py:name``. The file is executed; run it inside ``Weightless.building()`` when its module
     level builds the model. Raises ModelFileError for everything that can be wrong with it."""
     path, name = _split(spec)
-    module = _execute(path)
+    with quiet():
+        module = _execute(path)
     offered: Any = module
     if name:
         if not hasattr(module, name):
@@ -266,7 +268,9 @@ def _autocast(value: Any, path: Path) -> torch.dtype | None:
     found = torch.bfloat16 if value is True else parse_dtype(value) if isinstance(value, str | torch.dtype) else None
     if found is None or not found.is_floating_point:
         raise ModelFileError(
-            f"`autocast` is {value!r}, not a floating-point dtype", where=str(path), remedy='Write torch.bfloat16 or "bf16".'
+            f"`autocast` is {value!r}, not a floating-point dtype",
+            where=str(path),
+            remedy='Write torch.bfloat16 or "bf16".',
         )
     return found
 

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from . import min_cut, region_reuse, repeated_modules
+from . import capture_speed, region_reuse, repeated_modules
 from .module_groups import ModuleGroup
 from .repeated_modules import MAXIMUM_VARIANTS, CompileState
 
@@ -34,7 +34,7 @@ def install() -> str | None:
         if _done:
             return _unavailable
         _done = True
-        _install_min_cut()
+        capture_speed.install(_compiling_for_us, _is_our_compiler)
         try:
             from torch._dynamo.variables import invoke_subgraph as reuse
             from torch._dynamo.variables.nn_module import UnspecializedNNModuleVariable
@@ -53,13 +53,6 @@ def install() -> str | None:
         return None
 
 
-def _install_min_cut() -> None:
-    import networkx
-
-    if hasattr(networkx, "minimum_cut"):
-        networkx.minimum_cut = min_cut.fast_minimum_cut(networkx.minimum_cut, _compiling_for_us)
-
-
 def _compiling_for_us() -> bool:
     """Whether this thread is compiling a frame for one of our backends."""
     from torch._dynamo.symbolic_convert import InstructionTranslator
@@ -68,7 +61,11 @@ def _compiling_for_us() -> bool:
         tx = InstructionTranslator.current_tx()
     except AttributeError:  # no frame is being traced
         return False
-    return repeated_modules.is_ours(_backend_and_options(tx.output.compiler_fn)[0])
+    return _is_our_compiler(tx.output.compiler_fn)
+
+
+def _is_our_compiler(compiler: Any) -> bool:
+    return repeated_modules.is_ours(_backend_and_options(compiler)[0])
 
 
 def _current_compile_id() -> object:

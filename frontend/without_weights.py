@@ -180,7 +180,8 @@ class Weightless:
             self._on_cpu.devices.add(device_type)
             return original("cpu", dtype or torch.get_autocast_dtype(device_type), *rest)
 
-        with unittest.mock.patch.object(torch.amp, "_enter_autocast", enter):
+        patch = unittest.mock.patch.object
+        with patch(torch.amp, "_enter_autocast", enter), patch(torch.amp.autocast_mode, "_enter_autocast", enter):
             yield
 
     def runner(self, function: Callable[..., Any]) -> Callable[..., Any]:

@@ -1,4 +1,4 @@
-"""Independent check of plans and memory maps: it believes nothing that the planner or the solver says.
+"""Independent check of plans: it believes nothing that the planner or the solver says.
 
 It shares no code with them (imports only the plan's data model), recomputes liveness, order and peaks from the steps
 and buffers alone, and names what is wrong. Cost: O(n log n) for n buffers and steps.
@@ -6,13 +6,12 @@ and buffers alone, and names what is wrong. Cost: O(n log n) for n buffers and s
 
 from __future__ import annotations
 
-import bisect
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Iterable
 
 from ..errors import PlanError
+from .overlaps import Piece, overlaps
 from .plan import BUFFER_ROLES, STEP_KINDS, TIERS, Buffer, Plan
 
 #: Roles whose contents exist before the first step. A gradient may be carried over from an earlier step (accumulation).
@@ -21,16 +20,6 @@ DECISIONS = frozenset({"keep", "recompute", "swap"})
 _SHOWN = 10
 #: Predicted times are sums of floats; differences below this share of the total are rounding.
 _TIME_TOLERANCE = 1e-9
-
-
-class Piece(NamedTuple):
-    """A rectangle: addresses ``low <= a < high`` in use at times ``lower <= t < upper``; ``owner`` names it."""
-
-    lower: int
-    upper: int
-    low: int
-    high: int
-    owner: str
 
 
 def validate(plan: Plan) -> None:
@@ -53,52 +42,11 @@ def problems(plan: Plan) -> list[str]:
         # Order and liveness are only defined where ids are unique and positions are in range.
         return found
     found.extend(_dependency_problems(plan))
+    found.extend(_time_problems(plan))
     found.extend(_use_problems(plan))
     found.extend(_arena_problems(plan))
     found.extend(_peak_problems(plan))
     return found
-
-
-def match_graph(
-    plan: Plan, op_hashes: Mapping[str, Sequence[str]], names: Mapping[str, Sequence[str]] | None = None
-) -> None:
-    """Check that captured graphs are the ones the plan was made for.
-
-    Args:
-        op_hashes: for each captured graph's name its structural hashes, one per op, in order.
-        names: for each graph the ops' names (with their source lines, if wanted), used in the error.
-
-    Raises:
-        PlanError: naming the first graph and op that differ.
-    """
-    remedy = "make the plan again for this model, or load the model that the plan was made for"
-    for index, graph in enumerate(plan.graphs):
-        if graph.name not in op_hashes:
-            captured = ", ".join(op_hashes) or "none"
-            raise PlanError(f"the plan's graph {graph.name!r} was not captured (captured: {captured})", remedy=remedy)
-        hashes = op_hashes[graph.name]
-        for position, (planned, found) in enumerate(zip(graph.op_hashes, hashes, strict=False)):
-            if planned != found:
-                label = _op_label(graph.name, position, names)
-                raise PlanError(
-                    f"graph {index} ({graph.name!r}) differs from the plan's first at {label}", remedy=remedy
-                )
-        if len(graph.op_hashes) != len(hashes):
-            shorter = min(len(graph.op_hashes), len(hashes))
-            label = _op_label(graph.name, shorter, names)
-            raise PlanError(
-                f"graph {index} ({graph.name!r}) has {len(hashes)} ops and the plan's has {len(graph.op_hashes)}; "
-                f"the first that differs is {label}",
-                remedy=remedy,
-            )
-    extra = sorted(set(op_hashes) - {graph.name for graph in plan.graphs})
-    if extra:
-        raise PlanError(f"captured graph {extra[0]!r} is not in the plan", remedy=remedy)
-
-
-def _op_label(graph: str, position: int, names: Mapping[str, Sequence[str]] | None) -> str:
-    known = (names or {}).get(graph, ())
-    return f"op {position} ({known[position]})" if position < len(known) else f"op {position}"
 
 
 # --- plan: fields
@@ -201,6 +149,25 @@ def _dependency_problems(plan: Plan) -> Iterable[str]:
                     yield f"{label} starts at {step.start} s, before step {dependency}, which it depends on, has ended"
 
 
+def _time_problems(plan: Plan) -> Iterable[str]:
+    """Steps of one stream follow each other, and the plan's length is the end of its last step."""
+    slack = _TIME_TOLERANCE * max(plan.seconds, 1.0)
+    if any(step.start > 0 for step in plan.steps):
+        ends: dict[tuple[int, str], tuple[float, int]] = {}
+        for step in plan.steps:
+            own = (step.device, step.stream)
+            until, before = ends.get(own, (0.0, -1))
+            if step.start + slack < until:
+                yield (
+                    f"step {step.id} ({step.name!r}) starts at {step.start} s on stream {step.stream!r}, "
+                    f"before step {before} there has ended"
+                )
+            ends[own] = (max(until, step.start + step.seconds), step.id)
+    last = max((step.start + step.seconds for step in plan.steps), default=0.0)
+    if abs(last - plan.seconds) > slack:
+        yield f"the plan claims {plan.seconds} s; its last step ends at {last} s"
+
+
 def _use_problems(plan: Plan) -> Iterable[str]:
     """Reads, writes and frees in issue order, with what each stream knows to be finished of the others."""
     by_id = {buffer.id: buffer for buffer in plan.buffers}
@@ -208,20 +175,22 @@ def _use_problems(plan: Plan) -> Iterable[str]:
     written: dict[int, int] = {}
     freed: dict[int, int] = {}
     # finished[p][stream]: last position of that stream that is known to have ended before step p begins.
-    finished: list[dict[str, int]] = []
-    last_of_stream: dict[str, int] = {}
+    finished: list[dict[tuple[int, str], int]] = []
+    last_of_stream: dict[tuple[int, str], int] = {}
     for position, step in enumerate(plan.steps):
         label = f"step {step.id} ({step.name!r})"
-        clock: dict[str, int] = {}
+        clock: dict[tuple[int, str], int] = {}
+        own = (step.device, step.stream)
         before = [position_of[dependency] for dependency in step.depends if dependency in position_of]
-        if step.stream in last_of_stream:
-            before.append(last_of_stream[step.stream])
+        if own in last_of_stream:
+            before.append(last_of_stream[own])
         for earlier in before:
             if earlier < position:
-                for stream, reached in (*finished[earlier].items(), (plan.steps[earlier].stream, earlier)):
+                other = (plan.steps[earlier].device, plan.steps[earlier].stream)
+                for stream, reached in (*finished[earlier].items(), (other, earlier)):
                     clock[stream] = max(clock.get(stream, -1), reached)
         finished.append(clock)
-        last_of_stream[step.stream] = position
+        last_of_stream[own] = position
         for identity in (*step.reads, *step.writes):
             buffer = by_id[identity]
             if identity in freed:
@@ -232,7 +201,8 @@ def _use_problems(plan: Plan) -> Iterable[str]:
             buffer = by_id[identity]
             if identity in written:
                 writer = plan.steps[written[identity]]
-                if writer.stream != step.stream and clock.get(writer.stream, -1) < written[identity]:
+                theirs = (writer.device, writer.stream)
+                if theirs != own and clock.get(theirs, -1) < written[identity]:
                     yield (
                         f"{label} on stream {step.stream!r} reads {_label(buffer)} without waiting for "
                         f"step {writer.id} on stream {writer.stream!r}, which writes it"
@@ -304,99 +274,6 @@ def _peak_problems(plan: Plan) -> Iterable[str]:
             yield f"the plan claims a peak of {claimed} bytes on {tier}; its buffers need {highest} (position {where})"
         if tier == "device" and plan.budget is not None and claimed <= plan.budget < highest:
             yield f"the buffers need {highest} bytes on the device, above the budget of {plan.budget} bytes"
-
-
-def overlaps(pieces: Sequence[Piece]) -> list[tuple[str, str, int]]:
-    """Pairs of rectangles of different owners that share an address at one time: ``(owner, owner, time)``.
-
-    Sweep line over time; live rectangles are kept sorted by address and disjoint, so that a new one needs comparing
-    with its two neighbours only; one that clashes is reported and left out. Empty if and only if there is no overlap.
-    """
-    found: list[tuple[str, str, int]] = []
-    # At one time ends come before starts: lifetimes are half-open.
-    events = sorted(
-        event
-        for index, piece in enumerate(pieces)
-        if piece.low < piece.high and piece.lower < piece.upper
-        for event in ((piece.upper, 0, index), (piece.lower, 1, index))
-    )
-    live: list[tuple[int, int, int]] = []
-    ignored: set[int] = set()
-    for time, starts, index in events:
-        piece = pieces[index]
-        entry = (piece.low, piece.high, index)
-        place = bisect.bisect_left(live, entry)
-        if not starts:
-            if index in ignored:
-                ignored.discard(index)
-            else:
-                del live[place]
-            continue
-        clash = None
-        if place > 0 and live[place - 1][1] > piece.low:
-            clash = live[place - 1][2]
-        elif place < len(live) and live[place][0] < piece.high:
-            clash = live[place][2]
-        if clash is None:
-            live.insert(place, entry)
-            continue
-        ignored.add(index)
-        found.append((pieces[clash].owner, piece.owner, time))
-    return found
-
-
-# --- memory maps
-
-
-def validate_mapping(rows: Sequence[Mapping[str, str]], capacity: int | None = None) -> None:
-    """Check a solved memory map as read by ``csv.DictReader``: columns id, lower, upper, size, offset and, where there,
-    alignment and gaps (``3-7`` free, or ``3-7@0:128`` only the first 128 bytes in use), all half-open.
-
-    Raises:
-        PlanError: naming the rows that are wrong.
-    """
-    found: list[str] = []
-    pieces: list[Piece] = []
-    seen: set[str] = set()
-    for number, row in enumerate(rows, start=2):
-        name = row["id"]
-        if name in seen:
-            found.append(f"line {number}: id {name!r} is used twice")
-        seen.add(name)
-        try:
-            lower, upper, size, offset = (int(row[column]) for column in ("lower", "upper", "size", "offset"))
-            alignment = int(row.get("alignment") or 1)
-            gaps = _gaps(row.get("gaps") or "", size)
-        except (ValueError, KeyError) as error:
-            found.append(f"line {number}: {error}")
-            continue
-        if offset < 0 or (alignment > 1 and offset % alignment):
-            found.append(f"line {number}: buffer {name!r} has offset {offset} with alignment {alignment}")
-        if capacity is not None and offset + size > capacity:
-            found.append(f"line {number}: buffer {name!r} ends at {offset + size}, above the capacity of {capacity}")
-        time = lower
-        for begin, end, low, high in [*gaps, (upper, upper, 0, 0)]:
-            pieces.append(Piece(time, begin, offset, offset + size, name))
-            pieces.append(Piece(begin, end, offset + low, offset + high, name))
-            time = end
-    for first, second, time in overlaps(pieces):
-        found.append(f"buffers {first!r} and {second!r} overlap at time {time}")
-    if found:
-        more = f"\n  ... and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
-        raise PlanError("the memory map is wrong:\n" + "\n".join(f"  - {line}" for line in found[:_SHOWN]) + more)
-
-
-def _gaps(text: str, size: int) -> list[tuple[int, int, int, int]]:
-    """Gaps in order of time: begin, end, and the part of the buffer that stays in use (empty unless given)."""
-    gaps = []
-    for word in text.split():
-        lifetime, _, window = word.partition("@")
-        begin, _, end = lifetime.partition("-")
-        low, _, high = window.partition(":") if window else ("0", "", "0")
-        gaps.append((int(begin), int(end), int(low), int(high)))
-    if any(not (begin <= end and 0 <= low <= high <= size) for begin, end, low, high in gaps):
-        raise ValueError(f"gap out of range in {text!r}")
-    return sorted(gaps)
 
 
 def _label(buffer: Buffer) -> str:

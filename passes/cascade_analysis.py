@@ -46,7 +46,7 @@ class RankPasses:
         """(pass that the operand carries, whether it carries the rank at this access)."""
         name = tensor_name(item)
         definition = cascade.definitions.get(name)
-        here = carries(cascade, item, self.group)
+        here = carries(item, self.group)
         if definition is None:
             return (1, True) if here else (0, False)
         if name == reader.output:
@@ -105,32 +105,52 @@ def pass_table(cascade: Cascade) -> dict[str, dict[str, int]]:
     }
 
 
-def forcing_einsums(cascade: Cascade, rank: sympy.Symbol) -> dict[int, list[str]]:
-    """{pass: the outputs of the Einsums in it}: which Einsums force each pass of a rank."""
+@dataclass(frozen=True)
+class ForcedPass:
+    """One of a tensor's passes over a rank: the Einsums in it, and the results that they had to wait for."""
+
+    number: int
+    einsums: tuple[str, ...]
+    after: tuple[str, ...]
+
+
+def forced_passes(cascade: Cascade, tensor: str, rank: sympy.Symbol) -> list[ForcedPass]:
+    """What forces each of the ``passes(T, r)``, in order."""
     found = rank_passes(cascade, group_of(cascade, rank))
-    table: dict[int, list[str]] = {}
-    for position, level in sorted(found.einsum.items()):
-        table.setdefault(level, []).append(cascade.einsums[position].output)
-    return table
+    table: dict[int, tuple[dict[str, None], dict[str, None]]] = {}
+    for position in sorted(_readers(cascade, found, tensor)):
+        einsum, level = cascade.einsums[position], found.einsum[position]
+        einsums, after = table.setdefault(level, ({}, {}))
+        einsums[einsum.output] = None
+        for item in einsum.reads:
+            value, here = found.operand(cascade, item, einsum)
+            if not here and value == level - 1 and value > 0:
+                after[tensor_name(item)] = None
+    return [ForcedPass(level, tuple(table[level][0]), tuple(table[level][1])) for level in sorted(table)]
 
 
 def _count(cascade: Cascade, found: RankPasses, tensor: str) -> int:
-    levels: set[int] = set()
+    return len({found.einsum[position] for position in _readers(cascade, found, tensor)})
+
+
+def _readers(cascade: Cascade, found: RankPasses, tensor: str) -> set[int]:
+    """The Einsums that read the tensor over the group, or a tensor derived from it that keeps the group."""
+    readers: set[int] = set()
     reached, queue = {tensor}, [tensor]
     while queue:
         name = queue.pop()
-        for position, level in found.einsum.items():
+        for position in found.einsum:
             einsum = cascade.einsums[position]
-            if not any(tensor_name(item) == name and carries(cascade, item, found.group) for item in einsum.reads):
+            if not any(tensor_name(item) == name and carries(item, found.group) for item in einsum.reads):
                 continue
-            levels.add(level)
+            readers.add(position)
             if _written_with(einsum, found.group) and einsum.output not in reached:
                 reached.add(einsum.output)
                 queue.append(einsum.output)
-    return len(levels)
+    return readers
 
 
-def carries(cascade: Cascade, item: AppliedUndef, group: RankGroup) -> bool:
+def carries(item: AppliedUndef, group: RankGroup) -> bool:
     """Whether an access walks over the rank: one of its indices contains it."""
     return any(ranks_of(index) & group for index in item.args)
 
@@ -180,6 +200,11 @@ def group_of(cascade: Cascade, rank: sympy.Symbol) -> RankGroup:
         for item in einsum.reads:
             note(tensor_name(item), item.args)
     return frozenset(groups.get(rank, {rank}))
+
+
+def rank_groups(cascade: Cascade) -> list[RankGroup]:
+    """The rank groups, in order of first appearance."""
+    return list(dict.fromkeys(group_of(cascade, symbol) for symbol in cascade.ranks))
 
 
 def outer_rank(index: sympy.Expr) -> sympy.Symbol | None:

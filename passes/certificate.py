@@ -64,6 +64,11 @@ class Certificate:
     def k(self) -> int:
         return len(self.g)
 
+    @property
+    def summand_text(self) -> str:
+        """f in plain sympy text."""
+        return sympy_text(self.summand)
+
     def to_json(self) -> dict[str, object]:
         transition = self.transition
         return {

@@ -19,6 +19,7 @@ import sympy
 from sympy.core.function import AppliedUndef
 
 from ..ir.cascade import Cascade, Einsum, access, accesses, ranks_of, tensor_name
+from .cascade_analysis import rank_groups, rank_passes
 from .certificate import Certificate
 from .normal_form import normal_form
 
@@ -39,25 +40,22 @@ class _Found:
 
 
 def exchange(cascade: Cascade, fresh: Callable[[str], str]) -> tuple[Cascade, tuple[Certificate, ...]]:
-    """Exchange every contraction whose other order is known. The outputs keep their values up to rounding."""
+    """Exchange every contraction whose other order is known, where that saves passes. Outputs keep their values."""
     certificates: list[Certificate] = []
-    refused: set[str] = set()
-    while True:
-        for position, einsum in enumerate(cascade.einsums):
-            if einsum.reduction != "sum" or einsum.iterative is not None or einsum.output in refused:
-                continue
-            found = _search(cascade, einsum)
-            if found is None:
-                continue
-            changed = _replace(cascade, position, found, fresh)
-            if changed is None:
-                refused.add(einsum.output)
-                continue
+    for name in [einsum.output for einsum in cascade.einsums if einsum.reduction == "sum" and not einsum.iterative]:
+        einsum = cascade.definitions[name]
+        found = _search(cascade, einsum)
+        changed = _replace(cascade, cascade.einsums.index(einsum), found, fresh) if found else None
+        if found and changed and _effort(changed) < _effort(cascade):
             cascade = changed
             certificates.append(_certificate(einsum, found))
-            break
-        else:
-            return cascade, tuple(certificates)
+    return cascade, tuple(certificates)
+
+
+def _effort(cascade: Cascade) -> tuple[int, int]:
+    """(passes over all ranks together, the same summed over Einsums)."""
+    levels = [rank_passes(cascade, group).einsum.values() for group in rank_groups(cascade)]
+    return sum(max(level, default=0) for level in levels), sum(sum(level) for level in levels)
 
 
 def _search(cascade: Cascade, einsum: Einsum) -> _Found | None:

@@ -88,8 +88,6 @@ OPERATOR_WRITES = frozenset(
     ixor""".split()
 )
 
-STRUCTURAL_OPS = frozenset({"input", "getitem", "call", "constant"})
-
 
 def split_op(op: str) -> tuple[str, str, str]:
     """``aten.mm.default`` -> ``("aten", "mm", "default")``. Parts that are absent are empty."""

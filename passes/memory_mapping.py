@@ -12,10 +12,13 @@ from collections.abc import Sequence
 import msgspec
 import numpy as np
 
+from ..cost_model.offset_assignment.problem import Problem
 from ..cost_model.offset_assignment.solver import solve
-from ..cost_model.offset_assignment.tables import Tables
 from ..errors import MappingError
 from ..ir.plan import Buffer, Solver
+
+#: A height within this share of the bound ends the search: a plan's bytes are not worth more of its time.
+_TOLERANCE = 0.002
 
 
 def map_memory(
@@ -51,9 +54,9 @@ def map_memory(
     for number, (key, members) in enumerate(sorted(arenas.items())):
         begin = time.perf_counter()
         columns = [(b.lower, b.upper, b.bytes, b.alignment) for b in (buffers[index] for index in members)]
-        tables = Tables(*(np.array(column, np.int64) for column in zip(*columns, strict=True)))
+        problem = Problem(*(np.array(column, np.int64) for column in zip(*columns, strict=True)))
         left = max(deadline - begin, 0.0) / (len(arenas) - number)
-        result = solve(tables, time_limit=left, seed=seed)
+        result = solve(problem, time_limit=left, seed=seed, tolerance=_TOLERANCE)
         for index, offset in zip(members, result.offsets.tolist(), strict=True):
             offsets[index] = offset
         heights[key] = result.height

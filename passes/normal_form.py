@@ -18,11 +18,15 @@ OPPOSITE = {
 
 
 def normal_form(e: sympy.Expr) -> sympy.Expr:
-    """Expand to a sum of monomials: where() as an indicator, logarithms and powers split, exponentials joined.
+    """Expand to a sum of monomials: where() as an indicator, logarithms, powers and abs() split, exponentials joined.
 
     Two expressions with the same normal form are equal (as functions of finite reals in the bounds of their symbols).
     """
-    expanded = sympy.expand(_indicators(e), force=False)
+    split = e.replace(
+        lambda node: node.func is sympy.Abs and node.args[0].is_Mul,
+        lambda node: sympy.Mul(*(sympy.Abs(factor) for factor in node.args[0].args)),
+    )
+    expanded = sympy.expand(_indicators(split), force=False)
     total: dict[sympy.Expr, sympy.Expr] = {}
     for part in sympy.Add.make_args(expanded):
         coefficient, key = _join_exponentials(part)

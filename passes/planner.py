@@ -8,79 +8,20 @@ share ``Step.region``.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 
 from ..cost_model.devices import Device
 from ..cost_model.liveness import reserved_bytes
 from ..cost_model.optimizers import optimizer_cost, optimizer_workspace
-from ..cost_model.simulator import simulate
 from ..cost_model.tensors import Bindings
 from ..errors import PlanError
-from ..ir.graph import Graph, Node
+from ..ir.graph import Graph
 from ..ir.plan import TIERS, Buffer, GraphPlan, InputSpec, Plan, Solver, Step
 from ..ir.structural_hash import graph_hash, op_hashes
 from ..ir.types import TensorType
 from .flatten import FlatGraph, RegionBuffers, flatten
+from .plan_builder import Holdings, Memory, PlanBuilder, StateBytes, close_plan
 
-#: (name, bytes, module path).
-StateEntry = tuple[str, int, str]
-
-#: Roles whose memory an allocation plan places; the rest is held by the user or the optimizer.
-PLACED_ROLES = {"saved": "saved", "scratch": "scratch", "workspace": "scratch"}
-
-
-@dataclass(frozen=True)
-class StateBytes:
-    """What a training process holds besides the graphs' own values. ``gradients`` are only needed for parameters whose
-    gradient no given backward graph computes."""
-
-    parameters: tuple[StateEntry, ...] = ()
-    gradients: tuple[StateEntry, ...] = ()
-    optimizer: tuple[StateEntry, ...] = ()
-    buffers: tuple[StateEntry, ...] = ()
-
-
-@dataclass
-class _Memory:
-    """A buffer while the plan is made. ``lower`` is -1 until a step touches it; ``kept`` ones live to the end."""
-
-    name: str
-    bytes: int
-    role: str
-    lower: int = -1
-    upper: int = 0
-    kept: bool = False
-    dtype: str = ""
-    shape: tuple[int, ...] = ()
-    source: str = ""
-    module: str = ""
-
-    def alike(self, other: _Memory) -> bool:
-        """Of one size and dtype. Shapes may differ: an output may be a view of what is stored."""
-        return (self.bytes, self.dtype) == (other.bytes, other.dtype)
-
-
-@dataclass
-class _Builder:
-    memory: list[_Memory] = field(default_factory=list)
-    steps: list[Step] = field(default_factory=list)
-    graphs: list[GraphPlan] = field(default_factory=list)
-    #: Outputs of graphs so far that no later graph took as an input (graphs are joined where Dynamo broke the model).
-    handed: list[int] = field(default_factory=list)
-    #: Memory of a graph's input -> memory of its gradient, for inputs that another graph made.
-    gradient_of: dict[int, int] = field(default_factory=dict)
-
-    def take_handed(self, wanted: _Memory) -> int | None:
-        """The earliest output of the same type that an earlier graph handed out, once."""
-        for identity in self.handed:
-            if self.memory[identity].alike(wanted):
-                self.handed.remove(identity)
-                return identity
-        return None
-
-    def add(self, memory: _Memory) -> int:
-        self.memory.append(memory)
-        return len(self.memory) - 1
+__all__ = ["StateBytes", "make_plan"]
 
 
 def make_plan(
@@ -112,9 +53,9 @@ def make_plan(
     Raises:
         ShapeError: a symbolic size has no value. PlanError: the graphs do not fit each other.
     """
-    builder = _Builder()
+    builder = PlanBuilder()
     state = state or StateBytes()
-    holdings = _Holdings(builder, state)
+    holdings = Holdings(builder, state)
     pending: list[tuple[Graph, FlatGraph, list[int]]] = []
     training = any(graph.phase == "backward" for graph in graphs)
     for graph in graphs:
@@ -133,63 +74,11 @@ def make_plan(
         _optimizer_step(builder, holdings, optimizer, device)
     if not builder.steps:  # a graph that only hands its inputs through still is one call
         builder.steps.append(Step(id=0, kind="region", name="return", phase="inference"))
-    steps, buffers = _finish(builder, device)
+    steps, buffers = close_plan(builder, device)
     return _assemble(model_name, graphs, device, training, steps, buffers, builder, budget, optimizer, place)
 
 
-class _Holdings:
-    """Parameters, buffers and optimizer state: live from begin to end, matched to the graphs' inputs."""
-
-    def __init__(self, builder: _Builder, state: StateBytes) -> None:
-        self.builder = builder
-        self.by_name: dict[str, int] = {}
-        self.by_bytes: dict[tuple[str, int], list[int]] = {}
-        self.gradients: list[int] = []
-        self.gradient_modules = {name: module for name, _, module in state.gradients}
-        self.taken: set[int] = set()
-        self.optimizer = [self._hold("optimizer", entry) for entry in state.optimizer]
-        self.parameters = [self._hold("parameter", entry) for entry in state.parameters]
-        self.buffers = [self._hold("buffer", entry) for entry in state.buffers]
-
-    def _hold(self, role: str, entry: StateEntry) -> int:
-        name, size, module = entry
-        identity = self.builder.add(_Memory(name, size, role, lower=0, kept=True, module=module))
-        if role != "optimizer":
-            self.by_name[_plain(name)] = identity
-            self.by_bytes.setdefault((role, size), []).append(identity)
-        return identity
-
-    def of_input(self, node: Node, size: int) -> int:
-        """The held memory that an input node stands for: by name, else the next unused one of that size, else (where
-        the state lists none of that size) memory of its own."""
-        named = self.by_name.get(_plain(node.location.module), self.by_name.get(_plain(node.name)))
-        if named is not None and self.builder.memory[named].role == node.role:
-            self.taken.add(named)
-            return named
-        alike = self.by_bytes.get((node.role, size), [])
-        free = next((identity for identity in alike if identity not in self.taken), None)
-        if free is not None:
-            self.taken.add(free)
-            return free
-        if alike:
-            return alike[-1]
-        module = node.location.module
-        identity = self.builder.add(_Memory(module or node.name, size, node.role, lower=0, kept=True, module=module))
-        (self.parameters if node.role == "parameter" else self.buffers).append(identity)
-        return identity
-
-
-def _plain(name: str) -> str:
-    """A name without what capture adds: ``L__self___layers_0_weight`` and ``layers.0.weight`` are one."""
-    for prefix in ("l_self_modules_", "l__self___", "l_self_", "self."):
-        if name.lower().startswith(prefix):
-            name = name[len(prefix) :]
-            break
-    name = name.replace("_modules_", ".").replace("_parameters_", ".").replace("_buffers_", ".")
-    return name.replace("_", ".").strip(".").lower()
-
-
-def _forward(builder: _Builder, graph: Graph, flat: FlatGraph, holdings: _Holdings) -> list[int]:
+def _forward(builder: PlanBuilder, graph: Graph, flat: FlatGraph, holdings: Holdings) -> list[int]:
     """Add a forward's steps; returns the memory of each of its pieces."""
     placed = [-1] * len(flat.pieces)
     for node, pieces in zip(graph.inputs, flat.inputs, strict=True):
@@ -221,13 +110,13 @@ def _forward(builder: _Builder, graph: Graph, flat: FlatGraph, holdings: _Holdin
 
 
 def _backward(
-    builder: _Builder,
+    builder: PlanBuilder,
     graph: Graph,
     flat: FlatGraph,
     forward: Graph,
     forward_flat: FlatGraph,
     forward_placed: list[int],
-    holdings: _Holdings,
+    holdings: Holdings,
 ) -> None:
     placed = [-1] * len(flat.pieces)
     saved = forward_flat.outputs[len(forward_flat.outputs) - forward.saved :] if forward.saved else []
@@ -272,12 +161,12 @@ def _backward(
     _run(builder, graph, flat, placed)
 
 
-def _from_piece(flat: FlatGraph, piece: int, role: str, lower: int = -1, kept: bool = False) -> _Memory:
+def _from_piece(flat: FlatGraph, piece: int, role: str, lower: int = -1, kept: bool = False) -> Memory:
     p = flat.pieces[piece]
-    return _Memory(p.name, p.bytes, role, lower, 0, kept, p.dtype, p.shape, p.source, p.module)
+    return Memory(p.name, p.bytes, role, lower, 0, kept, p.dtype, p.shape, p.source, p.module)
 
 
-def _run(builder: _Builder, graph: Graph, flat: FlatGraph, placed: list[int]) -> None:
+def _run(builder: PlanBuilder, graph: Graph, flat: FlatGraph, placed: list[int]) -> None:
     """Append the kernels of a graph as steps, with the memory that only they use."""
     used = {piece for kernel in flat.kernels for piece in (*kernel.reads, *kernel.writes)}
     for piece, entry in enumerate(flat.pieces):
@@ -326,7 +215,7 @@ def _run(builder: _Builder, graph: Graph, flat: FlatGraph, placed: list[int]) ->
     )
 
 
-def _optimizer_step(builder: _Builder, holdings: _Holdings, optimizer: str, device: Device) -> None:
+def _optimizer_step(builder: PlanBuilder, holdings: Holdings, optimizer: str, device: Device) -> None:
     """One step that reads gradients, and updates parameters and state."""
     memory = builder.memory
     sizes = [memory[identity].bytes for identity in holdings.parameters]
@@ -336,7 +225,7 @@ def _optimizer_step(builder: _Builder, holdings: _Holdings, optimizer: str, devi
     workspace = optimizer_workspace(optimizer, sizes, device)
     extra: tuple[int, ...] = ()
     if workspace:
-        entry = _Memory(f"{optimizer} temporaries", workspace, "workspace", position, position + 1)
+        entry = Memory(f"{optimizer} temporaries", workspace, "workspace", position, position + 1)
         extra = (builder.add(entry),)
     builder.steps.append(
         Step(
@@ -353,62 +242,6 @@ def _optimizer_step(builder: _Builder, holdings: _Holdings, optimizer: str, devi
     )
 
 
-def _finish(builder: _Builder, device: Device) -> tuple[tuple[Step, ...], list[Buffer]]:
-    """Close lifetimes and say at which step each buffer is freed."""
-    count = len(builder.steps)
-    buffers: list[Buffer] = []
-    frees: list[list[int]] = [[] for _ in range(count)]
-    for identity, entry in enumerate(builder.memory):
-        lower = max(entry.lower, 0)
-        upper = count if entry.kept else max(entry.upper, min(lower + 1, count))
-        if lower >= upper:  # handed to a backward that has no step
-            continue
-        if not entry.kept:
-            frees[upper - 1].append(identity)
-        buffers.append(
-            Buffer(
-                id=identity,
-                name=entry.name,
-                bytes=entry.bytes,
-                lower=lower,
-                upper=upper,
-                role=entry.role,
-                alignment=device.alignment,
-                pool=PLACED_ROLES.get(entry.role, ""),
-                source=entry.source,
-                module=entry.module,
-                dtype=entry.dtype,
-                shape=entry.shape,
-            )
-        )
-    timeline = simulate(builder.steps)
-    steps = tuple(
-        Step(
-            id=step.id,
-            kind=step.kind,
-            name=step.name,
-            phase=step.phase,
-            stream=step.stream,
-            reads=step.reads,
-            writes=step.writes,
-            frees=tuple(freed),
-            depends=step.depends,
-            start=start,
-            seconds=step.seconds,
-            flop=step.flop,
-            bytes_moved=step.bytes_moved,
-            region=step.region,
-            ops=step.ops,
-            source=step.source,
-            module=step.module,
-            device=step.device,
-            rendezvous=step.rendezvous,
-        )
-        for step, start, freed in zip(builder.steps, timeline.start, frees, strict=True)
-    )
-    return steps, buffers
-
-
 def _assemble(
     model_name: str,
     graphs: Sequence[Graph],
@@ -416,21 +249,13 @@ def _assemble(
     training: bool,
     steps: tuple[Step, ...],
     buffers: list[Buffer],
-    builder: _Builder,
+    builder: PlanBuilder,
     budget: int | None,
     optimizer: str,
     place: bool,
 ) -> Plan:
-    solvers: tuple[Solver, ...] = ()
-    arena: dict[str, int] = {}
-    if place:
-        from .memory_mapping import map_memory
-
-        placed, arena, solvers = map_memory([buffer for buffer in buffers if buffer.pool])
-        buffers = sorted([*placed, *(buffer for buffer in buffers if not buffer.pool)], key=lambda buffer: buffer.id)
-    peak = {
-        tier: reserved.peak for tier in TIERS if (reserved := reserved_bytes(buffers, arena, len(steps), tier)).peak > 0
-    }
+    buffers, arena, solvers, peak = _placed(buffers, len(steps)) if place else (buffers, {}, (), None)
+    peak = peak or _peaks(buffers, {}, len(steps))
     makespan = max((step.start + step.seconds for step in steps), default=0.0)
     notes: tuple[str, ...] = ()
     if budget is not None and peak.get("device", 0) > budget:
@@ -456,6 +281,35 @@ def _assemble(
         notes=notes,
         inputs=_input_specs(graphs),
     )
+
+
+#: By how much arenas may raise the peak of the step, as a share of it.
+SLACK = 0.005
+
+
+def _placed(
+    buffers: list[Buffer], length: int
+) -> tuple[list[Buffer], dict[str, int], tuple[Solver, ...], dict[str, int]]:
+    """Buffers with offsets in arenas, as far as arenas are free of charge: one is held in full while any of its buffers
+    lives, so where other memory grows meanwhile, buffers that are allocated one by one have the lower peak."""
+    from .memory_mapping import map_memory
+
+    alone = _peaks(buffers, {}, length)
+    pools = sorted({buffer.pool for buffer in buffers if buffer.pool})
+    for chosen in (pools, *([pool] for pool in pools if len(pools) > 1)):
+        placed, arena, solvers = map_memory([buffer for buffer in buffers if buffer.pool in chosen])
+        rest = [buffer for buffer in buffers if buffer.pool not in chosen]
+        together = sorted([*placed, *rest], key=lambda buffer: buffer.id)
+        peak = _peaks(together, arena, length)
+        if all(peak[tier] <= alone.get(tier, 0) * (1 + SLACK) for tier in peak):
+            return together, arena, solvers, peak
+    return buffers, {}, (), alone
+
+
+def _peaks(buffers: list[Buffer], arena: dict[str, int], length: int) -> dict[str, int]:
+    return {
+        tier: reserved.peak for tier in TIERS if (reserved := reserved_bytes(buffers, arena, length, tier)).peak > 0
+    }
 
 
 def _input_specs(graphs: Sequence[Graph]) -> tuple[InputSpec, ...]:

@@ -70,7 +70,7 @@ def certify_sum(
 
 
 def certify_extremum(einsum: Einsum, rank: sympy.Symbol, parts: Summand, split: Monotone) -> Certificate:
-    """The certificate of a max or min: ``f = h(g)`` with h monotone, where h reads ``finished``."""
+    """The certificate of a max or min: ``f = h(g)`` with h monotone; h reads the largest (or smallest) g as ``finished``."""
     if not is_zero(parts.f - split.rebuild.xreplace({FINISHED: split.u})):
         raise NotSeparable(f"the residual of the separation did not reduce to 0: {parts.f}")
     finished = sympy.Symbol("finished", real=True)
@@ -83,7 +83,7 @@ def certify_extremum(einsum: Einsum, rank: sympy.Symbol, parts: Summand, split: 
         (split.u,),
         (split.rebuild.xreplace({FINISHED: finished}),),
         None,
-        {"monotone": True},
+        {"monotone" if split.direction else "monotone_either_way": True},
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
@@ -14,7 +15,7 @@ from .module_paths import common_module
 
 @dataclass(frozen=True)
 class RepeatedStructure:
-    """Outline consecutive equal stretches of the graph, found by hashing.
+    """Outline consecutive equal stretches of the graph, found by hashing, and count what is called more than once.
 
     args:
         min_nodes: shortest stretch that is outlined.
@@ -37,7 +38,19 @@ class RepeatedStructure:
         written = written_storage(graph)
         for run in reversed(find_repeats(graph, self.min_nodes, lambda node: node.name in written)):
             graph = outline(graph, run)
-        return replace(graph, repeats=tuple(sorted(graph.repeats, key=lambda repeat: repeat.name)))
+        facts = {**called_repeatedly(graph), **{repeat.name: repeat for repeat in graph.repeats}}
+        return replace(graph, repeats=tuple(sorted(facts.values(), key=lambda repeat: repeat.name)))
+
+
+def called_repeatedly(graph: Graph) -> dict[str, Repeat]:
+    """Facts about the subgraphs that are called more than once, such as layers that were captured once."""
+    targets = [node.args[0] for node in graph.nodes if node.op == "call" and node.args]
+    counts = Counter(target.text.removeprefix("@") for target in targets if isinstance(target, Symbol))
+    return {
+        name: Repeat(name, count, graph_hash(graph.subgraphs[name]))
+        for name, count in counts.items()
+        if count > 1 and name in graph.subgraphs
+    }
 
 
 def written_storage(graph: Graph) -> set[str]:

@@ -5,18 +5,18 @@ The result computes the same outputs. Tensors that nothing reads any more are go
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import sympy
 
 from ..ir.cascade import Cascade, check, tensor_name
 from ..ir.monoid import Monoid, part_name
-from .cascade_analysis import RankGroup, carries, group_of, rank_passes
+from .cascade_analysis import RankGroup, carries, pass_table, rank_groups, rank_passes
 from .certificate import Certificate, Refusal
 from .contraction_exchange import exchange
 from .intervals import Interval, tensor_intervals
-from .streaming import stream
+from .streaming import Streamed, stream
 
 #: Sweeps over all ranks; each that changes something lowers a pass, and no cascade has this many.
 _MAX_SWEEPS = 12
@@ -43,8 +43,8 @@ def rewrite(cascade: Cascade) -> Rewriting:
     refusals: list[Refusal] = []
     for _ in range(_MAX_SWEEPS):
         refusals, changed = [], False
-        for group in _groups(current):
-            result = stream(current, group, bounds, fresh)
+        for group in rank_groups(current):
+            result = _without_loss(current, group, bounds, fresh)
             refusals += result.refusals
             if not result.certificates:
                 continue
@@ -61,6 +61,48 @@ def rewrite(cascade: Cascade) -> Rewriting:
     return Rewriting(current, tuple(certificates), tuple(kept), tuple(monoids))
 
 
+def _without_loss(
+    cascade: Cascade, group: RankGroup, bounds: Mapping[str, Interval], fresh: Callable[[str], str]
+) -> Streamed:
+    """Stream a rank group; no input is then visited more often than before.
+
+    Moving a reduction to an earlier pass can cost an input one: if something refused must visit it later anyway. Such
+    reductions are found by withholding one, or all that read the input, as long as that saves passes.
+    """
+    before, withheld = _input_passes(cascade), frozenset[str]()
+    result = stream(cascade, group, bounds, fresh)
+    while result.certificates:
+        now = _input_passes(result.cascade)
+        lost = {name for name, rank in now if now[name, rank] > before.get((name, rank), now[name, rank])}
+        if not lost:
+            break
+        choices = [frozenset({name}) for name in sorted(result.moved)]
+        choices += [result.moved & _derived(cascade, name) for name in sorted(lost)] + [result.moved]
+        # Each round withholds more, so this ends.
+        wider = [withheld | choice for choice in dict.fromkeys(choices) if choice]
+        trials = [(choice, stream(cascade, group, bounds, fresh, choice)) for choice in wider]
+        withheld, result = min(trials, key=lambda trial: (sum(_input_passes(trial[1].cascade).values()), len(trial[0])))
+    return result
+
+
+def _input_passes(cascade: Cascade) -> dict[tuple[str, str], int]:
+    return {
+        (name, rank): count
+        for name, ranks in pass_table(cascade).items()
+        if name in cascade.inputs
+        for rank, count in ranks.items()
+    }
+
+
+def _derived(cascade: Cascade, tensor: str) -> set[str]:
+    """Every tensor that is computed from this one."""
+    found = {tensor}
+    for einsum in cascade.einsums:
+        if any(tensor_name(item) in found for item in einsum.reads):
+            found.add(einsum.output)
+    return found
+
+
 def without_unread(cascade: Cascade, outputs: frozenset[str]) -> Cascade:
     """Drop Einsums whose tensor neither is an output nor is read by another tensor's Einsum that stays."""
     needed: set[str] = set()
@@ -71,14 +113,10 @@ def without_unread(cascade: Cascade, outputs: frozenset[str]) -> Cascade:
     return Cascade(tuple(einsum for einsum in cascade.einsums if einsum.output in needed))
 
 
-def _groups(cascade: Cascade) -> list[RankGroup]:
-    return list(dict.fromkeys(group_of(cascade, symbol) for symbol in cascade.ranks))
-
-
 def _late_outputs(cascade: Cascade, outputs: frozenset[str]) -> list[Refusal]:
     """Outputs that keep a rank and need results of reductions over it: their elements can only be written afterwards."""
     found: list[Refusal] = []
-    for group in _groups(cascade):
+    for group in rank_groups(cascade):
         levels = rank_passes(cascade, group)
         for position, einsum in enumerate(cascade.einsums):
             own = [symbol for symbol in einsum.kept if symbol in group]
@@ -88,7 +126,7 @@ def _late_outputs(cascade: Cascade, outputs: frozenset[str]) -> list[Refusal]:
                 {
                     tensor_name(item)
                     for item in einsum.reads
-                    if not carries(cascade, item, group) and levels.operand(cascade, item, einsum)[0] >= 1
+                    if not carries(item, group) and levels.operand(cascade, item, einsum)[0] >= 1
                 }
             )
             why = f"{einsum.output} keeps {own[0].name}, so each element must be visited again once "

@@ -22,7 +22,7 @@ from dataclasses import dataclass, replace
 import sympy
 
 from ..ir.cascade import Cascade, Einsum, access, accesses, ranks_of, tensor_name
-from ..ir.monoid import Component, Monoid, loop_form
+from ..ir.monoid import Component, Monoid, join, loop_form
 from .cascade_analysis import RankGroup, RankPasses, rank_passes
 from .certificate import Certificate, Refusal
 from .intervals import ANY, Interval
@@ -37,12 +37,16 @@ _FLIPPED = {"max": "min", "min": "max"}
 
 @dataclass(frozen=True)
 class Streamed:
-    """The cascade with fewer passes over one rank group, and what was proven and refused on the way."""
+    """The cascade with fewer passes over one rank group, and what was proven and refused on the way.
+
+    ``moved`` are the reductions, as named before, that are in an earlier pass now.
+    """
 
     cascade: Cascade
     certificates: tuple[Certificate, ...] = ()
     refusals: tuple[Refusal, ...] = ()
     monoids: tuple[Monoid, ...] = ()
+    moved: frozenset[str] = frozenset()
 
 
 @dataclass
@@ -56,28 +60,41 @@ class _Outcome:
 
 
 def stream(
-    cascade: Cascade, group: RankGroup, bounds: Mapping[str, Interval], fresh: Callable[[str], str]
+    cascade: Cascade,
+    group: RankGroup,
+    bounds: Mapping[str, Interval],
+    fresh: Callable[[str], str],
+    withheld: frozenset[str] = frozenset(),
 ) -> Streamed:
     """Rewrite the reductions over a rank group. The cascade comes back as it was if nothing moves to an earlier pass.
 
-    ``bounds`` holds what is known of tensors' values; ``fresh`` makes names that no tensor has.
+    ``bounds`` holds what is known of tensors' values; ``fresh`` makes names that no tensor has; ``withheld`` names
+    reductions to leave in their pass.
     """
-    work = _Work(_split_inner(cascade, group, fresh), group, bounds, fresh)
+    split, origins = _split_inner(cascade, group, fresh, withheld)
+    work = _Work(split, group, bounds, fresh, withheld)
     work.run()
     if not any(outcome.certificate for outcome in work.outcomes.values()):
         return Streamed(cascade, refusals=tuple(work.refusals))
-    return work.emit()
+    result = work.emit()
+    return replace(result, moved=frozenset(origins.get(c.einsum, c.einsum) for c in result.certificates))
 
 
-def _split_inner(cascade: Cascade, group: RankGroup, fresh: Callable[[str], str]) -> Cascade:
-    """``sum[n,p] X[n,p] * D[p]`` -> a sum over n, then one over p, if D depends on an earlier reduction over n."""
+def _split_inner(
+    cascade: Cascade, group: RankGroup, fresh: Callable[[str], str], withheld: frozenset[str]
+) -> tuple[Cascade, dict[str, str]]:
+    """``sum[n,p] X[n,p] * D[p]`` -> a sum over n, then one over p, if D depends on an earlier reduction over n.
+
+    Also returned: the new sums' names -> the sums that they are part of.
+    """
+    origins: dict[str, str] = {}
     found = rank_passes(cascade, group)
     einsums: list[Einsum] = []
     for position, einsum in enumerate(cascade.einsums):
         own = tuple(symbol for symbol in einsum.reduced if symbol in group)
         rest = tuple(symbol for symbol in einsum.reduced if symbol not in group)
         dependent = False
-        if own and rest and found.einsum.get(position, 1) > 1:
+        if own and rest and found.einsum.get(position, 1) > 1 and einsum.output not in withheld:
             try:
                 body = inline_maps(cascade, einsum, 1, found)
             except NotSeparable:
@@ -89,19 +106,26 @@ def _split_inner(cascade: Cascade, group: RankGroup, fresh: Callable[[str], str]
             einsums.append(einsum)
             continue
         inner = fresh(f"{einsum.output}_inner")
+        origins[inner] = einsum.output
         indices = (*einsum.indices, *rest)
         einsums.append(replace(einsum, output=inner, indices=indices, reduced=own))
         einsums.append(replace(einsum, body=access(inner, indices), reduced=rest))
-    return Cascade(tuple(einsums))
+    return Cascade(tuple(einsums)), origins
 
 
 class _Work:
     """The state of one run over a rank group."""
 
     def __init__(
-        self, cascade: Cascade, group: RankGroup, bounds: Mapping[str, Interval], fresh: Callable[[str], str]
+        self,
+        cascade: Cascade,
+        group: RankGroup,
+        bounds: Mapping[str, Interval],
+        fresh: Callable[[str], str],
+        withheld: frozenset[str],
     ) -> None:
         self.cascade, self.group, self.bounds, self.fresh = cascade, group, bounds, fresh
+        self.withheld = withheld
         self.settled: dict[str, int] = {}
         self.registries: dict[tuple[sympy.Symbol, int], Registry] = {}
         self.outcomes: dict[int, _Outcome] = {}
@@ -116,14 +140,15 @@ class _Work:
                 continue
             found = rank_passes(self.cascade, self.group, self.settled)
             level = found.einsum[position]
-            reason = ""
-            for aim in range(1, level):
+            reason = "another tensor would have to be visited once more if this were moved"
+            aims = () if einsum.output in self.withheld else range(1, level)
+            for aim in aims:
                 try:
                     self.outcomes[position] = self._attempt(einsum, rank, aim, found)
                     self.settled[einsum.output] = aim
                     break
                 except NotSeparable as refused:
-                    reason = reason or str(refused)
+                    reason = str(refused) if aim == 1 else reason
             else:
                 self.settled[einsum.output] = level
                 if level > 1:
@@ -190,11 +215,14 @@ class _Work:
         parts = summand(self.cascade, einsum, aim, found, self.bounds)
         split = split_monotone(parts.f, parts.variables)
         assert einsum.reduction is not None
-        reduction = einsum.reduction if split.increasing else _FLIPPED[einsum.reduction]
-        component = registry.plain(
-            f"{einsum.output}_run", reduction, einsum.reduced, parts.concrete(split.u), einsum.kept
-        )
-        value = parts.concrete(split.rebuild).xreplace({FINISHED: registry.last(component)})
+        own, other = einsum.reduction, _FLIPPED[einsum.reduction]
+        ends = []
+        for reduction in {1: (own,), -1: (other,), 0: (own, other)}[split.direction]:
+            component = registry.plain(
+                f"{einsum.output}_{reduction}", reduction, einsum.reduced, parts.concrete(split.u), einsum.kept
+            )
+            ends.append(parts.concrete(split.rebuild).xreplace({FINISHED: registry.last(component)}))
+        value = ends[0] if len(ends) == 1 else join(own, ends[0], ends[1])
         return value, certify_extremum(einsum, rank, parts, split)
 
     def _alias(self, registry: Registry) -> Callable[[Component], sympy.Expr]:

@@ -7,7 +7,7 @@ import threading
 import warnings
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from ..ir.graph import Graph
 from ..ir.plan import Plan
@@ -75,8 +75,12 @@ class GraphReport:
         """Predicted peak of the whole step in bytes, parameters and inputs included."""
         return self.plan.peak.get("device", 0) if self.plan is not None else None
 
-    def fall_back(self, op: str, reason: str, source: str) -> None:
-        """Enter what runs as eager ops, and tell the user the first time that a reason comes up."""
+    def fall_back(self, op: str, reason: str, source: str, function: str = "") -> None:
+        """Enter what runs as eager ops, and tell the user the first time that a reason comes up. ``function`` is the
+        host module's name of a region that has lost its kernels."""
+        self.regions = [
+            replace(region, kernels=0) if f"_{region.name}" == function else region for region in self.regions
+        ]
         self.fallbacks.append(FallbackReport(op, reason, source))
         warnings.warn(
             f"effcc: {op} of {self.name} run as eager ops: {reason} (all of them are in effcc.reports())",

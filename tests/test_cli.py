@@ -285,7 +285,7 @@ def test_history_of_a_value_ends_at_its_address(effcc: Effcc, sample: Path) -> N
     out = effcc("inspect", sample, "--node", "%h").out
     assert '%h comes from model.py:7 "h = x @ self.w (twice)" in layers.0' in out
     assert "read by 1" in out and "%y: f32[512,512] = aten.relu.default(%h)" in out
-    assert re.search(r"step 0\s+library mm in layers\.0, inference, 30 µs", out)
+    assert re.search(r"step 0\s+library mm in layers\.\*, inference, 30 µs", out)
     assert re.search(r"buffer 2\s+scratch in layers\.0: 1\.00 MiB at device \+ 0, steps 0 to 2", out)
     assert "step 1" not in out
 
@@ -641,3 +641,21 @@ def test_run_refuses_what_cannot_fit(effcc: Effcc, linear: Path, sample: Path) -
     )
     save_plan(sample, plan, loaded.graphs_text, {})
     refused(effcc("run", sample, linear), "1048576 TiB", "larger machine")
+
+
+# --- documentation ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", [info.name for info in cli.app.registered_commands])
+def test_the_documentation_has_every_command_and_option(effcc: Effcc, command: str) -> None:
+    text = (Path(__file__).parent.parent / "docs" / "command_line.md").read_text()
+    assert re.search(rf"^\| \[`{command}`\]\(#", text, re.MULTILINE)
+    section = re.search(rf"^## (?:\w+ and )?{command}\b.*?(?=^## |\Z)", text, re.MULTILINE | re.DOTALL)
+    assert section is not None
+    documented = set(re.findall(r"--[a-z][\w-]*", section[0])) | {"--help", "--json"}
+    real = set(re.findall(r"^│ \*?\s*(--[\w-]+)", effcc(command, "--help").out, re.MULTILINE))
+    if command == "devices":  # shares its section with calibrate
+        assert real <= documented
+    else:
+        others = {"--dump"} if command == "inspect" else set()
+        assert documented - others == real | {"--json"}

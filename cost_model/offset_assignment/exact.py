@@ -234,26 +234,6 @@ def _run(
     return result
 
 
-def ranks(tables: Tables, key: str, noise: float, generator: np.random.Generator) -> Ints:
-    """Rank of each buffer when sorted by the criteria that the letters of ``key`` name, greatest first.
-
-    T: largest load of a section that it lies in; A: area; W: number of sections; S: size; L: lifetime. ``noise`` blurs
-    each criterion by up to that share.
-    """
-    criteria = {
-        "T": tables.contention(),
-        "A": tables.size * tables.length,
-        "W": tables.last_section - tables.first_section + 1,
-        "S": tables.size,
-        "L": tables.length,
-    }
-    columns = [criteria[letter] * (1.0 + noise * generator.random(tables.size.size)) for letter in reversed(key)]
-    order = np.lexsort(columns)[::-1]
-    rank = np.empty(order.size, np.int64)
-    rank[order] = np.arange(order.size)
-    return rank
-
-
 def search(
     tables: Tables, rank: Ints, capacity: int, node_limit: int, stop: Ints, blame: Ints
 ) -> tuple[int, Ints, int]:

@@ -1,173 +1,133 @@
-"""Reinsertion search: take a buffer that sticks out above a target, and those in its way, and place them anew.
+"""Reinsertion search over placement orders: move, in the order of a first fit, buffers that hold the peak up.
 
-The value of a placement is its *excess*: the bytes by which its buffers end above the target, summed. A move takes a
-buffer with excess, wants it at a lower place (on top of a buffer that shares its time, or at the bottom), takes out
-what lies there, and puts all back, each into the lowest or the tightest hole. It is kept if the excess grows by no more
-than a random allowance that shrinks as the search goes on (threshold accepting, Dueck and Scheuer 1990).
+A buffer at the peak rests on one below it, and so on to the bottom; this chain of *supporters* must change for the
+height to fall. A move takes one of the chain and puts it elsewhere in the order, mostly earlier, or swaps two of them.
+Then everything is placed anew, given up as soon as the height grows. Sideways moves are kept.
 """
 
 from __future__ import annotations
 
 import numpy as np
-from numpy.typing import NDArray
 
 from .compiled import compiled
 from .tables import Ints, Tables
-from .time_blocks import BIG, find_hole, home, insert, make_blocks, remove
+from .time_blocks import BIG
 
-#: Most buffers that one move takes out.
-_MOST = 24
+
+@compiled
+def _place_all(
+    order: Ints, lower: Ints, upper: Ints, size: Ints, alignment: Ints, limit: int, offsets: Ints, work: Ints
+) -> int:  # fmt: skip
+    """First fit without time blocks, which is quicker for a few thousand buffers. ``work`` has four rows: lower, upper,
+    offset and end of the placed buffers, sorted by offset."""
+    height = 0
+    for placed in range(order.size):
+        b = order[placed]
+        lo, up, need, align = lower[b], upper[b], size[b], alignment[b]
+        cursor = 0
+        for i in range(placed):
+            if work[2, i] >= cursor + need:
+                break
+            if work[0, i] < up and work[1, i] > lo and work[3, i] > cursor:
+                cursor = -(-work[3, i] // align) * align
+        height = max(height, cursor + need)
+        if height > limit:
+            return height
+        offsets[b] = cursor
+        left, right = 0, placed
+        while left < right:
+            middle = (left + right) // 2
+            if work[2, middle] < cursor:
+                left = middle + 1
+            else:
+                right = middle
+        for row in range(4):
+            for i in range(placed, left, -1):
+                work[row, i] = work[row, i - 1]
+        work[0, left], work[1, left], work[2, left], work[3, left] = lo, up, cursor, cursor + need
+    return height
 
 
 @compiled
 def _search(
-    target: int, iterations: int, seed: int, warmth: float, lower: Ints, upper: Ints, first: Ints, last: Ints,
-    size: Ints, alignment: Ints, offsets: Ints, best_offsets: Ints, stop: Ints, half: Ints, row_start: Ints,
-    start: Ints, count: Ints, listed: NDArray[np.int32],
+    order: Ints, target: int, iterations: int, seed: int, lower: Ints, upper: Ints, size: Ints, alignment: Ints,
+    neighbours_start: Ints, neighbours: Ints, best_offsets: Ints, stop: Ints,
 ) -> int:  # fmt: skip
-    """Search from ``offsets``; the lowest placement seen goes to ``best_offsets``, its height is the result."""
+    """``order`` and ``best_offsets`` are updated in place; the result is the height reached."""
     np.random.seed(seed)
-    buffers = size.size
-    over = np.empty(buffers, np.int64)
-    place_in_over = np.full(buffers, -1, np.int64)
-    sticking = 0
-    height = 0
-    excess = 0
-    for b in range(buffers):
-        insert(b, first, last, offsets, half, row_start, start, count, listed)
-        end = offsets[b] + size[b]
-        height = max(height, end)
-        if end > target:
-            over[sticking], place_in_over[b] = b, sticking
-            sticking += 1
-            excess += end - target
-    best_offsets[:] = offsets
-    best_excess = excess
-    moved = np.empty(_MOST, np.int64)
-    previous = np.empty(_MOST, np.int64)
-    for iteration in range(iterations):
-        if sticking == 0 or stop[0] != 0:
+    count = order.size
+    work = np.empty((4, count), np.int64)
+    offsets = best_offsets.copy()
+    height = _place_all(order, lower, upper, size, alignment, BIG, best_offsets, work)
+    position = np.empty(count, np.int64)
+    trial = order.copy()
+    chain = np.empty(count, np.int64)
+    for i in range(count):
+        position[order[i]] = i
+    for _ in range(iterations):
+        if height <= target or stop[0] != 0:
             break
-        p = over[np.random.randint(sticking)]
-        # A wanted offset: the top of a random buffer under p in time, or the bottom.
-        block = home(first[p], last[p], half, row_start)
-        wanted = 0
-        for _ in range(4):
-            q = listed[start[block] + np.random.randint(count[block])]
-            if q != p and lower[q] < upper[p] and upper[q] > lower[p] and offsets[q] < offsets[p]:
-                wanted = offsets[q] if np.random.random() < 0.5 else offsets[q] + size[q]
+        start = np.random.randint(count)
+        b = -1
+        for i in range(count):
+            c = (i + start) % count
+            if best_offsets[c] + size[c] == height:
+                b = c
                 break
-        wanted = -(-wanted // alignment[p]) * alignment[p]
-        if wanted >= offsets[p]:
-            wanted = 0
-        moved[0] = p
-        taken = 1
-        for i in range(start[block], start[block] + count[block]):
-            q = listed[i]
-            if offsets[q] >= wanted + size[p]:
-                break
-            if q != p and offsets[q] + size[q] > wanted and lower[q] < upper[p] and upper[q] > lower[p]:
-                if taken == _MOST:
-                    taken = _MOST + 1
-                    break
-                moved[taken] = q
-                taken += 1
-        if taken > _MOST:
-            continue
-        before = 0
-        for i in range(taken):
-            b = moved[i]
-            previous[i] = offsets[b]
-            before += max(0, offsets[b] + size[b] - target)
-            remove(b, first, last, offsets, half, row_start, start, count, listed)
-        # The order of return: p first, then largest first or at random.
-        at_random = np.random.random() < 0.5
-        for i in range(1, taken):
-            j = i
-            if at_random:
-                j = 1 + np.random.randint(i)
-            else:
-                while j > 1 and size[moved[j - 1]] < size[moved[i]]:
-                    j -= 1
-            b, old = moved[i], previous[i]
-            if at_random:
-                moved[i], previous[i] = moved[j], previous[j]
-            else:
-                for k in range(i, j, -1):
-                    moved[k], previous[k] = moved[k - 1], previous[k - 1]
-            moved[j], previous[j] = b, old
-        allowance = before + int(-np.log(1.0 - np.random.random()) * warmth * target * (1.0 - iteration / iterations))
-        after = 0
-        returned = 0
-        tight = np.random.random() < 0.3
-        for i in range(taken):
-            b = moved[i]
-            if i == 0:
-                offsets[b] = wanted
-            else:
-                offsets[b] = find_hole(
-                    b, tight, target, lower, upper, first, last, size, alignment, offsets, half, row_start, start,
-                    count, listed,
-                )  # fmt: skip
-            after += max(0, offsets[b] + size[b] - target)
-            if after > allowance:
-                break
-            insert(b, first, last, offsets, half, row_start, start, count, listed)
-            returned += 1
-        if returned < taken:
-            for i in range(returned):
-                remove(moved[i], first, last, offsets, half, row_start, start, count, listed)
-            for i in range(taken):
-                offsets[moved[i]] = previous[i]
-                insert(moved[i], first, last, offsets, half, row_start, start, count, listed)
-            continue
-        excess += after - before
-        for i in range(taken):
-            b = moved[i]
-            sticks = offsets[b] + size[b] > target
-            if sticks and place_in_over[b] < 0:
-                over[sticking], place_in_over[b] = b, sticking
-                sticking += 1
-            elif not sticks and place_in_over[b] >= 0:
-                sticking -= 1
-                hole = place_in_over[b]
-                over[hole] = over[sticking]
-                place_in_over[over[hole]] = hole
-                place_in_over[b] = -1
-        if excess < best_excess:
-            best_excess = excess
-            reached = target if sticking == 0 else 0
-            for i in range(sticking):
-                reached = max(reached, offsets[over[i]] + size[over[i]])
-            if reached < height:
-                height = reached
-                best_offsets[:] = offsets
-    if sticking == 0:
-        best_offsets[:] = offsets
-    height = 0
-    for b in range(buffers):
-        height = max(height, best_offsets[b] + size[b])
+        found = 0
+        while b >= 0 and found < count:
+            chain[found] = b
+            found += 1
+            below, ties = -1, 0
+            for index in range(neighbours_start[b], neighbours_start[b + 1]):
+                c = neighbours[index]
+                if 0 <= best_offsets[b] - best_offsets[c] - size[c] < alignment[b]:
+                    ties += 1
+                    if np.random.randint(ties) == 0:
+                        below = c
+            # Buffers without size may rest on each other in a circle: go down only.
+            if below >= 0 and best_offsets[below] >= best_offsets[b]:
+                below = -1
+            b = below
+        trial[:] = order
+        one = chain[np.random.randint(found)]
+        if np.random.random() < 0.5 and found > 1:
+            other = chain[np.random.randint(found)]
+            i, j = position[one], position[other]
+            trial[i], trial[j] = other, one
+        else:
+            i = position[one]
+            j = np.random.randint(count) if np.random.random() < 0.3 else np.random.randint(i + 1)
+            while i > j:
+                trial[i] = trial[i - 1]
+                i -= 1
+            while i < j:
+                trial[i] = trial[i + 1]
+                i += 1
+            trial[j] = one
+        reached = _place_all(trial, lower, upper, size, alignment, height, offsets, work)
+        if reached <= height:
+            height = reached
+            order[:] = trial
+            best_offsets[:] = offsets
+            for i in range(count):
+                position[order[i]] = i
     return height
 
 
-def reinsert(
-    tables: Tables, offsets: Ints, target: int, iterations: int, seed: int, stop: Ints, warmth: float = 0.002
-) -> tuple[int, Ints]:
-    """Search from a sound placement for one of at most ``target`` bytes.
+def reinsert(tables: Tables, order: Ints, target: int, iterations: int, seed: int, stop: Ints) -> tuple[int, Ints]:
+    """Improve a first fit by changing its order.
 
     Args:
-        iterations: number of moves tried; the search ends earlier at ``target`` or when ``stop[0]`` is set.
-        warmth: excess that a move may add at first, on average, as a share of ``target``.
+        order: to begin with; updated to the order of the result.
+        iterations: number of moves tried; the search ends earlier at ``target`` bytes or when ``stop[0]`` is set.
 
     Returns:
-        (height, offsets) in bytes of the lowest placement seen; never above the one given.
+        (height, offsets) in bytes; the height is at most that of the first fit in the order given.
     """
-    best = np.empty_like(offsets)
+    offsets = np.zeros(tables.size.size, np.int64)
     height = _search(
-        target, iterations, seed, warmth, tables.lower, tables.upper, tables.first_section, tables.last_section,
-        tables.size, tables.alignment, offsets.copy(), best, stop, *make_blocks(tables),
+        order, target, iterations, seed, tables.lower, tables.upper, tables.size, tables.alignment,
+        tables.neighbours_start, tables.neighbours, offsets, stop,
     )  # fmt: skip
-    return int(height), best
-
-
-__all__ = ["BIG", "reinsert"]
+    return int(height), offsets

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,6 +12,7 @@ from numpy.typing import NDArray
 from .compiled import compiled
 
 Ints = NDArray[np.int64]
+_N = TypeVar("_N", np.int64, np.float64)
 
 
 @compiled
@@ -109,17 +111,17 @@ class Tables:
         return self._neighbour_pair[1]
 
 
-def range_maximum(values: Ints, first: Ints, last: Ints) -> Ints:
+def range_maximum(values: NDArray[_N], first: Ints, last: Ints) -> NDArray[_N]:
     """Maximum of ``values[first..last]`` for each pair, by doubling (a sparse table)."""
     if values.size == 0:
-        return np.zeros(first.size, np.int64)
+        return np.zeros(first.size, values.dtype)
     levels = [values]
     while 2 ** len(levels) <= values.size:
         half = 2 ** (len(levels) - 1)
         levels.append(np.maximum(levels[-1][:-half], levels[-1][half:]))
     span = last - first + 1
     level = np.frexp(span.astype(np.float64))[1] - 1
-    result = np.empty(first.size, np.int64)
+    result = np.empty(first.size, values.dtype)
     for number, table in enumerate(levels):
         chosen = level == number
         result[chosen] = np.maximum(table[first[chosen]], table[last[chosen] - (1 << number) + 1])

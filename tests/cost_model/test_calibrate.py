@@ -12,7 +12,7 @@ import msgspec
 import pytest
 import torch
 from effcc.cost_model import calibrate as calibration
-from effcc.cost_model.calibrate import calibrate, calibrated_device, gemm_choice, measure_product
+from effcc.cost_model.calibrate import calibrate, calibrated_device, measure_product
 from effcc.cost_model.devices import Device, GemmMeasurement, load_device
 from effcc.cost_model.roofline import gemm_seconds
 
@@ -67,39 +67,6 @@ def test_read_only_folder_is_no_error(device: Device, tmp_path: Path, monkeypatc
     calibrated_device.cache_clear()
 
 
-def entry(library: str, rate: float, m: int, layout: str = "forward") -> GemmMeasurement:
-    return GemmMeasurement(library=library, dtype="f32", layout=layout, m=m, k=m, n=m, rate=rate)
-
-
-def test_choice_takes_the_faster_library_of_the_nearest_shape() -> None:
-    table = (entry("blas", 3.0, 64), entry("onednn", 1.0, 64), entry("blas", 2.0, 4096), entry("onednn", 4.0, 4096))
-    known = msgspec.structs.replace(load_device("cpu"), gemm=table)
-    assert gemm_choice("aten.mm.default", 32, 128, 64, "f32", device=known) == "blas"
-    assert gemm_choice("aten.mm.default", 3000, 5000, 4000, "f32", device=known) == "onednn"
-    assert gemm_choice("aten.addmm.default", 3000, 5000, 4000, "f32", device=known) == "onednn"
-    assert gemm_choice("aten.mm.default", 3000, 5000, 4000, "f32", "weight_gradient", known) == "blas"
-    assert gemm_choice("aten.bmm.default", 3000, 5000, 4000, "f32", device=known) == "blas"
-    assert gemm_choice("aten.mm.default", 3000, 5000, 4000, "f64", device=known) == "blas"
-
-
-def test_a_tie_keeps_blas() -> None:
-    known = msgspec.structs.replace(load_device("cpu"), gemm=(entry("blas", 1.0, 64), entry("onednn", 1.04, 64)))
-    assert gemm_choice("aten.mm.default", 64, 64, 64, "f32", device=known) == "blas"
-
-
-def test_asking_measures_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    calls = []
-
-    def counted(*args: object) -> tuple[GemmMeasurement, ...]:
-        calls.append(args)
-        return (entry("blas", 1.0, 64), entry("onednn", 2.0, 64))
-
-    monkeypatch.setattr(calibration, "measure_product", counted)
-    monkeypatch.setattr(calibration, "_asked", {})
-    assert [gemm_choice("aten.mm.default", 9, 9, 9, "f32", ask=True) for _ in range(3)] == ["onednn"] * 3
-    assert len(calls) == 1
-
-
 @pytest.mark.parametrize("layout", calibration.LAYOUTS)
 def test_both_libraries_compute_the_product_that_is_measured(layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
     results: dict[str, torch.Tensor] = {}
@@ -116,6 +83,10 @@ def test_both_libraries_compute_the_product_that_is_measured(layout: str, monkey
     assert first.shape == (5, 3)
     for other in others:
         torch.testing.assert_close(first, other)
+
+
+def entry(library: str, rate: float, m: int) -> GemmMeasurement:
+    return GemmMeasurement(library=library, dtype="f32", layout="forward", m=m, k=m, n=m, rate=rate)
 
 
 def test_measured_rates_price_products() -> None:

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import errno
 import hashlib
-import io
 import json
 import os
-import random
 import struct
 import subprocess
 import sys
@@ -19,53 +17,8 @@ import msgspec
 import pytest
 from effcc.errors import EffccError, OutputError, PlanError
 from effcc.ir import plan_file, plan_schema
-from effcc.ir.plan import Buffer, GraphPlan, InputSpec, Plan, Solver, Step
 from effcc.ir.plan_file import decode_plan, load_plan, save_plan
-
-GRAPHS = {"forward": "graph @forward {\n  // a note\n}\n", "backward": "", 'odd "name"\n': "x\r\ny\n\n"}
-SOURCES = {
-    "region_0.py": "import torch\n\ndef call(args):\n    return args\n",
-    "kernel.cpp": "// ünïcode\nint main() {}\n",
-}
-
-
-def small_plan() -> Plan:
-    """Forward and backward of one layer with a swapped tensor: three streams, two tiers, two arenas on the device."""
-    buffers = (
-        Buffer(id=0, name="weight", bytes=4096, lower=0, upper=6, role="parameter", shape=(32, 32), dtype="f32"),
-        Buffer(id=1, name="x", bytes=1000, lower=0, upper=3, role="scratch", offset=0),
-        Buffer(id=2, name="y", bytes=500, lower=1, upper=6, role="saved", offset=0, pool="saved", decision="keep"),
-        Buffer(id=3, name="x on the host", bytes=1000, lower=2, upper=5, role="saved", tier="host", offset=64),
-        Buffer(id=4, name="x again", bytes=1000, lower=4, upper=6, role="scratch", offset=0, decision="swap"),
-        Buffer(id=5, name="gradient", bytes=4096, lower=5, upper=6, role="gradient"),
-    )
-    steps = (
-        Step(id=10, kind="region", name="layer", phase="forward", reads=(0,), writes=(1,), seconds=1e-3, flop=2048),
-        Step(id=11, kind="library", name="mm", phase="forward", reads=(0, 1), writes=(2,), start=1e-3, seconds=2e-3),
-        Step(id=12, kind="swap_out", name="x", phase="forward", stream="out", reads=(1,), writes=(3,), depends=(11,),
-             start=3e-3, seconds=1e-3, frees=(1,)),
-        Step(id=13, kind="library", name="mm", phase="forward", reads=(0, 2), start=3e-3, seconds=1e-3),
-        Step(id=14, kind="swap_in", name="x", phase="backward", stream="in", reads=(3,), writes=(4,), depends=(12,),
-             start=4e-3, seconds=1e-3, frees=(3,)),
-        Step(id=15, kind="region", name="layer'", phase="backward", reads=(0, 2, 4), writes=(5,), depends=(14,),
-             start=5e-3, seconds=1e-3, frees=(2, 4), ops=("a", "b")),
-    )  # fmt: skip
-    return Plan(
-        model="tiny",
-        device="cpu",
-        training=True,
-        graphs=(GraphPlan(name="main", graph_hash="ab12", op_hashes=("a", "b", "c"), first_step=0, last_step=5),),
-        steps=steps,
-        buffers=buffers,
-        seconds=6e-3,
-        peak={"device": 4096 + 4096 + 1024 + 512, "host": 1088},
-        arena={"device": 1024, "device/saved": 512, "host": 1088},
-        budget=10_000,
-        solvers=(Solver(name="offsets", problem="scratch", value=1024.0, bound=1000.0, seed=7),),
-        fallbacks=(("aten.nonzero", "data-dependent size", "model.py:8"),),
-        notes=("a note",),
-        inputs=(InputSpec(name="x", dtype="f32", shape=("s0", "32")),),
-    )
+from plan_files import GRAPHS, SOURCES, archive_of, members_of, resealed, small_plan
 
 
 @pytest.fixture()
@@ -73,28 +26,6 @@ def saved(tmp_path: Path) -> Path:
     path = tmp_path / "plan.effcc"
     save_plan(path, small_plan(), GRAPHS, SOURCES)
     return path
-
-
-def members_of(data: bytes) -> dict[str, bytes]:
-    with zipfile.ZipFile(io.BytesIO(data)) as archive:
-        return {name: archive.read(name) for name in archive.namelist()}
-
-
-def archive_of(members: dict[str, bytes] | list[tuple[str, bytes]], compression: int = zipfile.ZIP_DEFLATED) -> bytes:
-    buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w", compression) as archive:
-        for name, content in members.items() if isinstance(members, dict) else members:
-            archive.writestr(name, content)
-    return buffer.getvalue()
-
-
-def resealed(members: dict[str, bytes]) -> bytes:
-    """The archive with digests that fit the members: what someone who edits a plan on purpose would make."""
-    manifest = json.loads(members["manifest.json"])
-    manifest["sha256"] = {
-        name: hashlib.sha256(content).hexdigest() for name, content in members.items() if name != "manifest.json"
-    }
-    return archive_of({**members, "manifest.json": json.dumps(manifest).encode()})
 
 
 def test_round_trip(saved: Path) -> None:
@@ -324,103 +255,3 @@ def test_unreadable_file(tmp_path: Path) -> None:
     (tmp_path / "empty.effcc").write_bytes(b"")
     with pytest.raises(PlanError, match="damaged archive"):
         load_plan(tmp_path / "empty.effcc")
-
-
-def outcome(data: bytes) -> Plan | None:
-    """The plan, or None where it is refused; any other exception is a failure of the test."""
-    try:
-        return decode_plan(data).plan
-    except PlanError:
-        return None
-
-
-def test_random_damage(saved: Path) -> None:
-    """Bit flips, truncations, spliced and overwritten stretches: refused, or harmless."""
-    original, plan = saved.read_bytes(), small_plan()
-    generator = random.Random(20)
-    refused = 0
-    for _ in range(1000):
-        data = bytearray(original)
-        kind = generator.randrange(4)
-        place = generator.randrange(len(data))
-        if kind == 0:
-            for _ in range(generator.choice((1, 1, 3))):
-                data[generator.randrange(len(data))] ^= 1 << generator.randrange(8)
-        elif kind == 1:
-            del data[place:]
-        elif kind == 2:
-            del data[place : place + generator.randrange(1, 40)]
-        else:
-            data[place : place + 8] = generator.randbytes(8)
-        result = outcome(bytes(data))
-        refused += result is None
-        assert result is None or result == plan
-    assert refused > 700
-
-
-def strings_in(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
-    """Paths of every string, and of every dictionary key, in decoded JSON."""
-    if isinstance(value, str):
-        return [path]
-    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    return [found for key, item in items for found in strings_in(item, (*path, key))]
-
-
-def with_value(value: Any, path: tuple[Any, ...], new: Any) -> Any:
-    copy = json.loads(json.dumps(value))
-    place = copy
-    for key in path[:-1]:
-        place = place[key]
-    place[path[-1]] = new
-    return copy
-
-
-def test_planted_code_never_runs(saved: Path, tmp_path: Path) -> None:
-    """Code in every string field, with digests made to fit: refused, or kept as the text that it is."""
-    canary = tmp_path / "canary"
-    payloads = (
-        f"__import__('os').system('touch {canary}')",
-        f"{{{{ cycler.__init__.__globals__.os.popen('touch {canary}').read() }}}}",
-        f"!!python/object/apply:os.system ['touch {canary}']",
-        f"cos\nsystem\n(S'touch {canary}'\ntR.",
-        f'";__import__("pathlib").Path("{canary}").touch()#',
-    )
-    members = members_of(saved.read_bytes())
-    planted = 0
-    for member in ("plan.json", "manifest.json"):
-        content = json.loads(members[member])
-        for path in strings_in(content):
-            for payload in payloads:
-                changed = {**members, member: json.dumps(with_value(content, path, payload)).encode()}
-                data = resealed(changed) if member == "plan.json" else archive_of(changed)
-                result = outcome(data)
-                if result is not None:
-                    planted += 1
-                    assert member == "manifest.json" or payload in repr(result) or repr(payload)[1:-1] in repr(result)
-    for payload in payloads:
-        for member in ("graph.ir", "sources/region_0.py", "sources/kernel.cpp"):
-            outcome(resealed({**members, member: payload.encode()}))
-    assert planted > 100
-    assert not canary.exists()
-
-
-def test_random_field_edits(saved: Path) -> None:
-    """Edited JSON without fitting digests is refused; with them the result is the edited plan or a refusal."""
-    members = members_of(saved.read_bytes())
-    generator = random.Random(21)
-    plan = json.loads(members["plan.json"])
-
-    def paths(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
-        items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-        return [path] * bool(path) + [found for key, item in items for found in paths(item, (*path, key))]
-
-    places = paths(plan)
-    values = [None, -1, 0, 1, 2**63, 2**200, -(2**70), 1.5, 1e308, "", "x", [], {}, [1], True, "\ud800", [[]]]
-    for _ in range(400):
-        edited = with_value(plan, generator.choice(places), generator.choice(values))
-        content = json.dumps(edited).encode()
-        if content == json.dumps(plan).encode():
-            continue
-        assert outcome(archive_of({**members, "plan.json": content})) is None
-        result = outcome(resealed({**members, "plan.json": content}))
-        assert result is None or result == msgspec.json.decode(content, type=Plan)

@@ -9,8 +9,9 @@ import sympy
 from effcc.errors import VerificationError
 from effcc.ir.graph import Node, Ref
 from effcc.ir.parser import parse_graph
+from effcc.ir.rules import RULES
 from effcc.ir.types import TensorType
-from effcc.ir.verifier import RULES, verify
+from effcc.ir.verifier import verify
 
 GOOD = """\
 graph @g phase=forward saved=1 {

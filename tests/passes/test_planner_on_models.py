@@ -8,7 +8,7 @@ import pytest
 import torch
 from captured_models import Example, example
 from effcc.cost_model.devices import load_device
-from effcc.cost_model.liveness import live_bytes, peak_holders
+from effcc.cost_model.liveness import live_bytes
 from effcc.cost_model.op_classes import kind_of
 from effcc.cost_model.region_memory import RegionBuffer, RegionKernel, RegionMemory
 from effcc.cost_model.storages import storage_table
@@ -188,5 +188,7 @@ def test_fusing_needs_less_memory_than_op_by_op() -> None:
 def test_holders_name_module_and_line() -> None:
     captured = example("llama_eager")
     plan = make_plan("m", captured.graphs, load_device("cpu"), state_of(captured.model), place=False)
-    for holder in peak_holders(plan.buffers, len(plan.steps))[:10]:
-        assert holder.buffer.module or holder.buffer.source, holder.buffer
+    peak = live_bytes(plan.buffers, len(plan.steps)).peak_position
+    live = [buffer for buffer in plan.buffers if buffer.lower <= peak < buffer.upper]
+    for buffer in sorted(live, key=lambda buffer: -buffer.bytes)[:10]:
+        assert buffer.module or buffer.source, buffer

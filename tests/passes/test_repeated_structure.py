@@ -166,3 +166,33 @@ def test_a_models_layers_are_found_forward_and_backward(model: str, layers: int)
     one = next(one for one in graphs_of(model) if one.phase == "joint")
     outlined = RepeatedStructure().apply(from_fx(one.gm, model, "joint"))
     assert [repeat.count for repeat in outlined.repeats] == [layers, layers]
+
+
+def test_a_subgraph_that_is_called_twice_already_is_counted() -> None:
+    text = """graph @g phase=inference {
+  graph @layer phase=inference {
+    %x: f32[4] = input()  role(input)
+    %a: f32[4] = aten.exp.default(%x)
+    return (%a)
+  }
+  graph @once phase=inference {
+    %x: f32[4] = input()  role(input)
+    return (%x)
+  }
+  %x: f32[4] = input()  role(input)
+  %one: (f32[4],) = call(@layer, %x)
+  %a: f32[4] = getitem(%one, 0)
+  %two: (f32[4],) = call(@layer, %a)
+  %b: f32[4] = getitem(%two, 0)
+  %three: (f32[4],) = call(@once, %b)
+  %c: f32[4] = getitem(%three, 0)
+  return (%c)
+}
+"""
+    graph = parse_graph(text)
+    counted = RepeatedStructure().apply(graph)
+    assert [(repeat.name, repeat.count) for repeat in counted.repeats] == [("layer", 2)]
+    assert counted.repeats[0].digest == graph_hash(graph.subgraphs["layer"])
+    assert replace(counted, repeats=()) == graph
+    verify(counted)
+    assert RepeatedStructure().apply(counted) == counted
