@@ -30,7 +30,8 @@ def effcc(
     """Compile one Dynamo graph, forward and backward. Registered as the backend ``effcc``.
 
     options: see ``effcc.options.Options``. mode: torch.compile's, for instance ``reduce-overhead``.
-    Raises OptionError for unknown options, DeviceError for an unknown device, PlanError for a plan that does not fit the model.
+    Raises OptionError for unknown options, DeviceError for an unknown device, PlanError for a plan that does not fit
+    the model.
     """
     roles = [input_role(node) for node in gm.graph.find_nodes(op="placeholder")]
     settings = parse_options(options)

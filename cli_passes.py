@@ -1,4 +1,4 @@
-"""``effcc passes``: how often a cascade of Einsums must walk over each tensor's fibers, and what can be done about it."""
+"""``effcc passes``: how often a cascade of Einsums must walk over each tensor's fibers, and how often it need not."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ def passes_command(
 ) -> None:
     """Count a cascade's passes over each tensor and rank, as written and rewritten, with proofs.
 
-    A line reads `SD[m] = sum[n] exp(QK[m,n] - GM[m])`; `#` starts a comment. The table names the Einsums of each pass and
-    the results that they wait for. Exit code 0, also where rewriting is refused; 2: the text is not a cascade.
+    A line reads `SD[m] = sum[n] exp(QK[m,n] - GM[m])`; `#` starts a comment. The table names the Einsums of each pass
+    and the results that they wait for. Exit code 0, also where rewriting is refused; 2: the text is not a cascade.
     """
     from .ir.cascade_parser import parse_cascade
     from .passes.cascade_analysis import pass_table
@@ -75,7 +75,8 @@ def _table(cascade: Cascade, rewriting: Rewriting) -> object:
     for tensor, ranks in pass_table(cascade).items():
         for name, count in ranks.items():
             parts = [
-                f"{each.number}: {', '.join(each.einsums)}" + (f" (after {', '.join(each.after)})" if each.after else "")
+                f"{each.number}: {', '.join(each.einsums)}"
+                + (f" (after {', '.join(each.after)})" if each.after else "")
                 for each in forced_passes(cascade, tensor, rank(name))
             ]
             now = after.get(tensor, {}).get(name)

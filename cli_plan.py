@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -14,14 +16,16 @@ from .summary import device_of
 
 if TYPE_CHECKING:
     from .ir.plan import Plan
-    from .planning import Planned
+    from .planning import Planned, PlanRequest
     from .summary import Summary
 
 
 def plan_command(
     model: Annotated[
         str,
-        typer.Argument(metavar="FILE.py[:name]", help="A file with model and example_inputs, or KernelBench's Model."),
+        typer.Argument(
+            metavar="FILE.py[:name]", help="A file with model and example_inputs, KernelBench's Model, or a .mlir file."
+        ),
     ],
     train: Annotated[bool, typer.Option("--train", help="Plan a training step, not a forward pass.")] = False,
     optimizer: Annotated[
@@ -73,14 +77,20 @@ def plan_command(
         pipeline=pipeline or PIPELINE,
         dump_dir=dump_dir,
     )
+    if emit:
+        from .frontend.mlir import torch_mlir
+
+        torch_mlir("--emit mlir")  # before the work: it says which extra is missing
     page = None if no_report else report or output.with_suffix(".html")
     for path in (output, page):
         if path is not None:
             check_writable(path)
-    with quiet_torch():
+    # What the model file prints goes where it cannot be taken for our output.
+    with quiet_torch(), contextlib.redirect_stdout(sys.stderr):
         planned = plan_model(request, lambda description: stage(description, quiet=json))
-    mlir = {"mlir": str(_emit_mlir(request.model, output, train))} if emit else {}
-    _finish(planned, mlir | _write(planned, output, page, dump_dir), json)
+        with stage("mlir", quiet=json or not emit):
+            mlir, not_lowered = _emit_mlir(request, output) if emit else ({}, [])
+    _finish(planned, mlir | _write(planned, output, page, dump_dir), not_lowered, json)
 
 
 def _write(planned: Planned, output: Path, report: Path | None, dump_dir: Path | None) -> dict[str, str]:
@@ -99,21 +109,26 @@ def _write(planned: Planned, output: Path, report: Path | None, dump_dir: Path |
     return paths
 
 
-def _emit_mlir(model: str, output: Path, train: bool) -> Path:
+def _emit_mlir(request: PlanRequest, output: Path) -> tuple[dict[str, str], list[str]]:
+    """Write the MLIR files; what was written, and as notes what torch-mlir does not lower to linalg."""
     from .frontend.mlir import emit_mlir
 
-    return emit_mlir(model, output, train)
+    emitted = emit_mlir(
+        request.model, output, request.train, dtype=request.dtype, dynamic=True if request.dynamic else None
+    )
+    paths = {"mlir": str(emitted.torch_dialect)} | ({"linalg": str(emitted.linalg)} if emitted.linalg else {})
+    return paths, [f"{name} is not in the linalg file: {why}" for name, why in emitted.not_lowered]
 
 
-def _finish(planned: Planned, paths: dict[str, str], json: bool) -> None:
+def _finish(planned: Planned, paths: dict[str, str], more_notes: list[str], json: bool) -> None:
     summary = planned.summary
     if json:
-        print_json({"summary": summary, "paths": paths, "notes": planned.plan.notes})
+        print_json({"summary": summary, "paths": paths, "notes": [*planned.plan.notes, *more_notes]})
         return
     out = console()
     heading(out, planned.plan.model, f" on {planned.plan.device}")
     _print_summary(summary, planned)
-    for note in (*planned.plan.notes, *_hints(planned.plan)):
+    for note in (*planned.plan.notes, *more_notes, *_hints(planned.plan)):
         out.print(f"  note: {note}", markup=False, style="dim")
     for kind, path in paths.items():
         out.print(f"{kind + ':':8} {path}", markup=False)

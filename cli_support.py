@@ -113,18 +113,22 @@ def quiet_torch() -> Iterator[None]:
     """Torch logs the traceback of what it then raises, which we show as one error. ``TORCH_LOGS`` brings it back."""
     import logging
     import os
+    import warnings
 
-    logger = logging.getLogger("torch")
     if os.environ.get("TORCH_LOGS"):
         yield
         return
     import torch  # sets up its loggers when it is loaded
 
     assert torch is not None
+    logger = logging.getLogger("torch")
     before = logger.level
     logger.setLevel(logging.CRITICAL + 1)
     try:
-        yield
+        with warnings.catch_warnings():
+            # What fell back is listed by the command itself.
+            warnings.filterwarnings("ignore", message="effcc: .* run as eager ops")
+            yield
     finally:
         logger.setLevel(before)
 

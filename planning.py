@@ -22,11 +22,11 @@ from .passes.dump import PassRecord
 from .summary import Summary, device_named, summarize
 
 if TYPE_CHECKING:
-    from .passes.flatten import RegionBuffers
     import torch
 
     from .frontend.capture import Captured
     from .frontend.model_file import ModelSpec
+    from .passes.flatten import RegionBuffers
     from .passes.planner import StateBytes
 
 #: What is done to every captured graph before it is planned.
@@ -44,7 +44,7 @@ DTYPES = {
 
 @dataclass(frozen=True)
 class PlanRequest:
-    """What ``effcc plan`` is asked for. ``model`` is ``FILE.py[:name]``; ``memory_budget`` is in bytes."""
+    """What ``effcc plan`` is asked for. ``model``: ``FILE.py[:name]`` or ``FILE.mlir``; ``memory_budget`` in bytes."""
 
     model: str
     train: bool = False
@@ -94,8 +94,8 @@ def plan(
     """The plan of a model for a device that need not be at hand, without running the model.
 
     Args:
-        model: a model file (``"model.py"`` or ``"model.py:name"``), or a module; a module is copied without its
-            weights and left as it is.
+        model: a model file (``"model.py"``, ``"model.py:name"``, ``"model.mlir"``), or a module, which
+            is copied without its weights and left as it is.
         example_inputs: for a module, its arguments: a tuple, or a dict of keyword arguments.
         train: a training step (forward, backward, optimizer), not a forward pass.
         loss: for a module, a function of its outputs that gives the scalar to differentiate; without it ``.loss`` or
@@ -162,8 +162,8 @@ def plan_model(
             device,
             state=_state(captured),
             budget=request.memory_budget,
-            optimizer=_optimizer_name(request, spec),
-            bindings=getattr(captured, "sizes", None),
+            optimizer=captured.optimizer,
+            bindings=captured.sizes,
             region_buffers=_region_buffers(device),
         )
     _check_budget(made, request.memory_budget)
@@ -283,14 +283,6 @@ def _with_saved_roles(graph: Graph) -> Graph:
         replace(node, role="saved") if node.op == "input" and node.role in handed else node for node in graph.nodes
     )
     return graph.with_nodes(tuple(nodes))
-
-
-def _optimizer_name(request: PlanRequest, spec: ModelSpec) -> str:
-    """Key of ``frontend.state.OPTIMIZERS``, empty for none."""
-    from .frontend.state import optimizer_name
-
-    found = optimizer_name(request.optimizer if request.optimizer is not None else spec.optimizer)
-    return "" if found == "none" else found
 
 
 def _state(captured: Captured) -> StateBytes:

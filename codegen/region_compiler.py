@@ -16,7 +16,6 @@ from .kernel_batch import Collector, collecting, describe
 from .library_kernels import GemmChoice, use_library_kernels
 from .segments import EAGER, Segment, copy_module, cut
 
-
 #: A kernel in a generated wrapper: ``async_compile.cpp_pybinding(...)``, ``async_compile.triton(...)``.
 _KERNEL = re.compile(r"^\w+ = async_compile\.(?!wait)", re.MULTILINE)
 
@@ -154,8 +153,8 @@ def compile_segment(
 
 
 def mark_donated(module: fx.GraphModule, donated: Sequence[int]) -> None:
-    """Say in the names of inputs which are donated. Inductor's code cache goes by the graph's text: without this it would
-    hand a region that overwrites its inputs to one that must not."""
+    """Say in the names of inputs which are donated. Inductor's code cache goes by the graph's text: without this it
+    would hand a region that overwrites its inputs to one that must not."""
     placeholders = module.graph.find_nodes(op="placeholder")
     for index in donated:
         node = placeholders[index]

@@ -105,6 +105,13 @@ class _Reader:
             self.launch(value)
             return
         base = _base_name(value)
+        if base is not None and base in self.unsized and isinstance(value, ast.Subscript):
+            # One of an op's results: each has memory of its own.
+            whole, op = self.unsized[base]
+            part = self.allocate(target.id, 0)
+            part.first = whole.first
+            self.unsized[target.id] = (part, op)
+            return
         if base is not None:
             if base in self.owner:
                 self.owner[target.id] = self.owner[base]
@@ -162,8 +169,21 @@ class _Reader:
         for storage in [*touched, *([made] if made is not None else [])]:
             storage.last = max(storage.last, position)
         name = _dotted(node.func) if isinstance(node, ast.Call) else type(node).__name__
+        if isinstance(node, ast.Call) and (size := self.workspace(name, node)):
+            self.storages.append(_Storage(f"{name} workspace", size, position, position))
         library = name.startswith(("extern_kernels", "torch.ops", "aten", "inductor_ops"))
         self.kernels.append(RegionKernel(name=name, kind="library" if library else "kernel"))
+
+    def workspace(self, name: str, node: ast.Call) -> int:
+        """Bytes that a library op holds for itself: a convolution on CPU reorders its weight to oneDNN's blocks, and its
+        backward makes the weight's gradient in blocks, in strides, and as it is asked for (watched in the allocator,
+        torch 2.13, channels-last)."""
+        for op, operand, copies in _REORDERS:
+            if op in name and len(node.args) > operand:
+                base = _base_name(node.args[operand])
+                if base is not None and base in self.owner:
+                    return copies * self.owner[base].bytes
+        return 0
 
     def result(self, value: ast.expr | None, outputs: list[str]) -> None:
         items = list(value.elts) if isinstance(value, ast.Tuple | ast.List) else []
@@ -226,6 +246,9 @@ class _Reader:
         ]
         return RegionMemory(kernels=tuple(self.kernels), buffers=tuple(buffers))
 
+
+#: Op, position of its weight, and how many more times the weight it holds while it runs.
+_REORDERS = (("convolution_backward", 2, 2), ("convolution", 1, 1))
 
 _ARITHMETIC: tuple[tuple[type[ast.operator], Callable[[int, int], int]], ...] = (
     (ast.Add, lambda a, b: a + b),

@@ -85,6 +85,10 @@ def capture(
     Raises ModelFileError for what is wrong with the file, CaptureError for a model that cannot be traced, OptionError
     for an optimizer that is not known.
     """
+    if spec.mlir is not None:
+        from .mlir_capture import capture_mlir
+
+        return capture_mlir(spec, train=train, optimizer=optimizer, dtype=dtype, dynamic=dynamic, device=device)
     wanted = optimizer_name(optimizer if optimizer is not None else spec.optimizer) if train else "none"
     traced = trace(spec, train=train, dtype=dtype, dynamic=dynamic)
     state = model_state(traced.backend.model, train=train, optimizer=wanted, master_weights=master_weights)

@@ -1,8 +1,8 @@
 """``effcc plan --emit mlir``: the captured graphs in torch-mlir's ``torch`` dialect, and lowered to ``linalg``.
 
-Each graph is a function: ``inference_0``, or ``forward_0`` and ``backward_0``, one for every graph that Dynamo makes. The
-``torch`` dialect file can be the input of ``effcc plan`` (``mlir_import``): ops keep their source lines as MLIR locations,
-and a function's arguments say what they are (``parameter model.embed.weight``) in theirs.
+Each graph is a function: ``inference_0``, or ``forward_0`` and ``backward_0``, one for every graph that Dynamo makes.
+The ``torch`` dialect file can be the input of ``effcc plan`` (``mlir_import``): ops keep their source lines as MLIR
+locations, and a function's arguments say what they are (``parameter model.embed.weight``) in theirs.
 """
 
 from __future__ import annotations

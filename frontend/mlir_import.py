@@ -47,8 +47,8 @@ class MlirFunction:
 
 
 def read_mlir(path: Path) -> list[MlirFunction]:
-    """The functions of a file. Raises MissingExtraError without torch-mlir, ModelFileError for a file that is not in the
-    torch dialect, CaptureError for an op or size that has no form here."""
+    """The functions of a file. Raises MissingExtraError without torch-mlir, ModelFileError for a file that is not in
+    the torch dialect, CaptureError for an op or size that has no form here."""
     torch_mlir("an .mlir model file")
     from torch_mlir import ir
     from torch_mlir.dialects import torch as dialect
@@ -162,7 +162,7 @@ class _Reader:
         try:
             with self.fake_mode:
                 called = torch.fx.node.map_arg((args, kwargs), value)
-                node.meta["val"] = target(*called[0], **called[1])  # type: ignore[index]
+                node.meta["val"] = target(*called[0], **called[1])
         except Exception as error:  # a file may call an op with anything
             raise self.error(f"{target} cannot be called as the file does: {error}", op.location) from error
         return node

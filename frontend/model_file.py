@@ -25,7 +25,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
@@ -53,12 +53,16 @@ class ModelSpec:
     optimizer: Any = None
     autocast: torch.dtype | None = None
     sources: tuple[Path, ...] = ()
+    #: Instead of a Python file, one in MLIR's ``torch`` dialect.
+    mlir: Path | None = None
 
 
 def load_model_file(spec: str) -> ModelSpec:
-    """``FILE.py`` or ``FILE.py:name``. The file is executed; run it inside ``Weightless.building()`` when its module
-    level builds the model. Raises ModelFileError for everything that can be wrong with it."""
+    """``FILE.py``, ``FILE.py:name`` or ``FILE.mlir``. A Python file is executed; do it inside ``Weightless.building()``
+    when its module level builds the model. Raises ModelFileError for everything that can be wrong with it."""
     path, name = _split(spec)
+    if path.suffix == ".mlir":
+        return ModelSpec(path.stem, lambda: _not_python(path), lambda: _not_python(path), sources=(path,), mlir=path)
     with quiet():
         module = _execute(path)
     offered: Any = module
@@ -72,6 +76,10 @@ def load_model_file(spec: str) -> ModelSpec:
     return ModelSpec(name=name or path.stem, sources=(path,), **found)
 
 
+def _not_python(path: Path) -> NoReturn:
+    raise ModelFileError(f"{path.name} is a graph in MLIR: it can be planned, not run", where=str(path))
+
+
 def _split(spec: str) -> tuple[Path, str]:
     text, colon, name = spec.rpartition(":")
     if not colon or not name.isidentifier() or not text.endswith(".py"):
@@ -81,7 +89,7 @@ def _split(spec: str) -> tuple[Path, str]:
         raise ModelFileError(f"{text} is a directory, not a model file", remedy="Name a .py file in it.")
     if not path.exists():
         raise ModelFileError(f"model file {text} does not exist", where=str(path.absolute()), remedy=_CONVENTION)
-    if path.suffix != ".py":
+    if path.suffix not in (".py", ".mlir"):
         raise ModelFileError(f"{text} is not a Python file", where=str(path.absolute()), remedy=_CONVENTION)
     return path.absolute(), name
 

@@ -58,7 +58,7 @@ _FUNCTIONS: dict[Any, Callable[..., Array]] = {
     GreaterEqual: np.greater_equal,
     Equal: np.equal,
     NotEqual: np.not_equal,
-    Where: lambda c, a, b: np.where(c != 0, a, b),
+    Where: lambda c, a, b: np.asarray(np.where(c != 0, a, b)),
 }
 
 
@@ -184,8 +184,8 @@ def evaluate(
 ) -> dict[str, Array]:
     """The value of every tensor, inputs included.
 
-    ``inputs`` are arrays in the order of each tensor's indices. ``sizes`` gives rank sizes that no input shows (ranks inside
-    an affine index) and named constants. Raises ``CascadeError`` for a missing input, size, or one that contradicts a shape.
+    ``inputs`` are arrays in the order of each tensor's indices. ``sizes`` gives rank sizes that no input shows (ranks
+    inside an affine index) and named constants. Raises ``CascadeError`` for a missing or contradictory input or size.
     """
     sizes = rank_sizes(cascade, inputs, sizes or {})
     tensors = {name: np.asarray(array, dtype=dtype) for name, array in inputs.items()}

@@ -297,9 +297,9 @@ class _LineParser:
         exponent = self.unary()
         if exponent.is_number and not exponent.has(sympy.oo, sympy.nan) and abs(exponent) > _MAX_EXPONENT:
             raise self.fail("the exponent is too large", token, f"At most {_MAX_EXPONENT}.")
-        if base.is_Rational and base.is_finite and exponent.is_Rational and exponent.is_finite:
-            if max(int(base.p).bit_length(), int(base.q).bit_length()) * abs(int(exponent)) > _MAX_BITS:
-                raise self.fail("the power is too large", token, f"At most {_MAX_BITS} bits.")
+        bits = max(int(base.p).bit_length(), int(base.q).bit_length()) if base.is_Rational and base.is_finite else 0
+        if exponent.is_Rational and bits * abs(int(exponent)) > _MAX_BITS:
+            raise self.fail("the power is too large", token, f"At most {_MAX_BITS} bits.")
         if base == 0 and exponent.is_number and exponent.is_negative:
             raise self.fail("division by zero", token)
         return base**exponent

@@ -101,8 +101,8 @@ def state(component: Component, rank: sympy.Symbol, when: str) -> AppliedUndef:
 def loop_form(component: Component, r: sympy.Symbol) -> list[Einsum]:
     """One component as cascade text: an iterative rank, one element a step.
 
-    rewrite: component -> ``NAME[i,0] = identity``; ``NAME[i,r+1] = carry (+) element``, with the element's further ranks
-    reduced in a line of their own first.
+    rewrite: component -> ``NAME[i,0] = identity``; ``NAME[i,r+1] = carry (+) element``, with the element's further
+    ranks reduced in a line of their own first.
     """
     lines: list[Einsum] = []
     element = component.element

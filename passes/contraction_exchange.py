@@ -1,7 +1,7 @@
-"""Contraction exchange: ``sum_n P_n sum_f a_f V_nf = sum_f a_f (sum_n P_n V_nf)``, where the right-hand inner sum is known.
+"""Contraction exchange: ``sum_n P_n sum_f a_f V_nf = sum_f a_f (sum_n P_n V_nf)``, where the last inner sum is known.
 
-In attention's backward ``D[m] = sum[n] P[m,n] * DP[m,n]`` walks over the keys, with ``DP[m,n] = sum[f] DO[m,f] * V[n,f]``; but
-``sum[n] P[m,n] * V[n,f]`` is the forward's output O, so ``D[m] = sum[f] DO[m,f] * O[m,f]`` (FlashAttention's delta, derived).
+In attention's backward ``D[m] = sum[n] P[m,n] * DP[m,n]`` walks over the keys, with ``DP[m,n] = sum[f] DO[m,f] * V[n,f]``;
+but ``sum[n] P[m,n] * V[n,f]`` is the forward's output O, so ``D[m] = sum[f] DO[m,f] * O[m,f]``: FlashAttention's delta.
 It needs that the inner contraction is linear in P, nothing else: scores may come from anywhere. Where the inner
 contraction is one addend of several (P has another consumer), the others stay in a sum over n of their own.
 
@@ -166,9 +166,7 @@ def _replace(cascade: Cascade, position: int, found: _Found, fresh: Callable[[st
     einsum = cascade.einsums[position]
     body = sympy.expand(_inline_addends(cascade, einsum.body, einsum.reduced))
     rest = body - found.addend
-    exchanged = Einsum(
-        einsum.output, einsum.indices, found.outside * found.known, "sum", found.inner, line=einsum.line
-    )
+    exchanged = Einsum(einsum.output, einsum.indices, found.outside * found.known, "sum", found.inner, line=einsum.line)
     lines = [exchanged]
     if rest != 0:
         parts = [access(fresh(f"{einsum.output}_{name}"), einsum.indices) for name in ("exchanged", "rest")]

@@ -1,12 +1,13 @@
 """Proofs of rewrites: each function here makes a ``Certificate``, or raises ``NotSeparable`` if a proof fails.
 
-A summand's residual must have the normal form 0. A re-based state must move as ``u(x; c') = T(c, c') u(x; c)``, and T must be
-a cocycle, both identically. What is left are conditions on the numbers:
+A summand's residual must have the normal form 0. A re-based state must move as ``u(x; c') = T(c, c') u(x; c)``, and T
+must be a cocycle, both identically. What is left are conditions on the numbers:
 
-- *deferral* keeps the sums of g as they are. It is chosen only for terms whose parts the intervals prove to have one sign, or
-  which are products that the original rounds as well, so that ``sum |g||h|`` is within a constant of the original's own error;
-- *re-basing* on a running maximum has ``|T| <= 1``. On a weighted mean T is not bounded, but the state's error is: it holds sums of
-  ``w |a - c|``, and ``sum w |a - mean| <= 2 sum w |a + b|`` for any b.
+- *deferral* keeps the sums of g as they are. It is chosen only for terms whose parts the intervals prove to have one
+  sign, or which are products that the original rounds as well: ``sum |g||h|`` is then within a constant of the
+  original's own error;
+- *re-basing* on a running maximum has ``|T| <= 1``. On a weighted mean T is not bounded, but the state's error is: it
+  holds sums of ``w |a - c|``, and ``sum w |a - mean| <= 2 sum w |a + b|`` for any b.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import sympy
 
 from ..ir.cascade import COMPARISONS, Einsum, is_rank, is_size
 from ..ir.cascade_interpreter import evaluate_expression
+from ..ir.cascade_printer import print_expression
 from .certificate import Certificate
 from .normal_form import is_zero
 from .rebase import Context, Realized, Reference
@@ -39,7 +41,7 @@ def certify_sum(
     """The certificate of a sum whose terms were realized in that order."""
     pairs = separate(terms)
     if not is_zero(parts.f - sympy.Add(*(g * h for g, h in pairs))):
-        raise NotSeparable(f"the residual of the separation did not reduce to 0: {parts.f}")
+        raise NotSeparable(f"the residual of the separation did not reduce to 0: {print_expression(parts.f)}")
     bases = [_basis(term, item, parts, context) for term, item in zip(terms, realized, strict=True)]
     moving = [basis for basis in bases if basis.exponent or basis.centres]
     conditions = {"distributes": True}
@@ -70,9 +72,9 @@ def certify_sum(
 
 
 def certify_extremum(einsum: Einsum, rank: sympy.Symbol, parts: Summand, split: Monotone) -> Certificate:
-    """The certificate of a max or min: ``f = h(g)`` with h monotone; h reads the largest (or smallest) g as ``finished``."""
+    """The certificate of a max or min: ``f = h(g)``, h monotone. h reads the largest (smallest) g as ``finished``."""
     if not is_zero(parts.f - split.rebuild.xreplace({FINISHED: split.u})):
-        raise NotSeparable(f"the residual of the separation did not reduce to 0: {parts.f}")
+        raise NotSeparable(f"the residual of the separation did not reduce to 0: {print_expression(parts.f)}")
     finished = sympy.Symbol("finished", real=True)
     return Certificate(
         einsum.output,

@@ -24,7 +24,7 @@ from itertools import product as cartesian
 
 import sympy
 
-from ..ir.cascade import Equal, Less, Where, accesses, ranks_of, size, tensor_name
+from ..ir.cascade import Equal, Less, Where, accesses, ranks_of, size
 from ..ir.monoid import LAST, NEW, OLD, Component, state
 from .intervals import Interval, interval
 from .separable_rank import Affine, Term, masked
@@ -215,8 +215,8 @@ def _finite(value: sympy.Expr, reference: Reference) -> sympy.Expr:
 class Context:
     """Where a term is realized: for which tensor (``hint``), over which ranks, in which order of kept ranks.
 
-    ``inline`` rewrites an expression to last states and inputs; ``alias`` gives the tensor equal to a component's last state
-    (or that state).
+    ``inline`` rewrites an expression to last states and inputs; ``alias`` gives the tensor equal to a component's last
+    state, or that state.
     """
 
     registry: Registry
@@ -324,7 +324,7 @@ def _distance(
     exponent: Reference | None,
     at: Context,
 ) -> sympy.Expr:
-    """``b + c`` at the end. If b is minus the mean of a, this is 0 but for the rounding of c, which the sum of a - c tells."""
+    """``b + c`` at the end. If b is minus the mean of a, it is 0 but for c's rounding, which the sum of a - c tells."""
     registry = at.registry
     sizes = sympy.Mul(*(size(s.name) for s in at.reduced))
     weights = sizes if weight.x == 1 and not weight.masks and exponent is None else registry.last(count)

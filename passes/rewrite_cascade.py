@@ -6,7 +6,7 @@ The result computes the same outputs. Tensors that nothing reads any more are go
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import sympy
 
@@ -44,12 +44,12 @@ def rewrite(cascade: Cascade) -> Rewriting:
     for _ in range(_MAX_SWEEPS):
         refusals, changed = [], False
         for group in rank_groups(current):
-            result = _without_loss(current, group, bounds, fresh)
+            result = _without_loss(current, outputs, group, bounds, fresh)
             refusals += result.refusals
             if not result.certificates:
                 continue
             changed = True
-            current = without_unread(result.cascade, outputs)
+            current = result.cascade
             certificates += result.certificates
             monoids += result.monoids
             bounds = {**tensor_intervals(current), **bounds}
@@ -62,15 +62,24 @@ def rewrite(cascade: Cascade) -> Rewriting:
 
 
 def _without_loss(
-    cascade: Cascade, group: RankGroup, bounds: Mapping[str, Interval], fresh: Callable[[str], str]
+    cascade: Cascade,
+    outputs: frozenset[str],
+    group: RankGroup,
+    bounds: Mapping[str, Interval],
+    fresh: Callable[[str], str],
 ) -> Streamed:
     """Stream a rank group; no input is then visited more often than before.
 
     Moving a reduction to an earlier pass can cost an input one: if something refused must visit it later anyway. Such
     reductions are found by withholding one, or all that read the input, as long as that saves passes.
     """
+
+    def attempt(withheld: frozenset[str]) -> Streamed:
+        result = stream(cascade, group, bounds, fresh, withheld)
+        return replace(result, cascade=without_unread(result.cascade, outputs))
+
     before, withheld = _input_passes(cascade), frozenset[str]()
-    result = stream(cascade, group, bounds, fresh)
+    result = attempt(withheld)
     while result.certificates:
         now = _input_passes(result.cascade)
         lost = {name for name, rank in now if now[name, rank] > before.get((name, rank), now[name, rank])}
@@ -79,8 +88,7 @@ def _without_loss(
         choices = [frozenset({name}) for name in sorted(result.moved)]
         choices += [result.moved & _derived(cascade, name) for name in sorted(lost)] + [result.moved]
         # Each round withholds more, so this ends.
-        wider = [withheld | choice for choice in dict.fromkeys(choices) if choice]
-        trials = [(choice, stream(cascade, group, bounds, fresh, choice)) for choice in wider]
+        trials = [(withheld | choice, attempt(withheld | choice)) for choice in dict.fromkeys(choices) if choice]
         withheld, result = min(trials, key=lambda trial: (sum(_input_passes(trial[1].cascade).values()), len(trial[0])))
     return result
 
@@ -114,7 +122,7 @@ def without_unread(cascade: Cascade, outputs: frozenset[str]) -> Cascade:
 
 
 def _late_outputs(cascade: Cascade, outputs: frozenset[str]) -> list[Refusal]:
-    """Outputs that keep a rank and need results of reductions over it: their elements can only be written afterwards."""
+    """Outputs that keep a rank and need results of reductions over it: their elements can only be written later."""
     found: list[Refusal] = []
     for group in rank_groups(cascade):
         levels = rank_passes(cascade, group)
@@ -130,7 +138,9 @@ def _late_outputs(cascade: Cascade, outputs: frozenset[str]) -> list[Refusal]:
                 }
             )
             why = f"{einsum.output} keeps {own[0].name}, so each element must be visited again once "
-            why += f"{', '.join(needs)} is known" if needs else "what it derives from is known"
+            why += (
+                f"{', '.join(needs)} {'is' if len(needs) == 1 else 'are'} known" if needs else "its operands are known"
+            )
             found.append(Refusal(einsum.output, own[0].name, why))
     return found
 

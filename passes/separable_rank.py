@@ -18,6 +18,7 @@ from itertools import product as cartesian
 import sympy
 
 from ..ir.cascade import COMPARISONS, Equal, NotEqual, Relu, Where
+from ..ir.cascade_printer import print_expression
 from .intervals import SAFE_EXPONENT, Interval, interval
 from .normal_form import OPPOSITE, normal_form
 
@@ -143,7 +144,7 @@ def _mixed(e: sympy.Expr, v: Variables) -> NotSeparable:
     xs = ", ".join(sorted(s.name for s in e.free_symbols & v.x))
     ds = ", ".join(sorted(s.name for s in e.free_symbols & v.d))
     kind = type(e).__name__.lower() if not e.is_Pow else f"power {e.args[1]}"
-    return NotSeparable(f"{kind} of an expression that mixes {xs} with {ds} does not separate: {e}")
+    return NotSeparable(f"{kind} of an expression that mixes {xs} with {ds} does not separate: {print_expression(e)}")
 
 
 def _multiply(a: Term, b: Term) -> Term:
@@ -170,12 +171,14 @@ def _product(factors: Sequence[list[Term]], e: sympy.Expr, v: Variables) -> list
     """
     sums = [terms for terms in factors if len(terms) > 1]
     if len(sums) > 1 and not all(_same_sign(terms, v) for terms in sums):
-        raise NotSeparable(f"the terms may cancel in more than one factor, so expanding loses digits: {e}")
+        raise NotSeparable(
+            f"the terms may cancel in more than one factor, so expanding loses digits: {print_expression(e)}"
+        )
     result = [Term()]
     for terms in factors:
         result = [_multiply(a, b) for a, b in cartesian(result, terms)]
         if len(result) > _MAX_TERMS:
-            raise NotSeparable(f"more than {_MAX_TERMS} products: {e}")
+            raise NotSeparable(f"more than {_MAX_TERMS} products: {print_expression(e)}")
     return result
 
 
@@ -260,7 +263,7 @@ def _power(e: sympy.Expr, v: Variables) -> list[Term]:
         return _product([_decompose(base, v)] * int(exponent), e, v)
     term = _single(base, v, e)
     if not exponent.is_Integer and not (v.positive(term.x) or v.positive(term.d)):
-        raise NotSeparable(f"the sign of neither part is known under the power {exponent}: {e}")
+        raise NotSeparable(f"the sign of neither part is known under the power {exponent}: {print_expression(e)}")
     if term.masks:
         raise _mixed(e, v)
     scaled = (term.exponent[0] * exponent, term.exponent[1] * exponent) if term.exponent else None
@@ -288,7 +291,7 @@ def _logarithm(e: sympy.Expr, v: Variables) -> list[Term]:
     if term.masks:
         raise _mixed(e, v)
     if not (v.positive(term.x) or v.positive(term.d)):
-        raise NotSeparable(f"the sign of neither part is known under the logarithm: {e}")
+        raise NotSeparable(f"the sign of neither part is known under the logarithm: {print_expression(e)}")
     a, b = term.exponent or (sympy.Integer(0), sympy.Integer(0))
     return _decompose(sympy.log(term.x) + sympy.log(term.d) + a + b, v)
 

@@ -1,7 +1,7 @@
 """What a dependent reduction sums, as a function f(x, d) of plain symbols.
 
-Maps between the reductions are inlined first. Then each tensor access is one symbol: x if it varies along what is reduced,
-d if it depends on reductions over the same rank that are ready no earlier than the pass aimed at, neither if it is ready before.
+Maps between the reductions are inlined first. Then each tensor access is one symbol: x if it varies along what is
+reduced, d if it depends on reductions over the same rank that the pass aimed at does not find finished, else neither.
 """
 
 from __future__ import annotations
@@ -36,9 +36,7 @@ class Summand:
         return e.xreplace({item: symbol for symbol, item in self.access.items()})
 
 
-def summand(
-    cascade: Cascade, einsum: Einsum, aim: int, found: RankPasses, bounds: Mapping[str, Interval]
-) -> Summand:
+def summand(cascade: Cascade, einsum: Einsum, aim: int, found: RankPasses, bounds: Mapping[str, Interval]) -> Summand:
     """The summand of a reduction that shall be done in pass ``aim``. Raises ``NotSeparable``."""
     body = inline_maps(cascade, einsum, aim, found)
     reduced = frozenset(einsum.reduced)

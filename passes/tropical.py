@@ -1,8 +1,8 @@
 """Deferral for max and min: a monotone function of something x-only is largest and smallest at that thing's ends.
 
-``max_n F(u(x_n), d) = F(max_n u(x_n), d)`` if F does not decrease in u, ``= F(min_n u, d)`` if it does not increase, and
-``= max(F(max_n u, d), F(min_n u, d))`` if it does one of the two but which depends on a sign that is only known later. In the
-tropical semirings this is rank 1: (max, +) for ``u + h(d)``, (max, *) for ``u * h(d)``.
+``max_n F(u(x_n), d) = F(max_n u(x_n), d)`` if F does not decrease in u, ``= F(min_n u, d)`` if it does not increase,
+``= max(F(max_n u, d), F(min_n u, d))`` if it does one of the two, but which is only known later (the sign of a factor).
+In the tropical semirings this is rank 1: (max, +) for ``u + h(d)``, (max, *) for ``u * h(d)``.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import sympy
 
 from ..ir.cascade import Maximum, Minimum, Relu, Round, Sigmoid
+from ..ir.cascade_printer import print_expression
 from .separable_rank import NotSeparable, Variables
 
 #: Stands for the finished maximum (or minimum) in ``Monotone.rebuild``.
@@ -21,7 +22,7 @@ _INCREASING = (sympy.exp, sympy.tanh, Sigmoid, Relu, Round)
 
 @dataclass(frozen=True)
 class Monotone:
-    """``f = rebuild(u)``. ``direction``: 1 if rebuild does not decrease, -1 if it does not increase, 0 for one of both."""
+    """``f = rebuild(u)``. ``direction``: 1 if rebuild does not decrease, -1 if it does not increase, 0 for either."""
 
     u: sympy.Expr
     rebuild: sympy.Expr
@@ -50,7 +51,7 @@ def split_monotone(e: sympy.Expr, v: Variables) -> Monotone:
             inner = split_monotone(varying[0], v)
             args = [inner.rebuild if argument is varying[0] else argument for argument in e.args]
             return Monotone(inner.u, type(e)(*args), inner.direction)
-    raise NotSeparable(f"not a monotone function of one expression without earlier results: {e}")
+    raise NotSeparable(f"not a monotone function of one expression without earlier results: {print_expression(e)}")
 
 
 def _sum(e: sympy.Expr, v: Variables) -> Monotone:
@@ -65,7 +66,7 @@ def _sum(e: sympy.Expr, v: Variables) -> Monotone:
     factored = sympy.factor_terms(e)
     if factored.is_Mul:
         return _product(factored, v)
-    raise NotSeparable(f"a sum that mixes both sides: {e}")
+    raise NotSeparable(f"a sum that mixes both sides: {print_expression(e)}")
 
 
 def _product(e: sympy.Expr, v: Variables) -> Monotone:
@@ -73,7 +74,7 @@ def _product(e: sympy.Expr, v: Variables) -> Monotone:
     plain = sympy.Mul(*(factor for factor in e.args if v.has_x(factor) and not v.has_d(factor)))
     fixed = sympy.Mul(*(factor for factor in e.args if not v.has_x(factor)))
     if (mixed and plain != 1) or len(mixed) > 1:
-        raise NotSeparable(f"a product that mixes both sides: {e}")
+        raise NotSeparable(f"a product that mixes both sides: {print_expression(e)}")
     bound = v.bound(fixed)
     sign = 1 if bound.low >= 0 else -1 if bound.high <= 0 else 0
     inner = split_monotone(mixed[0], v) if mixed else Monotone(plain, FINISHED, 1)

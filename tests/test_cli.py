@@ -491,6 +491,14 @@ def test_plan_of_a_training_step(effcc: Effcc, linear: Path, tmp_path: Path) -> 
     assert phases == ["forward", "backward", "optimizer"]
 
 
+def test_what_a_model_prints_does_not_mix_with_the_json(effcc: Effcc, tmp_path: Path) -> None:
+    loud = tmp_path / "loud.py"
+    loud.write_text(LINEAR + "\nprint('hello from the model file')\n")
+    result = effcc("plan", loud, "-o", tmp_path / "p.effcc", "--json", "--no-report")
+    assert result.json["summary"]["model"] == "loud"
+    assert "hello from the model file" in result.err
+
+
 def test_plan_in_another_dtype_halves_the_parameters(effcc: Effcc, linear: Path, tmp_path: Path) -> None:
     result = effcc("plan", linear, "--dtype", "bf16", "-o", tmp_path / "p.effcc", "--json", "--no-report")
     assert result.json["summary"]["roles"]["parameter"] == PARAMETER_BYTES // 2
@@ -564,6 +572,24 @@ def test_plan_refuses_a_wrong_option_before_it_works(
     monkeypatch.setattr("effcc.planning._load", lambda _: pytest.fail("the model was loaded"))
     refused(effcc("plan", linear, *options), *words)
     assert sorted(path.name for path in linear.parent.iterdir()) == ["linear.py"]
+
+
+def test_emit_names_the_extra_that_is_missing(
+    effcc: Effcc, linear: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("torch_mlir", "torch_mlir.fx"):
+        monkeypatch.setitem(sys.modules, name, None)
+    monkeypatch.setattr("effcc.planning._load", lambda _: pytest.fail("the model was loaded"))
+    refused(effcc("plan", linear, "--emit", "mlir", "-o", tmp_path / "p.effcc"), "effcc[mlir]")
+
+
+def test_plan_with_symbolic_sizes_is_that_of_the_example(effcc: Effcc, linear: Path, tmp_path: Path) -> None:
+    peaks = [
+        effcc("plan", linear, *options, "--no-report", "-o", tmp_path / "p.effcc", "--json").json["summary"]["roles"]
+        for options in ([], ["--dynamic"])
+    ]
+    assert peaks[0]["parameter"] == peaks[1]["parameter"] == PARAMETER_BYTES
+    assert peaks[0]["input"] == peaks[1]["input"] == 32 * 64 * 4
 
 
 def test_plan_refuses_an_output_that_cannot_be_written_before_it_works(

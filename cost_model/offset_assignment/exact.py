@@ -21,40 +21,39 @@ from .tables import Ints, Tables
 
 SOLVED, NO_SOLUTION, STOPPED = 1, 0, -1
 
-# ``counters``: 0 nodes visited, 1 their limit, 2 length of the trail. ``stop[0]`` is set by another thread.
-
 
 # Columns of a frame of the search (one frame: one placement to be chosen).
-_START, _COUNT, _NEXT, _MARK, _FLOOR, _RANK, _CHILDREN, _CHILD, _CEILING = range(9)
+_START, _COUNT, _NEXT, _MARK, _AMONG, _CHILDREN, _CHILD, _CEILING, _BEHIND = range(9)
+# Kinds of entries of the trail: what a placement changed, to be taken back.
+_LOWEST, _FLOOR, _PLACED = range(3)
 _BIG = 1 << 62
 
 
 @compiled
 def _order_and_check(
-    members: Ints, start: int, count: int, floor: int, floor_rank: int, capacity: int, size: Ints, rank: Ints,
+    members: Ints, start: int, count: int, floor: Ints, floor_rank: Ints, capacity: int, size: Ints, rank: Ints,
     neighbours_start: Ints, neighbours: Ints, first_section: Ints, last_section: Ints, offsets: Ints, lowest: Ints,
     load: Ints, release: Ints, blame: Ints,
 ) -> int:  # fmt: skip
-    """Sort ``members[start:start + count]`` by (release, rank); -1 if they cannot fit, else the ceiling.
+    """Sort ``members[start:start + count]`` by (release, rank); -1 if they cannot fit, else 0.
 
-    Release: the lowest offset that a buffer can still get. Ceiling: height below which the next placement must begin.
+    Release: the lowest offset that a buffer can still get.
     """
-    ceiling, begin, end = _BIG, _BIG, -1
+    begin, end = _BIG, -1
     for i in range(start, start + count):
         b = members[i]
-        release[b] = max(lowest[b], floor)
-        ceiling = min(ceiling, lowest[b] + size[b])
+        release[b] = max(lowest[b], floor[b])
         begin = min(begin, first_section[b])
         end = max(end, last_section[b])
     for i in range(start, start + count):
         b = members[i]
-        if lowest[b] < floor or (lowest[b] == floor and rank[b] < floor_rank):
+        if lowest[b] < floor[b] or (lowest[b] == floor[b] and rank[b] < floor_rank[b]):
             # Passed over at its lowest offset: something still to come must lie under it and in its way.
             support = _BIG
             for index in range(neighbours_start[b], neighbours_start[b + 1]):
                 other = neighbours[index]
                 if offsets[other] < 0:
-                    bottom = max(lowest[other], floor)
+                    bottom = max(lowest[other], floor[other])
                     if bottom < lowest[b] + size[b]:
                         support = min(support, bottom + size[other])
             if support + size[b] > capacity:
@@ -83,7 +82,46 @@ def _order_and_check(
             if load[section] > room:
                 blame[section] += 1
                 return -1
-    return ceiling
+    return 0
+
+
+@compiled
+def _valley(
+    members: Ints, start: int, count: int, priority: Ints, size: Ints, neighbours_start: Ints, neighbours: Ints,
+    first_section: Ints, last_section: Ints, offsets: Ints, lowest: Ints, release: Ints, seen: Ints, valley: Ints,
+    valley_start: int,
+) -> int:  # fmt: skip
+    """Choose the buffers among which the next placement is sought: write them to ``valley[valley_start:]``, return how
+    many. The smallest closed set around the lowest buffer in the section of greatest priority."""
+    best_priority = -1
+    seed = members[start]
+    for i in range(start, start + count):
+        b = members[i]
+        for section in range(first_section[b], last_section[b] + 1):
+            if priority[section] > best_priority:
+                best_priority = priority[section]
+                seed = b
+    stamp = seen[seen.size - 1] + 1
+    seen[seen.size - 1] = stamp
+    valley[valley_start] = seed
+    seen[seed] = stamp
+    found, done = 1, 0
+    while done < found:
+        b = valley[valley_start + done]
+        done += 1
+        for index in range(neighbours_start[b], neighbours_start[b + 1]):
+            other = neighbours[index]
+            if offsets[other] < 0 and seen[other] != stamp and release[other] < lowest[b] + size[b]:
+                seen[other] = stamp
+                valley[valley_start + found] = other
+                found += 1
+    # In the order of the members.
+    found = 0
+    for i in range(start, start + count):
+        if seen[members[i]] == stamp:
+            valley[valley_start + found] = members[i]
+            found += 1
+    return found
 
 
 @compiled
@@ -132,9 +170,9 @@ def _split(
 
 @compiled
 def _run(
-    members: Ints, capacity: int, node_limit: int, size: Ints, alignment: Ints, rank: Ints, neighbours_start: Ints,
-    neighbours: Ints, first_section: Ints, last_section: Ints, offsets: Ints, lowest: Ints, crossing: Ints, load: Ints,
-    trail: Ints, frames: Ints, nodes: Ints, stop: Ints, blame: Ints,
+    members: Ints, capacity: int, node_limit: int, size: Ints, alignment: Ints, rank: Ints, priority: Ints,
+    neighbours_start: Ints, neighbours: Ints, first_section: Ints, last_section: Ints, offsets: Ints, lowest: Ints,
+    crossing: Ints, trail: Ints, frames: Ints, nodes: Ints, stop: Ints, blame: Ints,
 ) -> int:  # fmt: skip
     """Depth-first search with its own stack (compiled recursive functions cannot be kept in numba's cache).
 
@@ -142,26 +180,39 @@ def _run(
     """
     count = size.size
     release = np.zeros(count, np.int64)
+    floor, floor_rank = np.zeros(count, np.int64), np.full(count, -1, np.int64)
+    load = np.zeros(blame.size, np.int64)
+    valley = np.zeros((count + 2) * (count + 2), np.int64)
+    seen = np.zeros(count + 1, np.int64)
     space = np.zeros(2, np.int64)
     depth, trail_length, result = 0, 0, -1
-    frames[0, _START], frames[0, _COUNT], frames[0, _FLOOR], frames[0, _RANK] = 0, count, 0, -1
+    frames[0, _START], frames[0, _COUNT] = 0, count
     entering = True
     while depth >= 0:
         frame = frames[depth]
         start, length = frame[_START], frame[_COUNT]
+        among = depth * count
         if entering:
             nodes[0] += 1
             if nodes[0] > node_limit or stop[0] != 0:
                 return -1
-            frame[_MARK], frame[_NEXT] = trail_length, start
-            frame[_CEILING] = _order_and_check(
-                members, start, length, frame[_FLOOR], frame[_RANK], capacity, size, rank, neighbours_start,
-                neighbours, first_section, last_section, offsets, lowest, load, release, blame,
+            frame[_MARK], frame[_NEXT] = trail_length, 0
+            fits = _order_and_check(
+                members, start, length, floor, floor_rank, capacity, size, rank, neighbours_start, neighbours,
+                first_section, last_section, offsets, lowest, load, release, blame,
             )  # fmt: skip
-            if frame[_CEILING] < 0:
+            if fits < 0:
                 entering, result = False, 0
                 depth -= 1
                 continue
+            frame[_AMONG] = _valley(
+                members, start, length, priority, size, neighbours_start, neighbours, first_section, last_section,
+                offsets, lowest, release, seen, valley, among,
+            )  # fmt: skip
+            ceiling = _BIG
+            for i in range(among, among + frame[_AMONG]):
+                ceiling = min(ceiling, lowest[valley[i]] + size[valley[i]])
+            frame[_CEILING] = ceiling
         elif result == 1:
             # A part is done: go on to the next one of the same placement, or all of it is done.
             frame[_CHILD] += members[frame[_CHILD]] + 1
@@ -169,73 +220,79 @@ def _run(
             if frame[_CHILDREN] == 0:
                 depth -= 1
                 continue
-            b = members[frame[_NEXT] - 1]
             child = frames[depth + 1]
             child[_START], child[_COUNT] = frame[_CHILD] + 1, members[frame[_CHILD]]
-            child[_FLOOR], child[_RANK] = offsets[b], rank[b]
-            # Lists of the part's own frames go behind all parts: see ``space`` below.
             entering = True
             depth += 1
             continue
         else:
             while trail_length > frame[_MARK]:
                 trail_length -= 1
-                b = trail[trail_length, 0]
-                if b >= 0:
-                    lowest[b] = trail[trail_length, 1]
+                b = trail[trail_length, 1]
+                if trail[trail_length, 0] == _LOWEST:
+                    lowest[b] = trail[trail_length, 2]
+                elif trail[trail_length, 0] == _FLOOR:
+                    floor[b], floor_rank[b] = trail[trail_length, 2], trail[trail_length, 3]
                 else:
-                    b = -1 - b
                     offsets[b] = -1
                     for section in range(first_section[b], last_section[b]):
                         crossing[section] += 1
         # Choose the next placement of this frame.
         chosen = frame[_NEXT]
-        while chosen < start + length:
-            b = members[chosen]
-            passed = lowest[b] < frame[_FLOOR] or (lowest[b] == frame[_FLOOR] and rank[b] < frame[_RANK])
+        while chosen < frame[_AMONG]:
+            b = valley[among + chosen]
+            passed = lowest[b] < floor[b] or (lowest[b] == floor[b] and rank[b] < floor_rank[b])
             if not passed and lowest[b] < frame[_CEILING]:
                 break
             chosen += 1
-        if chosen == start + length:
+        if chosen == frame[_AMONG]:
             entering, result = False, 0
             depth -= 1
             continue
         frame[_NEXT] = chosen + 1
-        b = members[chosen]
+        b = valley[among + chosen]
         offset = lowest[b]
         offsets[b] = offset
+        for i in range(among, among + frame[_AMONG]):
+            other = valley[i]
+            if other != b and (floor[other] < offset or (floor[other] == offset and floor_rank[other] < rank[b])):
+                trail[trail_length, 0], trail[trail_length, 1] = _FLOOR, other
+                trail[trail_length, 2], trail[trail_length, 3] = floor[other], floor_rank[other]
+                trail_length += 1
+                floor[other], floor_rank[other] = offset, rank[b]
         top = offset + size[b]
         for index in range(neighbours_start[b], neighbours_start[b + 1]):
             other = neighbours[index]
             if offsets[other] < 0 and lowest[other] < top:
-                trail[trail_length, 0] = other
-                trail[trail_length, 1] = lowest[other]
+                trail[trail_length, 0], trail[trail_length, 1], trail[trail_length, 2] = _LOWEST, other, lowest[other]
                 trail_length += 1
                 lowest[other] = -(-top // alignment[other]) * alignment[other]
-        trail[trail_length, 0] = -1 - b
+        trail[trail_length, 0], trail[trail_length, 1] = _PLACED, b
         trail_length += 1
         cut = False
         for section in range(first_section[b], last_section[b]):
             crossing[section] -= 1
             cut = cut or crossing[section] == 0
         # Lists live on a stack: a frame's parts start behind every list that is still needed.
-        behind = start + length if depth == 0 else max(start + length, frames[depth - 1, 9])
-        frame[_CHILDREN] = _split(members, start, length, chosen, behind, cut, first_section, crossing, space)
-        frame[_CHILD], frame[9] = space[0], space[1]
+        behind = start + length if depth == 0 else max(start + length, frames[depth - 1, _BEHIND])
+        position = start
+        while members[position] != b:
+            position += 1
+        frame[_CHILDREN] = _split(members, start, length, position, behind, cut, first_section, crossing, space)
+        frame[_CHILD], frame[_BEHIND] = space[0], space[1]
         if frame[_CHILDREN] == 0:
             entering, result = False, 1
             depth -= 1
             continue
         child = frames[depth + 1]
         child[_START], child[_COUNT] = frame[_CHILD] + 1, members[frame[_CHILD]]
-        child[_FLOOR], child[_RANK] = offset, rank[b]
         entering = True
         depth += 1
     return result
 
 
 def search(
-    tables: Tables, rank: Ints, capacity: int, node_limit: int, stop: Ints, blame: Ints
+    tables: Tables, rank: Ints, priority: Ints, capacity: int, node_limit: int, stop: Ints, blame: Ints
 ) -> tuple[int, Ints, int]:
     """Search for offsets with all ends at or below ``capacity``.
 
@@ -253,11 +310,11 @@ def search(
     # Each level of the search keeps its lists: lengths n, n - 1, ..., with a head for each part.
     members = np.empty((count + 2) * (count + 4), np.int64)
     members[:count] = np.argsort(rank)
-    trail = np.empty((tables.neighbours.size + count + 16, 2), np.int64)
+    trail = np.empty((tables.neighbours.size + (count + 2) * (count + 2), 4), np.int64)
     nodes = np.zeros(1, np.int64)
     status = _run(
-        members, capacity, node_limit, tables.size, tables.alignment, rank, tables.neighbours_start, tables.neighbours,
-        tables.first_section, tables.last_section, offsets, np.zeros(count, np.int64), np.cumsum(crossing),
-        np.zeros(sections, np.int64), trail, np.zeros((count + 2, 10), np.int64), nodes, stop, blame,
+        members, capacity, node_limit, tables.size, tables.alignment, rank, priority, tables.neighbours_start,
+        tables.neighbours, tables.first_section, tables.last_section, offsets, np.zeros(count, np.int64),
+        np.cumsum(crossing), trail, np.zeros((count + 2, 10), np.int64), nodes, stop, blame,
     )  # fmt: skip
     return status, offsets, int(nodes[0])

@@ -22,6 +22,10 @@ _MOST_PAIRS = 20_000_000
 #: Moves, restarts and windows of the first round; each later round has twice as many.
 _MOVES, _RESTARTS, _WINDOWS = 2000, 20, 4
 _ROUNDS = 14
+#: Exact search that came within this share of the goal is left to go on alone.
+_NEAR = 1.02
+#: Round in which a part that misses its capacity gets as near to it as it can.
+_SETTLE = 3
 
 
 def improve(part: Part, goal: int, given: bool, granule: int, deadline: float, seed: int) -> int:
@@ -44,9 +48,12 @@ def improve(part: Part, goal: int, given: bool, granule: int, deadline: float, s
         if done():
             break
         if exact is not None:
-            lowest = max(lowest, _exact_round(part, exact, max(goal, lowest), given, granule, number, deadline))
+            bisect = not given or number == _SETTLE
+            lowest = max(lowest, _exact_round(part, exact, max(goal, lowest), bisect, granule, number, deadline))
             if given and lowest > goal:
                 break
+            if part.height <= _NEAR * goal or given:
+                continue
         if not done() and count <= _REINSERTION_BUFFERS:
             with alarm(deadline) as stop:
                 moves = max(100, (_MOVES << number) * 500 // max(count, 500))
@@ -67,10 +74,9 @@ def improve(part: Part, goal: int, given: bool, granule: int, deadline: float, s
 
 
 def _exact_round(
-    part: Part, exact: Restarts, goal: int, given: bool, granule: int, number: int, deadline: float
+    part: Part, exact: Restarts, goal: int, bisect: bool, granule: int, number: int, deadline: float
 ) -> int:
-    """Try the goal, then (unless it is all that is asked for) capacities half way between what failed and what is
-    known, until they meet. Returns a height that is proven to be needed."""
+    """Try the goal, then, if ``bisect``, capacities half way between what failed and what is known, until they meet. Returns a height that is proven to be needed."""
     proven, failed, capacity = 0, 0, goal
     while part.height > goal and time.perf_counter() < deadline:
         status, offsets = exact.run(capacity, _RESTARTS << number, deadline)
@@ -80,7 +86,7 @@ def _exact_round(
             failed = capacity
             if status == NO_SOLUTION:
                 proven = capacity + granule
-            if given:
+            if not bisect:
                 break
         capacity = failed + (part.height - failed) // 2 // granule * granule
         if part.height - failed <= granule or capacity <= max(failed, goal):
