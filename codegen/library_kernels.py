@@ -7,10 +7,12 @@ at 480 on two cores), and neither always wins, so the candidates are timed for e
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeAlias, TypeGuard
+from typing import TypeAlias, TypeGuard
 
 import torch
 import torch.fx as fx
+
+from .sizes import same_size, size_hint, size_hints
 
 #: (m, k, n, stride of the left operand, stride of the right operand) -> "onednn" or "blas".
 GemmChoice: TypeAlias = Callable[[int, int, int, tuple[int, int], tuple[int, int]], str]
@@ -44,7 +46,11 @@ def use_library_kernels(module: fx.GraphModule, choose: GemmChoice) -> dict[str,
             continue
         left, right, bias = parts
         a, b = left.meta["val"], right.meta["val"]
-        library = choose(hint(a.shape[0]), hint(a.shape[1]), hint(b.shape[1]), strides(a), strides(b))
+        sizes = size_hints((a.shape[0], a.shape[1], b.shape[1], *a.stride(), *b.stride()))
+        if sizes is None:
+            continue
+        m, k, n, *steps = sizes
+        library = choose(m, k, n, (steps[0], steps[1]), (steps[2], steps[3]))
         chosen[node.name] = library
         if library != "onednn":
             continue
@@ -78,9 +84,9 @@ def product_parts(node: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node | None] | No
     if len(tensors) < len(values):
         return None
     _, weight, result, *row = tensors
-    if any(one.dim() != 1 or one.shape[0] != weight.shape[1] for one in row):
+    if any(one.dim() != 1 or not same_size(one.shape[0], weight.shape[1]) for one in row):
         return None
-    if result.stride() != (result.shape[1], 1):
+    if not same_size(result.stride(), (result.shape[1], 1)):
         return None
     return left, right, bias if isinstance(bias, fx.Node) else None
 
@@ -91,7 +97,7 @@ def runs_in_onednn(value: object) -> TypeGuard[torch.Tensor]:
         isinstance(value, torch.Tensor)
         and value.dtype == torch.float32
         and value.device.type == "cpu"
-        and all(hint(size) != 0 for size in value.shape)
+        and all(size_hint(size) not in (0, None) for size in value.shape)
     )
 
 
@@ -104,13 +110,3 @@ def transposed(graph: fx.Graph, node: fx.Node) -> fx.Node:
     if "stack_trace" in node.meta:
         result.meta["stack_trace"] = node.meta["stack_trace"]
     return result
-
-
-def hint(size: Any) -> int:
-    """A size as a number; a symbolic one by the value it was traced with."""
-    return int(size.node.hint) if isinstance(size, torch.SymInt) else int(size)
-
-
-def strides(value: torch.Tensor) -> tuple[int, int]:
-    first, second = value.stride()
-    return hint(first), hint(second)

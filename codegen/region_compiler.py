@@ -206,7 +206,8 @@ def eager_segment(module: fx.GraphModule) -> CompiledSegment:
         args.clear()
         return module(*local)
 
-    return CompiledSegment(run, module.code, 0, [None] * len(list(module.graph.output_node().args[0])))
+    outputs: Any = module.graph.output_node().args[0]
+    return CompiledSegment(run, module.code, 0, [None] * len(outputs))
 
 
 def source_of(segment: Segment, target: str = "") -> str:

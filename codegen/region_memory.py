@@ -17,6 +17,7 @@ from .fx_export import to_fx
 from .kernel_batch import Collector, collecting
 from .region_compiler import CompiledSegments
 from .segments import copy_module
+from .sizes import storage_bytes
 from .wrapper_memory import wrapper_memory
 
 
@@ -105,13 +106,3 @@ def tensors(value: Any) -> Iterable[torch.Tensor]:
     elif isinstance(value, list | tuple):
         for item in value:
             yield from tensors(item)
-
-
-def storage_bytes(value: torch.Tensor) -> int:
-    """Bytes that a tensor's elements span; symbolic sizes by their hints."""
-    extent = 1
-    for size, stride in zip(value.shape, value.stride(), strict=True):
-        if int(size) == 0:
-            return 0
-        extent += (int(size) - 1) * int(stride)
-    return extent * value.element_size()

@@ -175,7 +175,7 @@ class _Reader:
         self.kernels.append(RegionKernel(name=name, kind="library" if library else "kernel"))
 
     def workspace(self, name: str, node: ast.Call) -> int:
-        """Bytes that a library op holds for itself: a convolution on CPU reorders its weight to oneDNN's blocks, and its
+        """Bytes that a library op holds for itself: a convolution on CPU reorders its weight to oneDNN blocks, and its
         backward makes the weight's gradient in blocks, in strides, and as it is asked for (watched in the allocator,
         torch 2.13, channels-last)."""
         for op, operand, copies in _REORDERS:

@@ -123,10 +123,12 @@ def trace(
     dynamic: bool | None = None,
     decompositions: Mapping[Any, Callable[..., Any]] | None = None,
     share_repeated: bool = True,
+    writes_inputs: bool = True,
 ) -> Traced:
     """Build ``spec``'s model without weights and run one step of it through a collecting backend.
 
-    decompositions: None takes Inductor's. share_repeated: trace repeated modules once.
+    decompositions: None takes Inductor's. share_repeated: trace repeated modules once. writes_inputs: mutated inputs
+    are written inside the graphs, not returned first.
     """
     weightless = Weightless()
     with quiet(), weightless.building():
@@ -139,7 +141,7 @@ def trace(
             model = model.to(target_dtype)
             args, kwargs = convert(args, target_dtype), convert(kwargs, target_dtype)
     model.train(train)
-    backend = CollectingBackend(model, weightless, train, decompositions)
+    backend = CollectingBackend(model, weightless, train, decompositions, writes_inputs)
     step = _step(spec, model, targets, backend, dynamic)
     sharing = repeated_regions() if share_repeated else without_repeated_regions()
     with quiet(), errors_of_tracing(spec), sharing, weightless.tracing(), _one_of_a_kind():

@@ -48,6 +48,8 @@ class CollectingBackend:
     train: bool
     #: None: Inductor's.
     decompositions: Mapping[Any, Callable[..., Any]] | None = None
+    #: Whether mutated inputs are written inside the graphs (``aten.copy_``), or returned first among the outputs.
+    writes_inputs: bool = True
     frames: list[tuple[Graph, Graph, Graph | None, dict[str, str]]] = field(default_factory=list)
     modules: list[AotGraphs] = field(default_factory=list)
     graph_breaks: list[GraphBreak] = field(default_factory=list)
@@ -114,7 +116,7 @@ class CollectingBackend:
             inference_compiler=keep("inference"),
             partition_fn=partition,
             decompositions=decompositions,
-            keep_inference_input_mutations=True,
+            keep_inference_input_mutations=self.writes_inputs,
         )
         with functorch_config.patch(force_non_lazy_backward_lowering=True, enable_autograd_cache=False):
             backend(gm, list(example_inputs))

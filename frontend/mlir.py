@@ -58,7 +58,8 @@ def emit_mlir(
     """Capture a model file again with torch-mlir's decompositions, and write ``output`` with the suffixes ``.mlir``
     (torch dialect) and ``.linalg.mlir``.
 
-    Repeated modules are written out, and attention is decomposed: both dialects lack them. A function that torch-mlir
+    Repeated modules are written out, attention is decomposed, and mutated inputs (the statistics of a batch norm) come
+    first among the outputs: both dialects lack these. A function that torch-mlir
     does not lower is left out of the second file and named in the result.
 
     Raises MissingExtraError without torch-mlir, ExportError for a graph that has no form in the torch dialect, and what
@@ -78,6 +79,7 @@ def emit_mlir(
             dynamic=dynamic,
             decompositions=get_decomposition_table(),
             share_repeated=False,
+            writes_inputs=False,
         )
     functions = dict(_functions(traced))
     module = _import(package, functions)

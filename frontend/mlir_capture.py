@@ -72,14 +72,19 @@ def _frame(forward: MlirFunction, backward: MlirFunction | None, device: str) ->
         dynamo=replace(graph, phase="joint", saved=0),
         forward=graph,
         backward=None if backward is None else _graph(backward, "backward", 0, device),
-        names={f"arg{index}": path for index, path in enumerate(forward.paths) if path},
+        names=_names(forward),
     )
 
 
 def _graph(function: MlirFunction, phase: str, saved: int, device: str) -> Graph:
     graph = from_fx(function.gm, function.name, phase, roles=function.roles, saved=saved)
-    graph = with_paths(graph, {f"arg{index}": path for index, path in enumerate(function.paths) if path})
-    return rewrite_device(graph, device)
+    return rewrite_device(with_paths(graph, _names(function)), device)
+
+
+def _names(function: MlirFunction) -> dict[str, str]:
+    """Input -> path of the parameter or buffer that it is."""
+    inputs = (node.name for node in function.gm.graph.find_nodes(op="placeholder"))
+    return {name: path for name, path in zip(inputs, function.paths, strict=True) if path}
 
 
 def _state(frames: list[CapturedFrame], train: bool, state: Callable[..., int]) -> Iterator[StateEntry]:

@@ -93,6 +93,14 @@ class _Reader:
             found = _NAMED.match(str(argument.location))
             roles.append(found[1] if found else "input")
             paths.append(found[2] if found and found[1] in ("parameter", "buffer") else "")
+        # Weights inside of the file are parameters like all others; their values are not read.
+        literals = [op.operation for op in block.operations if op.operation.name == "torch.vtensor.literal"]
+        for index, literal in enumerate(literals):
+            node = self.graph.placeholder(f"literal{index}")
+            node.meta["val"] = self.fake(str(literal.results[0].type), literal.location)
+            self.values[literal.results[0]] = node
+            roles.append("parameter")
+            paths.append(f"literal{index}")
         for op in block.operations:
             self.operation(op.operation)
         return MlirFunction(name, torch.fx.GraphModule(torch.nn.Module(), self.graph), tuple(roles), tuple(paths))
@@ -118,8 +126,14 @@ class _Reader:
             self.values[op.results[0]] = operands
         elif name in _TRANSPARENT:
             self.values[op.results[0]] = operands[0]
+        elif name.startswith("torch.prim.NumToTensor"):
+            dtype = self.fake(str(op.results[0].type), op.location).dtype
+            self.values[op.results[0]] = self.call(op, torch.ops.aten.scalar_tensor.default, operands, {"dtype": dtype})
         elif name == "torch.vtensor.literal":
-            self.values[op.results[0]] = self.literal(op)
+            pass  # an input already
+        elif name == "torch.prim.ListUnpack":
+            for index, result in enumerate(op.results):
+                self.values[result] = self.part(op, operands[0], index)
         elif name == "torch.overwrite.tensor.contents":
             self.call(op, torch.ops.aten.copy_.default, (operands[1], operands[0]), {})
         else:
@@ -133,14 +147,6 @@ class _Reader:
         value = op.attributes["value"].value
         return torch.device(value) if op.name == "torch.constant.device" else value
 
-    def literal(self, op: Any) -> torch.fx.Node:
-        """A constant is an input of its type: no weights are read."""
-        node = self.graph.create_node("call_function", torch.ops.aten.empty.memory_format, (), {})
-        node.meta["val"] = value = self.fake(str(op.results[0].type), op.location)
-        node.args, node.kwargs = (list(value.shape),), {"dtype": value.dtype}
-        node.meta["stack_trace"] = _stack_trace(op.location)
-        return node
-
     def target(self, op: Any) -> Any:
         """``torch.aten.add.Tensor`` or ``torch.operator "torch.mylib.f"`` -> the overload."""
         name = str(op.attributes["name"]).strip('"') if op.name == "torch.operator" else op.name
@@ -152,7 +158,8 @@ class _Reader:
                 return overload
         raise self.error(f"op {name} has no form here", op.location, "Lower it to ATen ops first.")
 
-    def call(self, op: Any, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.fx.Node:
+    def call(self, op: Any, target: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> torch.fx.Node:
+        args = tuple(args)
         node = self.graph.call_function(target, args, kwargs)
         node.meta["stack_trace"] = _stack_trace(op.location)
 
@@ -173,9 +180,15 @@ class _Reader:
             self.values[results[0]] = node
             return
         for index, result in enumerate(results):
-            part = self.graph.call_function(operator.getitem, (node, index))
-            part.meta.update(val=node.meta["val"][index], stack_trace=node.meta["stack_trace"])
-            self.values[result] = part
+            self.values[result] = self.part(op, node, index)
+
+    def part(self, op: Any, whole: Any, index: int) -> Any:
+        """One of several results, or of a list."""
+        if not isinstance(whole, torch.fx.Node):
+            return whole[index]
+        part = self.graph.call_function(operator.getitem, (whole, index))
+        part.meta.update(val=whole.meta["val"][index], stack_trace=_stack_trace(op.location))
+        return part
 
     def error(self, message: str, location: Any, remedy: str = "") -> CaptureError:
         places = _AT.findall(str(location))

@@ -1,6 +1,6 @@
 """Contraction exchange: ``sum_n P_n sum_f a_f V_nf = sum_f a_f (sum_n P_n V_nf)``, where the last inner sum is known.
 
-In attention's backward ``D[m] = sum[n] P[m,n] * DP[m,n]`` walks over the keys, with ``DP[m,n] = sum[f] DO[m,f] * V[n,f]``;
+In attention's backward ``D[m] = sum[n] P[m,n] * DP[m,n]`` walks over keys, with ``DP[m,n] = sum[f] DO[m,f] * V[n,f]``;
 but ``sum[n] P[m,n] * V[n,f]`` is the forward's output O, so ``D[m] = sum[f] DO[m,f] * O[m,f]``: FlashAttention's delta.
 It needs that the inner contraction is linear in P, nothing else: scores may come from anywhere. Where the inner
 contraction is one addend of several (P has another consumer), the others stay in a sum over n of their own.

@@ -5,18 +5,18 @@ The result computes the same outputs. Tensors that nothing reads any more are go
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import sympy
 
 from ..ir.cascade import Cascade, check, tensor_name
 from ..ir.monoid import Monoid, part_name
-from .cascade_analysis import RankGroup, carries, pass_table, rank_groups, rank_passes
+from .cascade_analysis import carries, pass_table, rank_groups, rank_passes
 from .certificate import Certificate, Refusal
 from .contraction_exchange import exchange
 from .intervals import Interval, tensor_intervals
-from .streaming import Streamed, stream
+from .streaming import stream
 
 #: Sweeps over all ranks; each that changes something lowers a pass, and no cascade has this many.
 _MAX_SWEEPS = 12
@@ -33,64 +33,69 @@ class Rewriting:
 
 
 def rewrite(cascade: Cascade) -> Rewriting:
-    """Move every reduction to the earliest pass that is proven to be possible and numerically sound."""
-    outputs = frozenset(cascade.outputs)
+    """Move every reduction to the earliest pass that is proven to be possible and numerically sound.
+
+    No input is then visited more often than before. Moving a reduction to an earlier pass can cost an input one, if
+    something refused must visit it later anyway. Such reductions are found by withholding one, or all that read the
+    input, as long as that saves passes.
+    """
+    before, withheld = _input_passes(cascade), frozenset[str]()
+    result, moved = _sweep(cascade, withheld)
+    while moved:
+        now = _input_passes(result.cascade)
+        lost = {name for name, rank in now if now[name, rank] > before[name, rank]}
+        if not lost:
+            break
+        choices = [frozenset({name}) for name in sorted(moved)]
+        choices += [moved & _derived(cascade, name) for name in sorted(lost)] + [moved]
+        # Each round withholds more, so this ends.
+        sets = [withheld | choice for choice in dict.fromkeys(choices) if choice]
+        trials = [(each, *_sweep(cascade, each)) for each in sets]
+        withheld, result, moved = min(
+            trials, key=lambda trial: (sum(_input_passes(trial[1].cascade).values()), len(trial[0]))
+        )
+    check(result.cascade)
+    return result
+
+
+def _sweep(cascade: Cascade, withheld: frozenset[str]) -> tuple[Rewriting, frozenset[str]]:
+    """The rewriting that leaves ``withheld`` reductions in their passes; and which of the cascade's it moved."""
+    outputs, names = frozenset(cascade.outputs), frozenset(cascade.definitions)
     fresh = _name_maker(cascade)
     bounds: dict[str, Interval] = tensor_intervals(cascade)
     current, exchanged = exchange(cascade, fresh)
     certificates: list[Certificate] = list(exchanged)
     monoids: list[Monoid] = []
+    moved: set[str] = set()
     refusals: list[Refusal] = []
     for _ in range(_MAX_SWEEPS):
         refusals, changed = [], False
         for group in rank_groups(current):
-            result = _without_loss(current, outputs, group, bounds, fresh)
+            result = stream(current, group, bounds, fresh, withheld)
             refusals += result.refusals
             if not result.certificates:
                 continue
             changed = True
-            current = result.cascade
+            current = without_unread(result.cascade, outputs)
             certificates += result.certificates
             monoids += result.monoids
+            moved |= result.moved
             bounds = {**tensor_intervals(current), **bounds}
         if not changed:
             break
     current = without_unread(current, outputs)
-    check(current)
-    kept = [*dict.fromkeys(refusals), *_late_outputs(current, outputs)]
-    return Rewriting(current, tuple(certificates), tuple(kept), tuple(monoids))
+    kept = (*dict.fromkeys(refusals), *_late_outputs(current, outputs))
+    return Rewriting(current, tuple(certificates), kept, tuple(monoids)), frozenset(moved) & names
 
 
-def _without_loss(
-    cascade: Cascade,
-    outputs: frozenset[str],
-    group: RankGroup,
-    bounds: Mapping[str, Interval],
-    fresh: Callable[[str], str],
-) -> Streamed:
-    """Stream a rank group; no input is then visited more often than before.
-
-    Moving a reduction to an earlier pass can cost an input one: if something refused must visit it later anyway. Such
-    reductions are found by withholding one, or all that read the input, as long as that saves passes.
-    """
-
-    def attempt(withheld: frozenset[str]) -> Streamed:
-        result = stream(cascade, group, bounds, fresh, withheld)
-        return replace(result, cascade=without_unread(result.cascade, outputs))
-
-    before, withheld = _input_passes(cascade), frozenset[str]()
-    result = attempt(withheld)
-    while result.certificates:
-        now = _input_passes(result.cascade)
-        lost = {name for name, rank in now if now[name, rank] > before.get((name, rank), now[name, rank])}
-        if not lost:
-            break
-        choices = [frozenset({name}) for name in sorted(result.moved)]
-        choices += [result.moved & _derived(cascade, name) for name in sorted(lost)] + [result.moved]
-        # Each round withholds more, so this ends.
-        trials = [(withheld | choice, attempt(withheld | choice)) for choice in dict.fromkeys(choices) if choice]
-        withheld, result = min(trials, key=lambda trial: (sum(_input_passes(trial[1].cascade).values()), len(trial[0])))
-    return result
+def without_unread(cascade: Cascade, outputs: frozenset[str]) -> Cascade:
+    """Drop Einsums whose tensor neither is an output nor is read by another tensor's Einsum that stays."""
+    needed: set[str] = set()
+    for einsum in reversed(cascade.einsums):
+        if einsum.output in outputs or einsum.output in needed:
+            needed.update(tensor_name(item) for item in einsum.reads)
+            needed.add(einsum.output)
+    return Cascade(tuple(einsum for einsum in cascade.einsums if einsum.output in needed))
 
 
 def _input_passes(cascade: Cascade) -> dict[tuple[str, str], int]:
@@ -109,16 +114,6 @@ def _derived(cascade: Cascade, tensor: str) -> set[str]:
         if any(tensor_name(item) in found for item in einsum.reads):
             found.add(einsum.output)
     return found
-
-
-def without_unread(cascade: Cascade, outputs: frozenset[str]) -> Cascade:
-    """Drop Einsums whose tensor neither is an output nor is read by another tensor's Einsum that stays."""
-    needed: set[str] = set()
-    for einsum in reversed(cascade.einsums):
-        if einsum.output in outputs or einsum.output in needed:
-            needed.update(tensor_name(item) for item in einsum.reads)
-            needed.add(einsum.output)
-    return Cascade(tuple(einsum for einsum in cascade.einsums if einsum.output in needed))
 
 
 def _late_outputs(cascade: Cascade, outputs: frozenset[str]) -> list[Refusal]:

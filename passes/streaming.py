@@ -1,4 +1,4 @@
-"""Fewer passes over one rank: each reduction that depends on earlier ones moves to the earliest pass that algebra allows.
+"""Fewer passes over one rank: each dependent reduction moves to the earliest pass that algebra allows.
 
 A reduction in pass p > 1 is aimed at pass 1, then 2, ...: its summand f(x, d) is separated (``separable_rank``;
 ``tropical`` for max and min), and its terms become components of that pass's state (``rebase``). What no aim fits is

@@ -1,13 +1,14 @@
 """Samples of torch's own op database (OpInfo) through a compiler and beside eager.
 
-All samples of an op go into one compiled function, so that an op costs one compile; when that fails, each sample is tried
-alone and the failing ones are told apart. What counts as right:
+All samples of an op go into one compiled function, so that an op costs one compile; when that fails, each sample is
+tried alone and the failing ones are told apart. What counts as right:
 
 - integers, truth values, shapes and dtypes: equal;
 - not-a-number and infinities: where eager has them;
-- float64: max|a-b| <= 1e-10 * max|b|;
-- float32: no further from eager's float64 result than 8 ulp of the tensor's largest magnitude, or twice eager's own distance;
-- else, no further than twice Inductor's distance, if that is under 1e-7 (float64) or 1e-3 (float32) of the largest magnitude:
+- float64: max|a-b| <= 1e-10 * max|b|, where max|b| is at least 1e-4 of the largest among the sample's results (some
+  gradients are zero in exact arithmetic);
+- float32: no further from eager's float64 result than 8 ulp of that magnitude, or twice eager's own distance;
+- else, no further than twice Inductor's distance, if that is under 1e-7 (float64) or 1e-3 (float32) of the magnitude:
   such samples are ill-conditioned, and what is left is the order of additions.
 """
 
@@ -20,15 +21,14 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import effcc
 import torch
 import torch._dynamo
 import torch.utils._pytree as pytree
 from torch.testing._internal import common_methods_invocations as invocations
 
-import effcc
-
-#: Results of these are not determined (memory that nobody has written), or drawn otherwise by torch's decomposition than by
-#: eager's kernel (bernoulli): shapes and dtypes are compared.
+#: Results of these are not determined (memory that nobody has written), or drawn otherwise by torch's decomposition than
+#: by eager's kernel (bernoulli): shapes and dtypes are compared.
 UNDEFINED = """
 empty empty_like empty_strided empty_permuted new_empty new_empty_strided resize_ resize_as_ bernoulli
 """.split()
@@ -160,7 +160,7 @@ def distance(left: torch.Tensor, right: torch.Tensor, like: torch.Tensor) -> flo
     return apart.max().item() if apart.numel() else 0.0
 
 
-def compare(found: Any, wanted: Any, exact: Any, other: Callable[[], Any]) -> tuple[str, str]:
+def compare(found: Any, wanted: Any, exact: Any, other: Callable[[], Any], floor: float = 0.0) -> tuple[str, str]:
     """(why ``found`` is wrong or ``""``, remark if it is only as near as Inductor). ``wanted``: eager's value; ``exact``:
     eager's in float64 (or ``wanted``); ``other``: gives Inductor's."""
     found, wanted, exact = dense(found), dense(wanted), dense(exact)
@@ -178,7 +178,7 @@ def compare(found: Any, wanted: Any, exact: Any, other: Callable[[], Any]) -> tu
         return "infinities or not-a-numbers elsewhere than eager's", ""
     if not isinstance(exact, torch.Tensor) or exact.shape != wanted.shape:
         exact = wanted
-    largest = wanted.abs()[finite].max().item() if finite.any() else 0.0
+    largest = max(floor, magnitude(wanted))
     mine = distance(found, exact, wanted)
     double = wanted.dtype in (torch.float64, torch.complex128)
     if double:
@@ -199,6 +199,15 @@ def compare(found: Any, wanted: Any, exact: Any, other: Callable[[], Any]) -> tu
     return text, ""
 
 
+def magnitude(value: Any) -> float:
+    """The largest finite magnitude in a tensor of floating-point or complex numbers, else 0."""
+    value = dense(value)
+    if not isinstance(value, torch.Tensor) or not (value.is_floating_point() or value.is_complex()):
+        return 0.0
+    finite = value.abs()[torch.isfinite(value)]
+    return finite.max().item() if finite.numel() else 0.0
+
+
 def judge(cases: Sequence[Case], found: Sequence[list[Any]], verdict: Verdict) -> None:
     """Compare the results of ``cases`` with eager's, and enter what differs. Eager runs them in a row as well: random ops
     draw from one generator."""
@@ -208,6 +217,7 @@ def judge(cases: Sequence[Case], found: Sequence[list[Any]], verdict: Verdict) -
             verdict.wrong.append(f"{case.name}: {len(values)} results in place of {len(wanted)}")
             continue
         exact = exact_of(case, wanted)
+        floor = 1e-4 * max(map(magnitude, wanted), default=0.0)
 
         def other(position: int, number: int = number) -> Any:
             try:
@@ -219,7 +229,7 @@ def judge(cases: Sequence[Case], found: Sequence[list[Any]], verdict: Verdict) -
             if case.name.split("[")[0] in UNDEFINED:
                 why, near = compare_form(value, wanted[position]), ""
             else:
-                why, near = compare(value, wanted[position], exact[position], lambda at=position: other(at))
+                why, near = compare(value, wanted[position], exact[position], lambda at=position: other(at), floor)
             if why:
                 verdict.wrong.append(f"{case.name}, result {position}: {why}")
             if near:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
+import random
 import re
 import signal
 import subprocess
@@ -19,6 +21,7 @@ import pytest
 from effcc import cli
 from effcc.cost_model.devices import FOLDER
 from effcc.ir.plan_file import load_plan
+from fresh_seed import fresh_random
 from sample_plan import FORWARD, MIB, write_sample
 
 LINEAR = """
@@ -328,6 +331,45 @@ def _with_member(plan: Path, target: Path, name: str, change: Callable[[bytes], 
 def test_readers_refuse_a_damaged_plan(effcc: Effcc, sample: Path, command: str) -> None:
     sample.write_bytes(sample.read_bytes()[:-200])
     refused(effcc(command, sample), "plan.effcc", "make the plan again")
+
+
+def _mutated(value: Any, generator: random.Random) -> Any:
+    """One random change somewhere in a JSON value, of the same type or another."""
+    strange = [None, -1, 0, 1, 2**40, 2**62, 0.5, -1e300, "", "[bold]", "%x", "a\n\x00b", [], {}, [0], True]
+    if isinstance(value, dict) and value and generator.random() < 0.9:
+        key = generator.choice(sorted(value))
+        return {**value, key: _mutated(value[key], generator)}
+    if isinstance(value, list) and value and generator.random() < 0.8:
+        index = generator.randrange(len(value))
+        kept = value[:index] + value[index + 1 :]
+        return generator.choice([kept, [*value, value[index]], [*kept, _mutated(value[index], generator)]])
+    return generator.choice(strange)
+
+
+def test_an_edited_plan_with_right_digests_never_breaks_a_reader(effcc: Effcc, sample: Path, tmp_path: Path) -> None:
+    """Whoever edits a plan can also make its digests right. Then the validator refuses it, or the commands cope."""
+    generator = fresh_random()
+    with zipfile.ZipFile(sample) as archive:
+        members = {name: archive.read(name) for name in archive.namelist()}
+    plan = json.loads(members["plan.json"])
+    edited = tmp_path / "edited.effcc"
+    refusals = 0
+    for _ in range(20):
+        changed = _mutated(plan, generator)
+        content = json.dumps(changed).encode()
+        manifest = json.loads(members["manifest.json"])
+        manifest["sha256"]["plan.json"] = hashlib.sha256(content).hexdigest()
+        for field in ("model", "device", "inputs"):
+            if isinstance(changed, dict) and field in changed:
+                manifest[field] = changed[field]
+        with zipfile.ZipFile(edited, "w") as archive:
+            for name, old in {**members, "manifest.json": json.dumps(manifest).encode(), "plan.json": content}.items():
+                archive.writestr(name, old)
+        for arguments in (["explain", edited], ["inspect", edited, "--node", "%h"], ["report", edited]):
+            result = effcc(*arguments)
+            assert result.code in (0, 2), (changed, result)
+            refusals += result.code == 2
+    assert refusals  # most edits make no sense
 
 
 # --- opt --------------------------------------------------------------------------------------------------------------

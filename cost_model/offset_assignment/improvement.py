@@ -76,7 +76,10 @@ def improve(part: Part, goal: int, given: bool, granule: int, deadline: float, s
 def _exact_round(
     part: Part, exact: Restarts, goal: int, bisect: bool, granule: int, number: int, deadline: float
 ) -> int:
-    """Try the goal, then, if ``bisect``, capacities half way between what failed and what is known, until they meet. Returns a height that is proven to be needed."""
+    """Try the goal, then, if ``bisect``, capacities half way between what failed and what is known, until they meet.
+
+    Returns a height that is proven to be needed.
+    """
     proven, failed, capacity = 0, 0, goal
     while part.height > goal and time.perf_counter() < deadline:
         status, offsets = exact.run(capacity, _RESTARTS << number, deadline)

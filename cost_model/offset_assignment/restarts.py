@@ -51,8 +51,8 @@ class Restarts:
                 blames = [np.zeros(self.tables.sections, np.int64) for _ in range(2)]
                 running = []
                 for stop, blame in zip(stops, blames, strict=True):
-                    rank, nodes = self._next()
-                    running.append(threads.submit(search, self.tables, rank, capacity, nodes, stop, blame))
+                    rank, priority, nodes = self._next()
+                    running.append(threads.submit(search, self.tables, rank, priority, capacity, nodes, stop, blame))
                 for index, future in enumerate(running):
                     try:
                         status, offsets, _ = future.result(timeout=max(0.0, deadline - time.perf_counter()))
@@ -66,18 +66,27 @@ class Restarts:
                     self.blame = self.blame * _FADING + blame / max(int(blame.sum()), 1)
         return STOPPED, none
 
-    def _next(self) -> tuple[Ints, int]:
-        """Rank and node limit of the next search."""
+    def _next(self) -> tuple[Ints, Ints, int]:
+        """Rank of the buffers, priority of the sections and node limit of the next search."""
         number = self.number
         self.number += 1
+        sections = self.tables.sections
+        alike = np.zeros(sections, np.int64)
         if number < len(_KEYS):
-            return self._rank(_KEYS[number], 0.0, np.random.default_rng(0)), _FIRST_NODES
+            return self._rank(_KEYS[number], 0.0, np.random.default_rng(0)), alike, _FIRST_NODES
         generator = np.random.default_rng((self.seed, number))
         key = _KEYS[generator.integers(len(_KEYS))]
         if generator.random() < 0.7:
             key = str(generator.choice(["B", "M"])) + key.replace("T", "")
-        noise = float(generator.choice([0.03, 0.1, 0.3, 0.6]))
-        return self._rank(key, noise, generator), _NODES * luby(number - len(_KEYS) + 1)
+        rank = self._rank(key, float(generator.choice([0.03, 0.1, 0.3, 0.6])), generator)
+        # From the bottom up everywhere; or first where it has failed most; or from some time outwards.
+        if number % 3 == 0:
+            priority = alike
+        elif number % 3 == 1:
+            priority = (self.blame * (1.0 + 0.3 * generator.random(sections)) * (1 << 30)).astype(np.int64)
+        else:
+            priority = sections - np.abs(np.arange(sections, dtype=np.int64) - generator.integers(sections))
+        return rank, priority, _NODES * luby(number - len(_KEYS) + 1)
 
     def _rank(self, key: str, noise: float, generator: np.random.Generator) -> Ints:
         """Rank of each buffer when sorted by the criteria that the letters of ``key`` name, greatest first.
