@@ -15,6 +15,7 @@ from .cli_calibrate import calibrate_command
 from .cli_devices import devices_command
 from .cli_explain import explain_command
 from .cli_inspect import inspect_command
+from .cli_map_memory import map_memory_command
 from .cli_opt import opt_command
 from .cli_passes import passes_command
 from .cli_plan import plan_command
@@ -57,6 +58,7 @@ def _global_options(
 app.command("plan", rich_help_panel="Plan")(plan_command)
 app.command("run", rich_help_panel="Plan")(run_command)
 app.command("verify", rich_help_panel="Plan")(verify_command)
+app.command("map-memory", rich_help_panel="Plan")(map_memory_command)
 app.command("explain", rich_help_panel="Read")(explain_command)
 app.command("inspect", rich_help_panel="Read")(inspect_command)
 app.command("report", rich_help_panel="Read")(report_command)

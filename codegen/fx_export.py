@@ -83,7 +83,7 @@ class _Exporter:
         if node.op == "call":
             return self.call(node, args)
         if node.op.startswith("method."):
-            return self.create("call_method", node.op.removeprefix("method."), tuple(args), kwargs, node)
+            return self.create("call_method", tensor_method(node), tuple(args), kwargs, node)
         target = operator.getitem if node.op == "getitem" else op_target(node.op, _where(node))
         return self.create("call_function", target, tuple(args), kwargs, node)
 
@@ -254,3 +254,20 @@ def _identifier(name: str, taken: set[str]) -> str:
     while cleaned in taken:
         cleaned += "_"
     return cleaned
+
+
+#: Methods that reach outside of the tensor: files, other processes, the module system.
+_REACH_OUT = frozenset(
+    ("from_file", "share_memory_", "module_load", "register_hook", "to_mkldnn", "storage", "untyped_storage")
+)
+
+
+def tensor_method(node: Node) -> str:
+    """The method of torch.Tensor that a ``method.name`` op calls. Raises ExportError for what text must not call."""
+    name = node.op.removeprefix("method.")
+    if name.startswith("_") or name in _REACH_OUT or not callable(getattr(torch.Tensor, name, None)):
+        raise ExportError(
+            f"%{node.name} = {node.op} is no method of tensors that a graph may call",
+            remedy="Write it as the aten op that it stands for.",
+        )
+    return name

@@ -7,6 +7,8 @@ locations, and a function's arguments say what they are (``parameter model.embed
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 import re
 from collections.abc import Iterator
@@ -65,7 +67,7 @@ def emit_mlir(
     Raises MissingExtraError without torch-mlir, ExportError for a graph that has no form in the torch dialect, and what
     ``capture`` raises.
     """
-    package = torch_mlir("--emit mlir")
+    torch_mlir("--emit mlir")
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch_mlir.extras.fx_decomp_util import get_decomposition_table
 
@@ -82,18 +84,19 @@ def emit_mlir(
             writes_inputs=False,
         )
     functions = dict(_functions(traced))
-    module = _import(package, functions)
+    module = _import(functions)
     torch_dialect, linalg = output.with_suffix(".mlir"), output.with_suffix(".linalg.mlir")
     _write(torch_dialect, module.operation.get_asm(enable_debug_info=True))
-    lowered, not_lowered = {}, []
-    for name, function in functions.items():
-        try:
-            lowered[name] = _lower(package, name, function)
-        except package.compiler_utils.TorchMlirCompilerError as error:
-            not_lowered.append((name, _reason(str(error))))
+    lowered, why_not = _lower(functions)
+    not_lowered: dict[str, str] = {}
+    if why_not:
+        alone = {name: _lower({name: function})[1] for name, function in functions.items()}
+        not_lowered = {name: why for name, why in alone.items() if why}
+        rest = {name: function for name, function in functions.items() if name not in not_lowered}
+        lowered = _lower(rest)[0] if rest else ""
     if lowered:
-        _write(linalg, "\n// -----\n\n".join(lowered.values()))
-    return EmittedMlir(torch_dialect, linalg if lowered else None, tuple(not_lowered))
+        _write(linalg, lowered)
+    return EmittedMlir(torch_dialect, linalg if lowered else None, tuple(not_lowered.items()))
 
 
 @dataclass(frozen=True)
@@ -122,7 +125,7 @@ def _without_none(graph: torch.fx.Graph) -> torch.fx.Graph:
     return copied
 
 
-def _import(package: Any, functions: dict[str, _Function]) -> Any:
+def _import(functions: dict[str, _Function]) -> Any:
     """One module of the torch dialect with all functions."""
     from torch_mlir import ir
     from torch_mlir.dialects import torch as dialect
@@ -144,26 +147,25 @@ def _import(package: Any, functions: dict[str, _Function]) -> Any:
     return importer.module
 
 
-def _lower(package: Any, name: str, function: _Function) -> str:
-    from torch_mlir.compiler_utils import OutputType, lower_mlir_module, run_pipeline_with_repro_report
+def _lower(functions: dict[str, _Function]) -> tuple[str, str]:
+    """The functions as a module of the linalg dialect, or "" and why torch-mlir does not lower them."""
+    from torch_mlir.compiler_utils import (
+        OutputType,
+        TorchMlirCompilerError,
+        lower_mlir_module,
+        run_pipeline_with_repro_report,
+    )
 
-    module = _import(package, {name: function})
-    with _silent():
-        run_pipeline_with_repro_report(
-            module,
-            "builtin.module(func.func(torch-match-quantized-custom-ops), torchdynamo-export-to-torch-backend-pipeline)",
-            f"{name} to the torch backend contract",
-        )
-        lowered = lower_mlir_module(False, OutputType.LINALG_ON_TENSORS, module)
-    return str(lowered.operation.get_asm(enable_debug_info=False))
-
-
-def _silent() -> Any:
-    """torch-mlir prints its diagnostics before it raises them."""
-    import contextlib
-    import io
-
-    return contextlib.redirect_stderr(io.StringIO())
+    module = _import(functions)
+    to_backend = "func.func(torch-match-quantized-custom-ops), torchdynamo-export-to-torch-backend-pipeline"
+    try:
+        # torch-mlir prints its diagnostics before it raises them.
+        with contextlib.redirect_stderr(io.StringIO()):
+            run_pipeline_with_repro_report(module, f"builtin.module({to_backend})", "the torch backend contract")
+            lowered = lower_mlir_module(False, OutputType.LINALG_ON_TENSORS, module)
+    except TorchMlirCompilerError as error:
+        return "", _reason(str(error))
+    return str(lowered.operation.get_asm(enable_debug_info=False)), ""
 
 
 def _reason(error: str) -> str:

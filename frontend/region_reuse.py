@@ -72,7 +72,7 @@ def is_reusable(tx: Any, condition: Any, fingerprint: Any, entry: Any) -> bool:
         return False
     resolve = _Resolver({"G": tx.output.root_tx.f_globals, "L": tx.output.root_tx.f_locals})
     guards, tensors = [], []
-    for source, handler, expected, guard in condition.guards:
+    for source, handler, expected, guard in _ordered_guards(condition, entry):
         moved = clone(source)
         if moved is source:
             continue
@@ -83,7 +83,8 @@ def is_reusable(tx: Any, condition: Any, fingerprint: Any, entry: Any) -> bool:
         if not handler.eval_fn(value, expected):
             return False
         if guard.create_fn_name() == "TENSOR_MATCH":
-            tensors.append((moved, value))
+            if source not in entry._effcc_lifted:  # those are made, in the body's order, when the call is stamped out
+                tensors.append((moved, value))
             continue
         moved_guard = moved.make_guard(_guard_function(guard, value))
         moved_guard.user_stack = guard.user_stack
@@ -93,8 +94,18 @@ def is_reusable(tx: Any, condition: Any, fingerprint: Any, entry: Any) -> bool:
 
     install_guard(*guards)
     for moved, value in tensors:
-        VariableBuilder(tx, moved)(value)  # makes the input, and its guard, once
+        VariableBuilder(tx, moved)(value)  # makes the input, and its guard
     return True
+
+
+def _ordered_guards(condition: Any, entry: Any) -> Any:
+    """The guards in an order that is the same in every process (torch takes them from a set), as is the order in which
+    the graph's inputs are then made: plans are matched by it."""
+    if not hasattr(entry, "_effcc_guards"):
+        entry._effcc_guards = sorted(condition.guards, key=lambda item: (item[0].name, item[3].create_fn_name()))
+        origins = (getattr(origin, "source", None) for origin in entry.subgraph_input_mapping)
+        entry._effcc_lifted = {origin for origin in origins if origin is not None}
+    return entry._effcc_guards
 
 
 class _SourceCloner:

@@ -53,8 +53,9 @@ def map_memory(
     deadline = time.perf_counter() + time_limit
     for number, (key, members) in enumerate(sorted(arenas.items())):
         begin = time.perf_counter()
-        columns = [(b.lower, b.upper, b.bytes, b.alignment) for b in (buffers[index] for index in members)]
-        problem = Problem(*(np.array(column, np.int64) for column in zip(*columns, strict=True)))
+        rows = [(b.lower, b.upper, b.bytes, b.alignment) for b in (buffers[index] for index in members)]
+        lower, upper, size, alignment = np.array(rows, np.int64).T
+        problem = Problem(lower, upper, size, alignment)
         left = max(deadline - begin, 0.0) / (len(arenas) - number)
         result = solve(problem, time_limit=left, seed=seed, tolerance=_TOLERANCE)
         for index, offset in zip(members, result.offsets.tolist(), strict=True):

@@ -1,6 +1,6 @@
-"""Cascades whose passes are known, with (tensor, rank, as written, after rewriting), and some that are truly multi-pass.
+"""Cascades whose passes are known: (tensor, rank, as written, after rewriting); and some that are truly multi-pass.
 
-Counts of attention's variants: FuseMax (MICRO'24), section 4. The others follow from the definition there.
+The counts of attention's variants are FuseMax's (MICRO'24); the others follow from its definition.
 """
 
 from __future__ import annotations

@@ -48,8 +48,8 @@ def _place_pieces(
         offsets[b] = cursor
         height = max(height, cursor + size[b])
         if height > limit:
-            return height
-    return height
+            return int(height)
+    return int(height)
 
 
 def solve_gapped(problem: Problem, capacity: int | None, bound: int, deadline: float, seed: int) -> Result:

@@ -25,11 +25,11 @@ def _place(
         offsets[b] = offset
         height = max(height, offset + size[b])
         if height > limit or stop[0] != 0:
-            return max(height, limit + 1)
+            return int(max(height, limit + 1))
         insert(
             b, first, last, size, offsets, sections, half, row_start, start, count, in_floor, floor, listed
         )  # fmt: skip
-    return height
+    return int(height)
 
 
 def place(

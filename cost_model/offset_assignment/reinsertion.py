@@ -32,7 +32,7 @@ def _place_all(
                 cursor = -(-work[3, i] // align) * align
         height = max(height, cursor + need)
         if height > limit:
-            return height
+            return int(height)
         offsets[b] = cursor
         left, right = 0, placed
         while left < right:
@@ -45,7 +45,7 @@ def _place_all(
             for i in range(placed, left, -1):
                 work[row, i] = work[row, i - 1]
         work[0, left], work[1, left], work[2, left], work[3, left] = lo, up, cursor, cursor + need
-    return height
+    return int(height)
 
 
 @compiled

@@ -125,7 +125,7 @@ def _placements(problem: Problem) -> Iterator[tuple[str, Ints]]:
     if count <= _PYTHON_BUFFERS:
         columns = [column.tolist() for column in (tables.lower, tables.upper, tables.size, tables.alignment)]
         given = [("hints", order.tolist())] if order.size else []
-        for name, each in [*given, *orders(*columns[:3], contention.tolist())]:
+        for name, each in [*given, *orders(columns[0], columns[1], columns[2], contention.tolist())]:
             yield f"first fit ({name})", np.array(first_fit(each, *columns)[1], np.int64)
         return
     from .greedy import place

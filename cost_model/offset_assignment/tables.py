@@ -9,39 +9,8 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from .compiled import compiled
-
 Ints = NDArray[np.int64]
 _N = TypeVar("_N", np.int64, np.float64)
-
-
-@compiled
-def _neighbour_lists(lower: Ints, upper: Ints, by_lower: Ints) -> tuple[Ints, Ints]:
-    """Buffers that share time with each buffer, as one array with starts. O(pairs)."""
-    count = lower.size
-    degree = np.zeros(count + 1, np.int64)
-    for i in range(count):
-        a = by_lower[i]
-        for j in range(i + 1, count):
-            b = by_lower[j]
-            if lower[b] >= upper[a]:
-                break
-            degree[a + 1] += 1
-            degree[b + 1] += 1
-    start = np.cumsum(degree)
-    fill = start[:-1].copy()
-    lists = np.empty(start[count], np.int64)
-    for i in range(count):
-        a = by_lower[i]
-        for j in range(i + 1, count):
-            b = by_lower[j]
-            if lower[b] >= upper[a]:
-                break
-            lists[fill[a]] = b
-            fill[a] += 1
-            lists[fill[b]] = a
-            fill[b] += 1
-    return start, lists
 
 
 @dataclass(frozen=True)
@@ -100,7 +69,9 @@ class Tables:
 
     @cached_property
     def _neighbour_pair(self) -> tuple[Ints, Ints]:
-        return _neighbour_lists(self.lower, self.upper, self.by_lower)
+        from .neighbour_lists import neighbour_lists  # loads the compiler, which small problems do not need
+
+        return neighbour_lists(self.lower, self.upper, self.by_lower)
 
     @property
     def neighbours_start(self) -> Ints:

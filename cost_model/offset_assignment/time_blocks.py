@@ -26,13 +26,13 @@ _MOST_ENTRIES = 40_000_000
 
 class Blocks(NamedTuple):
     """Arrays of the structure. ``half``: half the width of each row's blocks in sections; ``row_start``: number of a
-    row's first block; ``start``: where a block's list begins in ``listed``; ``count``: its length now; ``in_floor``:
+    row's first block; ``start``: where a block's list begins in ``listed``; ``filled``: its length now; ``in_floor``:
     how many of its entries make the floor; ``floor``: height of the floor in bytes."""
 
     half: Ints
     row_start: Ints
     start: Ints
-    count: Ints
+    filled: Ints
     in_floor: Ints
     floor: Ints
     listed: NDArray[np.int32]
@@ -41,7 +41,9 @@ class Blocks(NamedTuple):
 def make_blocks(tables: Tables) -> Blocks:
     """Empty blocks with room for every buffer of ``tables``."""
     sections = max(tables.sections, 1)
-    halves, rows, room, entries = [], [0], [], 0
+    halves: list[int] = []
+    room: list[Ints] = []
+    rows, entries = [0], 0
     for parts in (1, *_PARTS):
         half = sections if parts == 1 else -(-sections // (2 * parts))
         blocks = -(-sections // half)
@@ -57,10 +59,9 @@ def make_blocks(tables: Tables) -> Blocks:
         rows.append(rows[-1] + blocks)
     lengths = np.concatenate(room)
     start = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)])
-    zeros = (np.zeros(lengths.size, np.int64) for _ in range(3))
-    return Blocks(
-        np.array(halves, np.int64), np.array(rows, np.int64), start, *zeros, np.empty(int(start[-1]), np.int32)
-    )
+    filled, in_floor, floor = (np.zeros(lengths.size, np.int64) for _ in range(3))
+    listed = np.empty(int(start[-1]), np.int32)
+    return Blocks(np.array(halves, np.int64), np.array(rows, np.int64), start, filled, in_floor, floor, listed)
 
 
 @compiled
