@@ -65,7 +65,8 @@ def _difference(graph: GraphPlan, captured: Graph, own: Sequence[str]) -> str:
         return f"{_describe(captured.nodes[equal])} comes after the last op of graph {graph.name!r}"
     if equal < len(graph.op_hashes):
         last = f" after {_describe(captured.nodes[-1])}" if captured.nodes else ""
-        return f"graph {graph.name!r} has {len(graph.op_hashes) - equal} more ops{last}"
+        more = len(graph.op_hashes) - equal
+        return f"graph {graph.name!r} has {more} more op{'s' if more > 1 else ''}{last}"
     return f"graph {graph.name!r} has the same ops, but other outputs or other views"
 
 

@@ -45,7 +45,9 @@ def memory_of_segments(compiled: CompiledSegments, prefix: str = "") -> SegmentM
         identity = prefix + segment.identity
         if identity in memories:
             continue
-        memory = read_wrapper(compiled.code[segment.identity].source, segment.module, segment.output_names)
+        memory = read_wrapper(
+            compiled.code[segment.identity].source, segment.module, segment.input_names, segment.output_names
+        )
         if memory is not None:
             memories[identity] = memory
             identities[tuple(segment.names)] = identity
@@ -61,20 +63,21 @@ def memory_of_generated_code(region: Graph) -> RegionMemory | None:
         return None
     names = [node.name if isinstance(node, fx.Node) else "" for node in results(module)]
     copy = copy_module(module)
-    inputs = [node.meta["val"] for node in copy.graph.nodes if node.op == "placeholder"]
+    values = [node.meta["val"] for node in copy.graph.nodes if node.op == "placeholder"]
     with torch_internals.region_settings(), torch_internals.without_code_cache(), collecting(Collector()):
         try:
-            compiled = torch_internals.compile_region(copy, inputs)
+            compiled = torch_internals.compile_region(copy, values)
         except Exception:  # whatever Inductor refuses, the planner estimates
             return None
-    return read_wrapper(getattr(compiled, "source_code", ""), copy, names)
+    inputs = [node.name for node in module.graph.find_nodes(op="placeholder")]
+    return read_wrapper(getattr(compiled, "source_code", ""), copy, inputs, names)
 
 
-def read_wrapper(source: str, module: fx.GraphModule, outputs: list[str]) -> RegionMemory | None:
-    placeholders = module.graph.find_nodes(op="placeholder")
+def read_wrapper(source: str, module: fx.GraphModule, inputs: list[str], outputs: list[str]) -> RegionMemory | None:
+    """``inputs`` and ``outputs`` are the region's names of them, in order; the module's own may have changed."""
     input_bytes = {
-        node.name: storage_bytes(node.meta["val"])
-        for node in placeholders
+        name: storage_bytes(node.meta["val"])
+        for name, node in zip(inputs, module.graph.find_nodes(op="placeholder"), strict=True)
         if isinstance(node.meta.get("val"), torch.Tensor)
     }
 
@@ -92,7 +95,7 @@ def read_wrapper(source: str, module: fx.GraphModule, outputs: list[str]) -> Reg
             count *= extent
         return count * fallback
 
-    return wrapper_memory(source, [node.name for node in placeholders], outputs, input_bytes, result_bytes)
+    return wrapper_memory(source, inputs, outputs, input_bytes, result_bytes)
 
 
 def results(module: fx.GraphModule) -> list[Any]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -157,27 +156,36 @@ def _lower(functions: dict[str, _Function]) -> tuple[str, str]:
     )
 
     module = _import(functions)
+    complaints: list[str] = []
+
+    def note(diagnostic: Any) -> bool:
+        complaints.append(f"{diagnostic.location} {diagnostic.message}")
+        return True
+
     to_backend = "func.func(torch-match-quantized-custom-ops), torchdynamo-export-to-torch-backend-pipeline"
+    handler = module.context.attach_diagnostic_handler(note)
     try:
-        # torch-mlir prints its diagnostics before it raises them.
+        # What torch-mlir prints before it raises has been noted already.
         with contextlib.redirect_stderr(io.StringIO()):
             run_pipeline_with_repro_report(module, f"builtin.module({to_backend})", "the torch backend contract")
             lowered = lower_mlir_module(False, OutputType.LINALG_ON_TENSORS, module)
-    except TorchMlirCompilerError as error:
-        return "", _reason(str(error))
+    except TorchMlirCompilerError:
+        return "", _reason(complaints)
+    finally:
+        handler.detach()
     return str(lowered.operation.get_asm(enable_debug_info=False)), ""
 
 
-def _reason(error: str) -> str:
-    """``torch-mlir lowers no aten.foo (model.py:88)``, from the diagnostics of a failed pipeline."""
-    found = _FAILED_OP.search(error)
-    if found is None:
-        lines = [line.strip() for line in error.splitlines() if "error:" in line]
-        return lines[0][-200:] if lines else "torch-mlir's lowering failed"
-    op = (found[2] or found[1]).removeprefix("torch.")
-    places = _AT.findall(error[: found.start()])
-    place = f" ({os.path.basename(places[0][0])}:{places[0][1]})" if places else ""
-    return f"torch-mlir does not lower {op}{place}"
+def _reason(complaints: list[str]) -> str:
+    """``torch-mlir does not lower aten.foo (model.py:88)``, from the diagnostics of a failed pipeline."""
+    for text in complaints:
+        if found := _FAILED_OP.search(text):
+            op = (found[2] or found[1]).removeprefix("torch.")
+            places = _AT.findall(text[: found.start()])
+            return f"torch-mlir does not lower {op}" + (
+                f" ({Path(places[0][0]).name}:{places[0][1]})" if places else ""
+            )
+    return f"torch-mlir's lowering failed{': ' + complaints[0][-200:] if complaints else ''}"
 
 
 def _write(path: Path, text: str) -> None:

@@ -1,8 +1,8 @@
 """A ``.mlir`` file in torch-mlir's ``torch`` dialect as the input of ``effcc plan``.
 
 Each function becomes a graph: its ops are called on fake tensors, which gives strides and aliasing that MLIR does not
-write down, and the FX graph so made goes the way of every other. Functions ``forward_N`` and ``backward_N``, as
-``--emit mlir`` writes them, are taken for a training step. Sizes must be known.
+write down, and the FX graph so made is decomposed and goes the way of every other. Functions ``forward_N`` and
+``backward_N``, as ``--emit mlir`` writes them, are taken for a training step. Sizes must be known.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from ..errors import CaptureError, ModelFileError
 from .mlir import torch_mlir
@@ -103,7 +104,17 @@ class _Reader:
             paths.append(f"literal{index}")
         for op in block.operations:
             self.operation(op.operation)
-        return MlirFunction(name, torch.fx.GraphModule(torch.nn.Module(), self.graph), tuple(roles), tuple(paths))
+        return MlirFunction(name, self.decomposed(), tuple(roles), tuple(paths))
+
+    def decomposed(self) -> torch.fx.GraphModule:
+        """The graph in the ops that every capture consists of."""
+        from torch._inductor.decomposition import select_decomp_table
+
+        written = torch.fx.GraphModule(torch.nn.Module(), self.graph)
+        inputs = [node.meta["val"] for node in self.graph.find_nodes(op="placeholder")]
+        with self.fake_mode, torch.fx.traceback.preserve_node_meta():
+            trace = make_fx(torch.fx.Interpreter(written).run, decomposition_table=select_decomp_table())
+            return trace(*inputs)
 
     def fake(self, kind: str, location: Any) -> torch.Tensor:
         found = _TENSOR.fullmatch(kind)

@@ -168,6 +168,7 @@ def tensor_name(item: AppliedUndef) -> str:
     return str(item.func.__name__)
 
 
+@cache
 def ranks_of(expression: sympy.Expr) -> frozenset[sympy.Symbol]:
     """The rank variables that occur in an expression (in an index or as a number)."""
     return frozenset(symbol for symbol in expression.free_symbols if is_rank(symbol))

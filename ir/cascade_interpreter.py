@@ -124,15 +124,18 @@ def evaluate_expression(e: sympy.Expr, values: Mapping[sympy.Expr, Array], dtype
 
 def evaluate_body(e: sympy.Expr, tensors: Mapping[str, Array], space: Space, dtype: Any = np.float64) -> Array:
     """The value of an expression with tensor accesses at every point of the space, broadcastable to its shape."""
-    named = {item: sympy.Dummy() for item in e.atoms(AppliedUndef)}
-    plain = e.xreplace(named)
     values: dict[sympy.Expr, Array] = {}
-    for item, symbol in named.items():
-        values[symbol] = gather(tensors[tensor_name(item)], item, space)
-    for symbol in plain.free_symbols - set(values):
-        values[symbol] = space.value(symbol).astype(dtype)
+    waiting = [e]
+    while waiting:
+        node = waiting.pop()
+        if isinstance(node, AppliedUndef):
+            values[node] = gather(tensors[tensor_name(node)], node, space)
+        elif node.is_Symbol:
+            values[node] = space.value(node).astype(dtype)
+        else:
+            waiting.extend(node.args)
     with np.errstate(all="ignore"):
-        return evaluate_expression(plain, values, dtype)
+        return evaluate_expression(e, values, dtype)
 
 
 def gather(tensor: Array, item: AppliedUndef, space: Space) -> Array:

@@ -6,9 +6,9 @@ Grammar (``#`` starts a comment; one Einsum a line)::
     reduction  = ("sum" | "max" | "min" | "prod") "[" rank {"," rank} "]"
     expression = sum [("<" | "<=" | ">" | ">=" | "==" | "!=") sum]
     sum        = product {("+" | "-") product}
-    product    = unary {("*" | "/") unary}
-    unary      = "-" unary | power
-    power      = atom ["**" unary]
+    product    = signed {("*" | "/") signed}
+    signed     = {"-"} power
+    power      = atom ["**" signed]
     atom       = NUMBER | "inf" | "nan" | "|" rank "|" | rank | CONSTANT | TENSOR "[" indices "]"
                | FUNCTION "(" expression {"," expression} ")" | "(" expression ")"
 
@@ -66,6 +66,7 @@ _FUNCTIONS: dict[str, tuple[int, Callable[..., sympy.Expr]]] = {
 }
 #: The remedy of errors that have no more particular one.
 _LINE_FORM = "A line reads  NAME[ranks] = reduction[ranks] expression , such as  SD[m] = sum[n] exp(QK[m,n] - GM[m])"
+_INDEX_FORM = "An index is a rank, or ranks times whole numbers or constants: K[c*B+j,d], X[2*n+1]."
 _RESERVED = {*_FUNCTIONS, *IDENTITY, "inf", "nan"}
 #: Refused beyond this many characters, digits of an exponent, or levels of nesting: nothing sensible needs more.
 _MAX_TEXT, _MAX_EXPONENT, _MAX_DEPTH, _MAX_BITS = 1_000_000, 400, 60, 16384
@@ -237,16 +238,16 @@ class _LineParser:
         index = self.sum()
         ranks = sorted(ranks_of(index), key=lambda symbol: symbol.name)
         if any(not node.is_Symbol and not node.is_Integer for node in index.atoms()) or index.has(sympy.Function):
-            raise self.fail("an index is affine in its ranks", token)
+            raise self.fail("an index is affine in its ranks, with whole coefficients", token, _INDEX_FORM)
         if ranks:
             # Only a polynomial of degree one in the ranks, with whole coefficients, addresses elements.
             if not index.is_polynomial(*ranks) or sympy.Poly(index, *ranks).total_degree() > 1:
-                raise self.fail("an index is affine in its ranks", token)
+                raise self.fail("an index is affine in its ranks, with whole coefficients", token, _INDEX_FORM)
             coefficients = sympy.Poly(index, *ranks).coeffs()
         else:
             coefficients = [index]
         if any(coefficient.is_integer is not True for coefficient in coefficients):
-            raise self.fail("an index is a whole number", token)
+            raise self.fail("an index is affine in its ranks, with whole coefficients", token, _INDEX_FORM)
         return index
 
     def expression(self) -> sympy.Expr:
@@ -270,31 +271,36 @@ class _LineParser:
         return value
 
     def product(self) -> sympy.Expr:
-        value = self.unary()
+        # All factors at once: sympy would distribute 2 over (a - b) if it met that product first.
+        factors = self.signed()
         while operator := self.accept("*", "/"):
             token = self.token
-            right = self.unary()
-            if operator == "/" and right == 0:
+            right = self.signed()
+            if operator == "*":
+                factors += right
+            elif 0 in right:
                 raise self.fail("division by zero", token)
-            value = value * right if operator == "*" else value / right
-        return value
+            else:
+                factors += [1 / factor for factor in right]
+        return sympy.Mul(*factors)
 
-    def unary(self) -> sympy.Expr:
-        if self.accept("-"):
-            self.depth += 1
-            if self.depth > _MAX_DEPTH:
-                raise self.fail("nested too deeply")
-            value = -self.unary()
-            self.depth -= 1
-            return value
-        return self.power()
+    def signed(self) -> list[sympy.Expr]:
+        """A power and the minus signs before it, as factors."""
+        signs: list[sympy.Expr] = []
+        while self.accept("-"):
+            signs.append(sympy.Integer(-1))
+        return [*signs, self.power()]
 
     def power(self) -> sympy.Expr:
         base = self.atom()
         if self.accept("**") is None:
             return base
         token = self.token
-        exponent = self.unary()
+        self.depth += 1
+        if self.depth > _MAX_DEPTH:
+            raise self.fail("nested too deeply")
+        exponent = sympy.Mul(*self.signed())
+        self.depth -= 1
         if exponent.is_number and not exponent.has(sympy.oo, sympy.nan) and abs(exponent) > _MAX_EXPONENT:
             raise self.fail("the exponent is too large", token, f"At most {_MAX_EXPONENT}.")
         bits = max(int(base.p).bit_length(), int(base.q).bit_length()) if base.is_Rational and base.is_finite else 0

@@ -26,12 +26,12 @@ _DEVICE = re.compile(r"device\(.*\)\Z")
 
 def graph_hash(graph: Graph) -> str:
     """sha256 of the graph's structure, 64 hexadecimal digits."""
-    return _hash_graph(graph, {})[0]
+    return _hashes(graph)[0]
 
 
 def op_hashes(graph: Graph) -> tuple[str, ...]:
     """One hash per node, in order. Equal graphs have equal lists; the first difference is the first op that differs."""
-    return _hash_graph(graph, {})[1]
+    return _hashes(graph)[1]
 
 
 def first_difference(plan_op_hashes: Sequence[str], graph: Graph) -> Node | None:
@@ -64,13 +64,16 @@ class SymbolNames:
         return print_expression(canonical(expression.xreplace(self.names)))
 
 
-def _hash_graph(graph: Graph, known: dict[int, str]) -> tuple[str, tuple[str, ...]]:
-    """Digest of a graph and the hashes of its nodes. ``known`` keeps the digests of subgraphs by identity."""
-    digests: dict[str, str] = {}
-    for name, subgraph in graph.subgraphs.items():
-        if id(subgraph) not in known:
-            known[id(subgraph)] = _hash_graph(subgraph, known)[0]
-        digests[name] = known[id(subgraph)]
+def _hashes(graph: Graph) -> tuple[str, tuple[str, ...]]:
+    """Digest of a graph and the hashes of its nodes, found once: a graph does not change."""
+    found: tuple[str, tuple[str, ...]] | None = graph.__dict__.get("_hashes")
+    if found is None:
+        found = graph.__dict__["_hashes"] = _hash_graph(graph)
+    return found
+
+
+def _hash_graph(graph: Graph) -> tuple[str, tuple[str, ...]]:
+    digests = {name: _hashes(subgraph)[0] for name, subgraph in graph.subgraphs.items()}
     position = {node.name: index for index, node in enumerate(graph.nodes)}
     describe = _Describer(lambda name: f"%{position[name]}", digests)
     hashes = tuple(_digest(describe.node(node, strides=node.op == "input"))[:OP_DIGITS] for node in graph.nodes)

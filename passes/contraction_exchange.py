@@ -2,15 +2,15 @@
 
 In attention's backward ``D[m] = sum[n] P[m,n] * DP[m,n]`` walks over keys, with ``DP[m,n] = sum[f] DO[m,f] * V[n,f]``;
 but ``sum[n] P[m,n] * V[n,f]`` is the forward's output O, so ``D[m] = sum[f] DO[m,f] * O[m,f]``: FlashAttention's delta.
-It needs that the inner contraction is linear in P, nothing else: scores may come from anywhere. Where the inner
-contraction is one addend of several (P has another consumer), the others stay in a sum over n of their own.
+It needs that the inner contraction is linear in P, nothing else: scores may come from anywhere. Where something is
+added to the inner contraction (P has another consumer), the sum over n is needed anyway, and is streamed instead.
 
 rewrite: ``D[m] = sum[n] P[m,n] * DP[m,n]``  ->  ``D[m] = sum[f] DO[m,f] * O[m,f]``
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import permutations
 
@@ -29,9 +29,11 @@ _MAX_RANKS = 6
 
 @dataclass(frozen=True)
 class _Found:
-    """One addend ``weight * inner`` of a sum, and the known Einsum that contracts it first."""
+    """A sum of ``weight * sum[inner] outside * varying``, and the known Einsum that sums ``weight * varying``.
 
-    addend: sympy.Expr
+    ``outside`` holds what divides the wanted sum from the known one as well.
+    """
+
     outside: sympy.Expr
     weight: sympy.Expr
     varying: sympy.Expr
@@ -39,13 +41,13 @@ class _Found:
     known: AppliedUndef
 
 
-def exchange(cascade: Cascade, fresh: Callable[[str], str]) -> tuple[Cascade, tuple[Certificate, ...]]:
+def exchange(cascade: Cascade) -> tuple[Cascade, tuple[Certificate, ...]]:
     """Exchange every contraction whose other order is known, where that saves passes. Outputs keep their values."""
     certificates: list[Certificate] = []
     for name in [einsum.output for einsum in cascade.einsums if einsum.reduction == "sum" and not einsum.iterative]:
         einsum = cascade.definitions[name]
         found = _search(cascade, einsum)
-        changed = _replace(cascade, cascade.einsums.index(einsum), found, fresh) if found else None
+        changed = _replace(cascade, cascade.einsums.index(einsum), found) if found else None
         if found and changed and _effort(changed) < _effort(cascade):
             cascade = changed
             certificates.append(_certificate(einsum, found))
@@ -59,22 +61,18 @@ def _effort(cascade: Cascade) -> tuple[int, int]:
 
 
 def _search(cascade: Cascade, einsum: Einsum) -> _Found | None:
-    body = sympy.expand(_inline_addends(cascade, einsum.body, einsum.reduced))
-    for addend in sympy.Add.make_args(body):
-        factors = sympy.Mul.make_args(addend)
-        for factor in factors:
-            definition = _contraction(cascade, factor)
-            if definition is None or not isinstance(factor, AppliedUndef):
-                continue
-            weight = sympy.Mul(*(other for other in factors if other != factor))
-            if weight * factor != addend or ranks_of(weight) & set(definition.reduced):
-                continue
-            renamed = definition.body.xreplace(dict(zip(definition.indices, factor.args, strict=True)))
-            parts = sympy.Mul.make_args(renamed)
-            outside = sympy.Mul(*(p for p in parts if not ranks_of(p) & set(einsum.reduced)))
-            varying = sympy.Mul(*(p for p in parts if ranks_of(p) & set(einsum.reduced)))
-            for known, ratio in _known(cascade, einsum, weight * varying):
-                return _Found(addend, outside * ratio, weight, varying, definition.reduced, known)
+    factors = sympy.Mul.make_args(einsum.body)
+    for factor in factors:
+        definition = _contraction(cascade, factor)
+        weight = sympy.Mul(*(other for other in factors if other != factor))
+        if definition is None or weight * factor != einsum.body or ranks_of(weight) & set(definition.reduced):
+            continue
+        renamed = definition.body.xreplace(dict(zip(definition.indices, factor.args, strict=True)))
+        parts = sympy.Mul.make_args(renamed)
+        outside = sympy.Mul(*(part for part in parts if not ranks_of(part) & set(einsum.reduced)))
+        varying = sympy.Mul(*(part for part in parts if ranks_of(part) & set(einsum.reduced)))
+        for known, ratio in _known(cascade, einsum, weight * varying):
+            return _Found(outside * ratio, weight, varying, definition.reduced, known)
     return None
 
 
@@ -84,20 +82,6 @@ def _contraction(cascade: Cascade, factor: sympy.Expr) -> Einsum | None:
     if definition is None or definition.reduction != "sum" or definition.iterative is not None:
         return None
     return definition
-
-
-def _inline_addends(cascade: Cascade, body: sympy.Expr, reduced: tuple[sympy.Symbol, ...]) -> sympy.Expr:
-    """Maps that add something to a contraction (``DA = DP + G``) replaced by their bodies."""
-    for item in accesses(body):
-        definition = cascade.definitions.get(tensor_name(item))
-        if definition is None or definition.reduction is not None or definition.iterative is not None:
-            continue
-        if any(_contraction(cascade, read) for read in definition.reads) and definition.body.is_polynomial(
-            *definition.reads
-        ):
-            mapped = definition.body.xreplace(dict(zip(definition.indices, item.args, strict=True)))
-            body = body.xreplace({item: mapped})
-    return body
 
 
 def _known(cascade: Cascade, einsum: Einsum, target: sympy.Expr) -> Iterator[tuple[AppliedUndef, sympy.Expr]]:
@@ -161,22 +145,12 @@ def _ratio(wanted: sympy.Expr, known: sympy.Expr, reduced: frozenset[sympy.Symbo
     return ratio
 
 
-def _replace(cascade: Cascade, position: int, found: _Found, fresh: Callable[[str], str]) -> Cascade | None:
+def _replace(cascade: Cascade, position: int, found: _Found) -> Cascade | None:
     """The cascade with the exchange made, in an order that works; None if the known sum needs this one."""
     einsum = cascade.einsums[position]
-    body = sympy.expand(_inline_addends(cascade, einsum.body, einsum.reduced))
-    rest = body - found.addend
-    exchanged = Einsum(einsum.output, einsum.indices, found.outside * found.known, "sum", found.inner, line=einsum.line)
-    lines = [exchanged]
-    if rest != 0:
-        parts = [access(fresh(f"{einsum.output}_{name}"), einsum.indices) for name in ("exchanged", "rest")]
-        first, second = (tensor_name(part) for part in parts)
-        lines = [
-            Einsum(first, einsum.indices, exchanged.body, "sum", found.inner),
-            Einsum(second, einsum.indices, rest, "sum", einsum.reduced),
-            Einsum(einsum.output, einsum.indices, sympy.Add(*parts), line=einsum.line),
-        ]
-    return _ordered([*cascade.einsums[:position], *lines, *cascade.einsums[position + 1 :]])
+    body = found.outside * found.known
+    exchanged = Einsum(einsum.output, einsum.indices, body, "sum", found.inner, line=einsum.line)
+    return _ordered([*cascade.einsums[:position], exchanged, *cascade.einsums[position + 1 :]])
 
 
 def _ordered(einsums: list[Einsum]) -> Cascade | None:

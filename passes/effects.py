@@ -19,7 +19,8 @@ RANDOM_OPS = frozenset(
     rnn_relu rnn_tanh rrelu rrelu_with_noise rrelu_with_noise_functional uniform binomial _sample_dirichlet
     _efficient_attention_forward _flash_attention_forward _flash_attention_forward_no_dropout_inplace
     _cudnn_attention_forward _triton_scaled_dot_attention _fill_mem_eff_dropout_mask
-    _scaled_dot_product_attention_math_for_mps inductor_random inductor_randint inductor_seed inductor_seeds""".split()
+    _scaled_dot_product_attention_math_for_mps inductor_rand_eager_offset inductor_rand_eager_offsets
+    inductor_seed inductor_seeds""".split()
 )
 
 #: Attention ops that draw random numbers only if this argument (position, name) is a probability above zero.

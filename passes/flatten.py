@@ -11,9 +11,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from ..cost_model.devices import Device
-from ..cost_model.fusion import Kernel, kernel_of
+from ..cost_model.fusion import Kernel, group_kernels, kernel_of
 from ..cost_model.region_memory import RegionMemory, estimate, storages_named
-from ..cost_model.roofline import Cost, kernel_cost, region_cost
+from ..cost_model.roofline import Cost, kernel_cost, total
 from ..cost_model.storages import StorageTable, storage_table
 from ..cost_model.tensors import Bindings, TensorTable, called
 from ..errors import PlanError
@@ -225,7 +225,8 @@ class _Flattener:
                 kernel = kernel_of(members, storages, kept | _read_outside(members, unit, storages))
                 costs.append(kernel_cost(kernel, graph, self.device, table, storages))
         else:
-            whole = region_cost(unit.nodes, graph, self.device, table=table)
+            kernels = group_kernels(unit.nodes, graph, table, storages, kept)
+            whole = total(kernel_cost(kernel, graph, self.device, table, storages) for kernel in kernels)
             count = max(1, len(memory.kernels))
             share = Cost(
                 whole.flop // count,

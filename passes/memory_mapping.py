@@ -19,6 +19,8 @@ from ..ir.plan import Buffer, Solver
 
 #: A height within this share of the bound ends the search: a plan's bytes are not worth more of its time.
 _TOLERANCE = 0.002
+#: Searches in compiled code, which may have to be compiled first, are for more than this share.
+_WORTHWHILE = 0.01
 
 
 def map_memory(
@@ -57,7 +59,7 @@ def map_memory(
         lower, upper, size, alignment = np.array(rows, np.int64).T
         problem = Problem(lower, upper, size, alignment)
         left = max(deadline - begin, 0.0) / (len(arenas) - number)
-        result = solve(problem, time_limit=left, seed=seed, tolerance=_TOLERANCE)
+        result = solve(problem, time_limit=left, seed=seed, tolerance=_TOLERANCE, worthwhile=_WORTHWHILE)
         for index, offset in zip(members, result.offsets.tolist(), strict=True):
             offsets[index] = offset
         heights[key] = result.height

@@ -253,7 +253,7 @@ def realize(term: Term, at: Context) -> Realized:
         if term.x == 1 and not term.masks:
             return Realized(term.d * sympy.Mul(*(size(s.name) for s in at.reduced)))
         component = registry.plain(f"{at.hint}_run", "sum", at.reduced, masked(term.masks, term.x), at.order)
-        return Realized(_unless_masked(term.d * registry.last(component), term, at))
+        return Realized(term.outer * _unless_masked(term.d * registry.last(component), term, at))
     exponent = None
     if term.exponent is not None:
         exponent = registry.maximum(at.hint, at.reduced, term, at.order)
@@ -267,7 +267,7 @@ def realize(term: Term, at: Context) -> Realized:
         component = registry.weighted(at.hint, at.reduced, term, exponent, affine, at.order)
         value += factor * registry.last(component)
     whole = term.d * _restore_exponent(value, term, exponent, at)
-    return Realized(_unless_masked(whole, term, at), exponent, centres)
+    return Realized(term.outer * _unless_masked(whole, term, at), exponent, centres)
 
 
 def _unless_masked(value: sympy.Expr, term: Term, at: Context) -> sympy.Expr:

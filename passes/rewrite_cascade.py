@@ -6,7 +6,7 @@ The result computes the same outputs. Tensors that nothing reads any more are go
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import sympy
 
@@ -63,7 +63,7 @@ def _sweep(cascade: Cascade, withheld: frozenset[str]) -> tuple[Rewriting, froze
     outputs, names = frozenset(cascade.outputs), frozenset(cascade.definitions)
     fresh = _name_maker(cascade)
     bounds: dict[str, Interval] = tensor_intervals(cascade)
-    current, exchanged = exchange(cascade, fresh)
+    current, exchanged = exchange(cascade)
     certificates: list[Certificate] = list(exchanged)
     monoids: list[Monoid] = []
     moved: set[str] = set()
@@ -72,7 +72,7 @@ def _sweep(cascade: Cascade, withheld: frozenset[str]) -> tuple[Rewriting, froze
         refusals, changed = [], False
         for group in rank_groups(current):
             result = stream(current, group, bounds, fresh, withheld)
-            refusals += result.refusals
+            refusals += [replace(refusal, einsum=_origin(refusal.einsum, names)) for refusal in result.refusals]
             if not result.certificates:
                 continue
             changed = True
@@ -86,6 +86,11 @@ def _sweep(cascade: Cascade, withheld: frozenset[str]) -> tuple[Rewriting, froze
     current = without_unread(current, outputs)
     kept = (*dict.fromkeys(refusals), *_late_outputs(current, outputs))
     return Rewriting(current, tuple(certificates), kept, tuple(monoids)), frozenset(moved) & names
+
+
+def _origin(name: str, names: frozenset[str]) -> str:
+    """The tensor of the cascade as written that a new one, ``NAME_...``, was made for."""
+    return max((each for each in names if name == each or name.startswith(f"{each}_")), key=len, default=name)
 
 
 def without_unread(cascade: Cascade, outputs: frozenset[str]) -> Cascade:

@@ -41,13 +41,14 @@ class Affine:
 
 @dataclass(frozen=True)
 class Term:
-    """``where(masks, d * x * exp(exponent) * product of affine, 0)``."""
+    """``outer * where(masks, d * x * exp(exponent) * product of affine, 0)``; outer is a part of d."""
 
     d: sympy.Expr = sympy.S.One
     x: sympy.Expr = sympy.S.One
     masks: tuple[sympy.Expr, ...] = ()
     exponent: tuple[sympy.Expr, sympy.Expr] | None = None
     affine: tuple[Affine, ...] = ()
+    outer: sympy.Expr = sympy.S.One
 
     @property
     def simple(self) -> bool:
@@ -57,7 +58,9 @@ class Term:
         """The term with each of its expressions changed."""
         exponent = (change(self.exponent[0]), change(self.exponent[1])) if self.exponent else None
         affine = tuple(Affine(change(item.x), change(item.d), item.power) for item in self.affine)
-        return Term(change(self.d), change(self.x), tuple(map(change, self.masks)), exponent, affine)
+        return Term(
+            change(self.d), change(self.x), tuple(map(change, self.masks)), exponent, affine, change(self.outer)
+        )
 
 
 @dataclass(frozen=True)
@@ -160,7 +163,11 @@ def _multiply(a: Term, b: Term) -> Term:
         else:
             affine.append(item)
     masks = tuple(dict.fromkeys((*a.masks, *b.masks)))
-    return Term(a.d * b.d, a.x * b.x, masks, exponent, tuple(affine))
+    d, outer = a.d * b.d, a.outer * b.outer
+    if bool(a.masks) != bool(b.masks):
+        # What multiplies a masked term from outside meets its zeros as well: 0 * NaN is NaN.
+        d, outer = (a.d, outer * b.d) if a.masks else (b.d, outer * a.d)
+    return Term(d, a.x * b.x, masks, exponent, tuple(affine), outer)
 
 
 def _product(factors: Sequence[list[Term]], e: sympy.Expr, v: Variables) -> list[Term]:
@@ -185,7 +192,7 @@ def _product(factors: Sequence[list[Term]], e: sympy.Expr, v: Variables) -> list
 def _same_sign(terms: Sequence[Term], v: Variables) -> bool:
     signs = set()
     for term in terms:
-        bounds = (v.bound(term.x), v.bound(term.d))
+        bounds = (v.bound(term.x), v.bound(term.d * term.outer))
         if term.affine or not all(b.low >= 0 or b.high <= 0 for b in bounds):
             return False
         signs.add((bounds[0].low >= 0) == (bounds[1].low >= 0))
@@ -250,7 +257,11 @@ def _single(e: sympy.Expr, v: Variables, whole: sympy.Expr) -> Term:
     terms = _decompose(e, v)
     if len(terms) != 1 or terms[0].affine:
         raise _mixed(whole, v)
-    return terms[0]
+    return _inner(terms[0])
+
+
+def _inner(term: Term) -> Term:
+    return replace(term, d=term.d * term.outer, outer=sympy.Integer(1))
 
 
 def _power(e: sympy.Expr, v: Variables) -> list[Term]:
@@ -303,7 +314,8 @@ def _where(e: Where, v: Variables) -> list[Term]:
     terms: list[Term] = []
     for branch, mask in ((a, condition), (b, complement(condition))):
         if branch != 0:
-            terms += [replace(t, masks=(mask, *(m for m in t.masks if m != mask))) for t in _decompose(branch, v)]
+            for t in map(_inner, _decompose(branch, v)):
+                terms.append(replace(t, masks=(mask, *(m for m in t.masks if m != mask))))
     return terms
 
 
@@ -330,7 +342,7 @@ def products(terms: Sequence[Term]) -> list[tuple[sympy.Expr, sympy.Expr]]:
     for term in terms:
         a, b = term.exponent or (sympy.Integer(0), sympy.Integer(0))
         for powers in cartesian(*(range(item.power, -1, -1) for item in term.affine)):
-            g, h = term.x * sympy.exp(a), term.d * sympy.exp(b)
+            g, h = term.x * sympy.exp(a), term.outer * term.d * sympy.exp(b)
             for item, q in zip(term.affine, powers, strict=True):
                 g *= item.x**q
                 h *= sympy.binomial(item.power, q) * item.d ** (item.power - q)

@@ -1,7 +1,7 @@
 """What all tests share: warm caches in one temporary folder, and a clean compiler where a test asks for one.
 
-The caches lie in ``EFFCC_TEST_CACHE``, else in a folder of the system's temporary directory that belongs to this user and
-this torch. A second run of the suite then compiles almost nothing. Tests that need a cold cache set their own.
+The caches lie in ``EFFCC_TEST_CACHE``, else in a folder of the system's temporary directory that belongs to this user
+and this torch. A second run of the suite then compiles almost nothing. Tests that need a cold cache set their own.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import os
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -37,15 +37,33 @@ def pytest_configure(config: pytest.Config) -> None:
 @pytest.fixture
 def clean_compiler() -> Iterator[None]:
     """Dynamo without compiled code, the default generator at a fixed seed, and no reports of earlier tests."""
-    import torch
-
     import effcc
+    import torch
 
     torch._dynamo.reset()
     effcc.reset_reports()
     torch.manual_seed(0)
     yield
     torch._dynamo.reset()
+
+
+@pytest.fixture(
+    params=["found", pytest.param("flat", marks=pytest.mark.slow), pytest.param("marked", marks=pytest.mark.slow)]
+)
+def compiled(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+    """``torch.compile`` with the backend, for towers of equal layers. ``found``: the layers are found and become one
+    region that is called repeatedly, as users have it; ``marked``: by hand, with torch's mark; ``flat``: neither."""
+    import torch
+    from models import Block
+
+    if request.param == "marked":
+        monkeypatch.setattr(Block, "forward", torch.compiler.nested_compile_region(Block.forward))
+
+    def compile_(model: Any, options: dict[str, Any] | None = None, **settings: Any) -> Any:
+        found = {"repeated_modules": request.param == "found"}
+        return torch.compile(model, backend="effcc", options=found | (options or {}), **settings)
+
+    return compile_
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -239,7 +239,7 @@ REFUSED: dict[str, tuple[str, str, str, int, str, str]] = {
         "n",
         2,
         "S",
-        "sign",
+        "log",
     ),
     "distance to a centre in the plane": (
         "M[] = sum[n] X[n] / |n|\nS[] = sum[n] sqrt(1 + (X[n] - M[])**2)\n",

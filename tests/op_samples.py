@@ -27,8 +27,8 @@ import torch._dynamo
 import torch.utils._pytree as pytree
 from torch.testing._internal import common_methods_invocations as invocations
 
-#: Results of these are not determined (memory that nobody has written), or drawn otherwise by torch's decomposition than
-#: by eager's kernel (bernoulli): shapes and dtypes are compared.
+#: Results of these are not determined (memory that nobody has written), or drawn otherwise by torch's decomposition
+#: than by eager's kernel (bernoulli): shapes and dtypes are compared.
 UNDEFINED = """
 empty empty_like empty_strided empty_permuted new_empty new_empty_strided resize_ resize_as_ bernoulli
 """.split()
@@ -39,7 +39,7 @@ invocations.wrapper_set_seed = lambda function, *args, **kwargs: function(*args,
 
 @dataclass(frozen=True)
 class Case:
-    """One call: ``function(*args, **kwargs)``; ``process`` makes outputs differentiable without ambiguity (OpInfo's)."""
+    """One call: ``function(*args, **kwargs)``; OpInfo's ``process`` makes outputs differentiable without ambiguity."""
 
     function: Callable[..., Any]
     args: tuple[Any, ...]
@@ -59,10 +59,10 @@ class Case:
 
 @dataclass
 class Verdict:
-    """What became of the cases of one op: ``compiled`` of them went through the backend in a whole graph, ``broken`` with
-    graph breaks, ``untouched`` have no graph at all (Dynamo leaves them to eager); ``wrong`` and ``failed`` are the
-    compiler's faults, ``refused`` torch's own (aot_eager raises as well); ``near``: see above, the last line of what is
-    right. ``fallbacks`` are the reasons of the reports."""
+    """What became of the cases of one op: ``compiled`` of them went through the backend in a whole graph, ``broken``
+    with graph breaks, ``untouched`` have no graph at all (Dynamo leaves them to eager); ``wrong`` and ``failed`` are
+    the compiler's faults, ``refused`` torch's own (aot_eager raises as well); ``near``: see above, the last line of
+    what is right. ``fallbacks`` are the reasons of the reports."""
 
     compiled: int = 0
     broken: int = 0
@@ -161,8 +161,9 @@ def distance(left: torch.Tensor, right: torch.Tensor, like: torch.Tensor) -> flo
 
 
 def compare(found: Any, wanted: Any, exact: Any, other: Callable[[], Any], floor: float = 0.0) -> tuple[str, str]:
-    """(why ``found`` is wrong or ``""``, remark if it is only as near as Inductor). ``wanted``: eager's value; ``exact``:
-    eager's in float64 (or ``wanted``); ``other``: gives Inductor's."""
+    """(why ``found`` is wrong or ``""``, remark if it is only as near as Inductor). ``wanted``: eager's value;
+    ``exact``: eager's in float64 (or ``wanted``); ``other``: gives Inductor's; ``floor``: least magnitude to compare
+    with."""
     found, wanted, exact = dense(found), dense(wanted), dense(exact)
     if why := compare_form(found, wanted):
         return why, ""
@@ -209,8 +210,8 @@ def magnitude(value: Any) -> float:
 
 
 def judge(cases: Sequence[Case], found: Sequence[list[Any]], verdict: Verdict) -> None:
-    """Compare the results of ``cases`` with eager's, and enter what differs. Eager runs them in a row as well: random ops
-    draw from one generator."""
+    """Compare the results of ``cases`` with eager's, and enter what differs. Eager runs them in a row as well: random
+    ops draw from one generator."""
     everything = eager([case.twin() for case in cases])
     for number, (case, values, wanted) in enumerate(zip(cases, found, everything, strict=True)):
         if len(values) != len(wanted):

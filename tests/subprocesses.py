@@ -1,4 +1,4 @@
-"""Python processes of their own, for tests of what a process inherits or does not survive: environment, caches, signals."""
+"""Python processes of their own, for tests of what a process inherits or does not survive."""
 
 from __future__ import annotations
 

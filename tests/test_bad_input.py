@@ -1,4 +1,4 @@
-"""Inputs that a compiler meets seldom: each gives eager's result or an error that says what is wrong, never a wrong number."""
+"""Inputs that a compiler meets seldom: eager's result or an error that says what is wrong, never a wrong number."""
 
 from __future__ import annotations
 
@@ -119,7 +119,7 @@ def test_branch_on_a_value_in_a_whole_graph_is_refused_with_its_line() -> None:
 
 @pytest.mark.parametrize("whole", [False, True])
 def test_values_read_by_python(whole: bool) -> None:
-    """``item``, ``tolist``, ``nonzero`` and ``unique``: numbers and shapes that only the data gives, in float64 exactly."""
+    """``item``, ``nonzero`` and ``unique``: numbers and shapes that only the data gives, in float64 exactly."""
 
     def run(x: torch.Tensor) -> tuple[Any, ...]:
         return x * x[0].item(), x.nonzero().sum(), x[x > 0].cumsum(0), x.unique().mul(2)

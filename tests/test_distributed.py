@@ -61,13 +61,14 @@ def in_processes(code: str, cache: Path, count: int = 2) -> list[Any]:
 
 @pytest.mark.parametrize("order", ["DDP inside", pytest.param("DDP outside", marks=pytest.mark.slow)])
 def test_data_parallel(tmp_path: Path, order: str) -> None:
-    """``torch.compile(DDP(model))``, which Dynamo cuts into one graph per bucket of gradients, and ``DDP(compiled)``."""
+    """``torch.compile(DDP(model))``, which Dynamo cuts into a graph for each bucket of gradients; ``DDP(compiled)``."""
     found = in_processes(
         f"""
 torch.manual_seed(0)
 plain = Tower().double()
 model = copy.deepcopy(plain)
 if {order == "DDP inside"}:
+    dist._DEFAULT_FIRST_BUCKET_BYTES = 512
     run = torch.compile(DistributedDataParallel(model, bucket_cap_mb=0.001), backend="effcc")
 else:
     run = DistributedDataParallel(torch.compile(model, backend="effcc"))

@@ -1,9 +1,9 @@
 """Real models through the backend: outputs, loss, every gradient and every buffer against eager.
 
 Float64, where the model stays in float64: max|a-b| <= 1e-10 * max(max|b|, 1e-4 * the largest gradient magnitude in the
-model); some gradients, such as a key bias in attention, are zero in exact arithmetic. Elsewhere (float32, bfloat16, models
-that cast inside): no further from the float64 reference than twice Inductor's distance or 8 ulp of the tensor's largest
-magnitude.
+model); some gradients, such as a key bias in attention, are zero in exact arithmetic. Elsewhere (float32, bfloat16,
+models that cast inside): no further from the float64 reference than twice Inductor's distance or 8 ulp of the tensor's
+largest magnitude.
 """
 
 from __future__ import annotations
@@ -181,9 +181,7 @@ def test_training_step_in_bfloat16(name: str, no_fallbacks: None) -> None:
 
 
 @pytest.mark.parametrize("name", sweep(WITH_LAYERS, FAST_FLOAT32))
-def test_marked_layers_are_compiled_once(
-    name: str, mark_layers: Callable[[str], None], no_fallbacks: None
-) -> None:
+def test_marked_layers_are_compiled_once(name: str, mark_layers: Callable[[str], None], no_fallbacks: None) -> None:
     """Layers marked with ``nested_compile_region``: regions called more than once, same results."""
     sample = build(name)
     reference = train_step(reference_of(sample), eager)

@@ -1,7 +1,7 @@
 """torch's own op database (OpInfo) through the backend: forward and gradients against eager, see ``op_samples``.
 
-By default a few ops drawn afresh; with ``-m slow`` all of them, one test an op. ``EFFCC_OP_DB_LOG=file`` appends a line of
-JSON for each op done, and skips ops that the file already has as right, so that a sweep can be resumed or split.
+By default a few ops drawn afresh; with ``-m slow`` all of them, one test an op. ``EFFCC_OP_DB_LOG=file`` appends a line
+of JSON for each op done, and skips ops that the file already has as right: a sweep can be resumed or split.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import dataclasses
 import json
 import logging
 import os
-import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ import torch
 
 pytest.importorskip("expecttest", reason="torch's op database needs the package expecttest (extra dev)")
 
+from fresh_seed import fresh_random
 from op_samples import Verdict, cases_of, check
 from torch.testing._internal.common_methods_invocations import op_db
 
@@ -68,12 +68,10 @@ def test_op(name: str, record_property: Callable[[str, object], None]) -> None:
 
 def test_ops_drawn_afresh(record_property: Callable[[str, object], None]) -> None:
     """Twelve ops, two samples each, in one graph with its backward."""
-    seed = random.randrange(10**6)
-    print(f"seed {seed}")
-    names = random.Random(seed).sample(sorted(OPS), 12)
+    names = fresh_random().sample(sorted(OPS), 12)
     print(*names)
     cases = [case for name in names for case in cases_of(OPS[name], torch.float64, 2, gradient=True)]
     verdict = check(cases)
     record_property("op_db", dataclasses.asdict(verdict))
     assert verdict.compiled + verdict.broken + verdict.untouched + len(verdict.refused) > 0
-    assert not verdict.bad(), f"seed {seed}\n" + "\n".join(verdict.bad())
+    assert not verdict.bad(), "\n".join(verdict.bad())

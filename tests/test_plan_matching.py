@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import effcc
 import models
 import pytest
 import torch
@@ -25,8 +26,6 @@ from effcc.ir.structural_hash import graph_hash, op_hashes
 from effcc.plan_matching import check_plan
 from subprocesses import run
 from torch import nn
-
-import effcc
 
 pytestmark = pytest.mark.usefixtures("clean_compiler")
 
@@ -182,15 +181,16 @@ def test_a_plan_for_another_device_is_accepted(plan_path: Path) -> None:
         parameter.grad = None
     found = trained(model, x, backend="effcc", options={"plan": str(plan_path)})
     torch.testing.assert_close(found, wanted)
-    assert {report.plan for report in effcc.reports()} == {planned}
+    reports = effcc.reports()
+    assert len(reports) == 2 and all(report.plan == planned for report in reports)
 
 
 @pytest.mark.parametrize(
     ("model", "width", "where"),
     [
-        (lambda: models.Tower(width=24, depth=4), 24, "f32[24"),
-        (lambda: models.Tower(width=16, depth=5), 16, "f32["),
-        (lambda: nn.Sequential(nn.Linear(16, 16), nn.Tanh()), 16, "f32[16"),
+        (lambda: models.Tower(width=24, depth=4), 24, "input %l_x_: f32[6,24]"),
+        (lambda: models.Tower(width=16, depth=5), 16, "%l_self_modules_"),
+        (lambda: nn.Sequential(nn.Linear(16, 4), nn.Tanh()), 16, "%l_fn_modules_0_parameters_weight_: f32[4,16]"),
     ],
 )
 def test_a_plan_for_another_model_is_refused(
@@ -200,31 +200,47 @@ def test_a_plan_for_another_model_is_refused(
         trained(model(), torch.randn(6, width), backend="effcc", options={"plan": str(plan_path)})
     inner = getattr(caught.value, "inner_exception", caught.value)
     assert isinstance(inner, PlanError)
-    assert "%" in inner.message and where in inner.message and str(plan_path) in inner.where
+    assert where in inner.message and str(plan_path) in inner.where
 
 
-def test_the_first_op_that_differs_is_named(plan_path: Path) -> None:
-    """Of a model that differs in one activation, the activation."""
+def test_the_first_op_that_differs_is_named() -> None:
+    """Of a model that differs in one activation, the activation, with its line."""
 
     class Other(models.Block):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return x + self.down(self.dropout(F.silu(self.up(self.norm(x)))))
 
     def build() -> nn.Module:
-        tower = models.Tower(width=16, depth=4)
-        tower.layers[0] = Other(16)
+        tower = models.Tower(width=16, depth=2)
+        tower.layers[1] = Other(16)
         return tower
 
-    spec = ModelSpec("other", build, lambda: ((torch.randn(6, 16),), {}))
-    (graph,) = offline(spec, train=True)
-    with pytest.raises(PlanError, match=r"op %\w+.* = torch.nn.functional.silu at \S*test_plan_matching.py:\d+ differs"):
-        check_plan(load_plan(plan_path).plan, graph)
+    x = torch.randn(6, 16)
+    planned = effcc.plan(models.Tower(width=16, depth=2), (x,), train=True).plan
+    (graph,) = offline(ModelSpec("other", build, lambda: ((x,), {})), train=True)
+    with pytest.raises(
+        PlanError, match=r"op %\w+.* = torch.nn.functional.silu at \S*test_plan_matching.py:\d+ differs"
+    ):
+        check_plan(planned, graph)
+    (longer,) = offline(ModelSpec("longer", lambda: nn.Sequential(build()), lambda: ((x,), {})), train=True)
+    with pytest.raises(PlanError, match="silu"):
+        check_plan(planned, longer)
 
 
-def test_a_plan_made_on_cpu_fits_the_recorded_cuda_capture(tmp_path: Path) -> None:
+def test_a_graph_that_ends_early_or_late_is_refused() -> None:
+    x = torch.randn(6, 16)
+    short, long = (nn.Sequential(nn.Linear(16, 16), *[nn.Tanh()] * count) for count in (1, 2))
+    graphs = [offline(ModelSpec("m", lambda m=model: m, lambda: ((x,), {})), train=True)[0] for model in (short, long)]
+    with pytest.raises(PlanError, match="1 more op"):
+        check_plan(effcc.plan(long, (x,), train=True).plan, graphs[0])
+    with pytest.raises(PlanError, match=r"op %\w+.*tanh.* comes after the last op"):
+        check_plan(effcc.plan(short, (x,), train=True).plan, graphs[1])
+
+
+def test_a_plan_made_on_cpu_fits_the_recorded_cuda_capture() -> None:
     planned = effcc.plan(Recorded(), (torch.zeros(2, 12, dtype=torch.long),), train=True, device="h200")
     recorded = recorded_on_cuda()
     assert check_plan(planned.plan, recorded).graph_hash == graph_hash(recorded)
-    changed = print_graph(recorded).replace("torch._C._nn.linear", "torch._C._nn.bilinear", 1)
-    with pytest.raises(PlanError, match="bilinear"):
+    changed = print_graph(recorded).replace("_operator.ge(", "_operator.gt(", 1)
+    with pytest.raises(PlanError, match=r"op %mask: b1\[12,12\]@cuda:0 = _operator.gt at .* differs"):
         check_plan(planned.plan, parse_graph(changed))

@@ -34,9 +34,10 @@ def test_without_a_compiler_everything_runs_as_eager_ops(tmp_path: Path, how: st
     assert found["fallbacks"] and all("compiler" in reason.lower() for reason in found["fallbacks"])
 
 
-@pytest.mark.parametrize("system", ["Windows", pytest.param("Darwin", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("system", ["Windows", "Darwin"])
 def test_other_systems_without_their_compiler(tmp_path: Path, system: str) -> None:
-    """Torch is imported as on Linux (its libraries are Linux's); what is asked afterwards answers as that system would."""
+    """Torch is imported as on Linux (its libraries are); what is asked afterwards answers as that system would."""
     platform = {"Windows": "win32", "Darwin": "darwin"}[system]
     code = f"""
 import torch._inductor.async_compile, torch._inductor.codecache, torch._inductor.compile_fx, torch._inductor.cpp_builder
@@ -49,7 +50,8 @@ os.environ["PATH"] = "/nonexistent"
     assert found["fallbacks"] and all("compiler" in reason.lower() for reason in found["fallbacks"])
 
 
-@pytest.mark.parametrize("kind", ["once", pytest.param("always", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["once", "always"])
 def test_compiler_killed(tmp_path: Path, kind: str) -> None:
     """The compiler ends by signal 9, as the out-of-memory killer ends it."""
     mark = tmp_path / "killed"
@@ -65,7 +67,7 @@ def test_compiler_killed(tmp_path: Path, kind: str) -> None:
 
 @pytest.mark.slow
 def test_compile_workers_killed(tmp_path: Path) -> None:
-    """Every child process that comes up in the first seconds of compilation is killed: right, by a retry or eager ops."""
+    """Child processes of the first seconds of compilation are killed: right, by a retry or by eager ops."""
     code = (
         STEP
         + """

@@ -31,9 +31,9 @@ _BIG = 1 << 62
 
 @compiled
 def _order_and_check(
-    members: Ints, start: int, count: int, floor: Ints, floor_rank: Ints, capacity: int, size: Ints, rank: Ints,
-    neighbours_start: Ints, neighbours: Ints, first_section: Ints, last_section: Ints, offsets: Ints, lowest: Ints,
-    load: Ints, release: Ints, blame: Ints,
+    members: Ints, start: int, count: int, floor: Ints, floor_rank: Ints, capacity: int, latest: Ints, size: Ints,
+    rank: Ints, neighbours_start: Ints, neighbours: Ints, first_section: Ints, last_section: Ints, offsets: Ints,
+    lowest: Ints, load: Ints, release: Ints, blame: Ints,
 ) -> int:  # fmt: skip
     """Sort ``members[start:start + count]`` by (release, rank); -1 if they cannot fit, else 0.
 
@@ -61,6 +61,10 @@ def _order_and_check(
                     blame[section] += 1
                 return -1
             release[b] = max(release[b], support)
+        if release[b] > latest[b]:
+            for section in range(first_section[b], last_section[b] + 1):
+                blame[section] += 1
+            return -1
     # Insertion sort: the parent's order is nearly right already.
     for i in range(start + 1, start + count):
         b = members[i]
@@ -170,9 +174,9 @@ def _split(
 
 @compiled
 def _run(
-    members: Ints, capacity: int, node_limit: int, size: Ints, alignment: Ints, rank: Ints, priority: Ints,
-    neighbours_start: Ints, neighbours: Ints, first_section: Ints, last_section: Ints, offsets: Ints, lowest: Ints,
-    crossing: Ints, trail: Ints, frames: Ints, nodes: Ints, stop: Ints, blame: Ints,
+    members: Ints, capacity: int, latest: Ints, node_limit: int, size: Ints, alignment: Ints, rank: Ints,
+    priority: Ints, neighbours_start: Ints, neighbours: Ints, first_section: Ints, last_section: Ints, offsets: Ints,
+    lowest: Ints, crossing: Ints, trail: Ints, frames: Ints, nodes: Ints, stop: Ints, blame: Ints,
 ) -> int:  # fmt: skip
     """Depth-first search with its own stack (compiled recursive functions cannot be kept in numba's cache).
 
@@ -198,7 +202,7 @@ def _run(
                 return -1
             frame[_MARK], frame[_NEXT] = trail_length, 0
             fits = _order_and_check(
-                members, start, length, floor, floor_rank, capacity, size, rank, neighbours_start, neighbours,
+                members, start, length, floor, floor_rank, capacity, latest, size, rank, neighbours_start, neighbours,
                 first_section, last_section, offsets, lowest, load, release, blame,
             )  # fmt: skip
             if fits < 0:
@@ -294,10 +298,14 @@ def _run(
 def search(
     tables: Tables, rank: Ints, priority: Ints, capacity: int, node_limit: int, stop: Ints, blame: Ints
 ) -> tuple[int, Ints, int]:
-    """Search for offsets with all ends at or below ``capacity``.
+    """Search for offsets with all ends (without padding) at or below ``capacity`` bytes.
 
     Args:
-        stop: ``counters``-like array of one element; another thread sets it to 1 to end the search.
+        rank: of each buffer, where several may be placed next at one offset; a permutation.
+        priority: of each section, at least 0: where the next placement is sought.
+        node_limit: placements tried before the search gives up.
+        stop: of one element; another thread sets it to 1 to end the search.
+        blame: for each section the number of times that it could not be packed is added here.
 
     Returns:
         (SOLVED, NO_SOLUTION or STOPPED, offsets in bytes (-1 where unplaced), nodes visited).
@@ -312,8 +320,10 @@ def search(
     members[:count] = np.argsort(rank)
     trail = np.empty((tables.neighbours.size + (count + 2) * (count + 2), 4), np.int64)
     nodes = np.zeros(1, np.int64)
+    padded = capacity + int(tables.padding.max(initial=0))
+    latest = capacity - tables.size + tables.padding
     status = _run(
-        members, capacity, node_limit, tables.size, tables.alignment, rank, priority, tables.neighbours_start,
+        members, padded, latest, node_limit, tables.size, tables.alignment, rank, priority, tables.neighbours_start,
         tables.neighbours, tables.first_section, tables.last_section, offsets, np.zeros(count, np.int64),
         np.cumsum(crossing), trail, np.zeros((count + 2, 10), np.int64), nodes, stop, blame,
     )  # fmt: skip

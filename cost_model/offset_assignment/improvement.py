@@ -28,14 +28,14 @@ _NEAR = 1.02
 _SETTLE = 3
 
 
-def improve(part: Part, goal: int, given: bool, granule: int, deadline: float, seed: int) -> int:
+def improve(part: Part, goal: int, given: bool, deadline: float, seed: int) -> int:
     """Search a part until its height is at most ``goal``. Returns a height that is proven to be needed.
 
     ``given``: the goal is all that is asked for, there is no merit in coming near it.
     """
     tables = part.tables
     count = tables.size.size
-    lowest = part.bound
+    lowest = tables.bound
     if _pairs(tables) > _MOST_PAIRS:
         return lowest
     exact = Restarts(tables, seed) if count <= _EXACT_BUFFERS else None
@@ -49,7 +49,7 @@ def improve(part: Part, goal: int, given: bool, granule: int, deadline: float, s
             break
         if exact is not None:
             bisect = not given or number == _SETTLE
-            lowest = max(lowest, _exact_round(part, exact, max(goal, lowest), bisect, granule, number, deadline))
+            lowest = max(lowest, _exact_round(part, exact, max(goal, lowest), bisect, number, deadline))
             if given and lowest > goal:
                 break
             if part.height <= _NEAR * goal or given:
@@ -57,42 +57,52 @@ def improve(part: Part, goal: int, given: bool, granule: int, deadline: float, s
         if not done() and count <= _REINSERTION_BUFFERS:
             with alarm(deadline) as stop:
                 moves = max(100, (_MOVES << number) * 500 // max(count, 500))
-                height, offsets = reinsert(tables, order, max(goal, lowest), moves, seed + number, stop)
+                _, offsets = reinsert(tables, order, max(goal, lowest), moves, seed + number, stop)
+            height = tables.height(offsets)
             if height < part.height:
                 part.offsets, part.height, part.solver = offsets, height, "reinsertion"
         for index in range(_WINDOWS << number):
             if done():
                 break
             generator = np.random.default_rng((seed, number, index))
-            windowed = improve_window(tables, part.offsets, granule, generator, deadline)
+            windowed = improve_window(tables, part.offsets, generator, deadline)
             if windowed is None:
                 break
             if windowed is not part.offsets:
-                height = int((windowed + tables.size).max())
+                height = tables.height(windowed)
                 part.offsets, part.height, part.solver = windowed, height, "windows"
     return lowest
 
 
-def _exact_round(
-    part: Part, exact: Restarts, goal: int, bisect: bool, granule: int, number: int, deadline: float
-) -> int:
+def warm_up() -> float:
+    """Load the compiled searches, or compile them where that has not been done on this machine. Returns seconds."""
+    begin = time.perf_counter()
+    lower, size = np.array([0, 0, 1], np.int64), np.array([1, 2, 1], np.int64)
+    tables = Tables(lower, lower + 2, size, np.ones(3, np.int64), np.zeros(3, np.int64))
+    reinsert(tables, np.arange(3, dtype=np.int64), tables.bound, 1, 0, np.zeros(1, np.int64))
+    Restarts(tables, 0).run(tables.bound, 2, begin + 600)
+    return time.perf_counter() - begin
+
+
+def _exact_round(part: Part, exact: Restarts, goal: int, bisect: bool, number: int, deadline: float) -> int:
     """Try the goal, then, if ``bisect``, capacities half way between what failed and what is known, until they meet.
 
     Returns a height that is proven to be needed.
     """
+    unit = part.tables.unit
     proven, failed, capacity = 0, 0, goal
     while part.height > goal and time.perf_counter() < deadline:
         status, offsets = exact.run(capacity, _RESTARTS << number, deadline)
         if status == SOLVED:
-            part.offsets, part.height, part.solver = offsets, int((offsets + part.tables.size).max()), "exact search"
+            part.offsets, part.height, part.solver = offsets, part.tables.height(offsets), "exact search"
         else:
             failed = capacity
             if status == NO_SOLUTION:
-                proven = capacity + granule
+                proven = (capacity // unit + 1) * unit
             if not bisect:
                 break
-        capacity = failed + (part.height - failed) // 2 // granule * granule
-        if part.height - failed <= granule or capacity <= max(failed, goal):
+        capacity = (failed + (part.height - failed) // 2) // unit * unit
+        if part.height - failed <= unit or capacity <= max(failed, goal):
             break
     return proven
 

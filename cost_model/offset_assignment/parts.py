@@ -11,12 +11,11 @@ from .tables import Ints, Tables
 
 @dataclass
 class Part:
-    """Buffers that share time with no others. ``bound`` holds for every placement; ``offsets`` and ``height`` are the
+    """Buffers that share time with no others. ``offsets`` and ``height`` (without padding) are the
     best known, made by ``solver``."""
 
     members: Ints
     tables: Tables
-    bound: int
     offsets: Ints
     height: int
     solver: str

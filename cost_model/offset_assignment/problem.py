@@ -12,8 +12,6 @@ from .tables import Ints, Tables
 
 #: (begin, end, low, high): from begin to end of its life only bytes low..high of a buffer are in use (none if equal).
 Gap = tuple[int, int, int, int]
-#: Sections looked at for the padding that the topmost buffer does not need.
-_PADDED_SECTIONS = 64
 
 
 @dataclass(frozen=True)
@@ -31,6 +29,14 @@ class Problem:
     gaps: Sequence[Sequence[Gap]] = ()
     hint: Ints | None = None
 
+    def only(self, members: Ints) -> Problem:
+        """The problem of some of the buffers."""
+        hint = None if self.hint is None else self.hint[members]
+        gaps = [self.gaps[b] for b in members] if self.gaps else ()
+        return Problem(
+            self.lower[members], self.upper[members], self.size[members], self.alignment[members], gaps, hint
+        )
+
     @property
     def has_gaps(self) -> bool:
         return any(self.gaps)
@@ -44,8 +50,8 @@ class Problem:
     def tables(self) -> Tables:
         """The arrays that searches read: sizes rounded up to the granule, gaps filled."""
         size = -(-self.size // self.granule) * self.granule
-        columns = (np.ascontiguousarray(c, np.int64) for c in (self.lower, self.upper, size, self.alignment))
-        return Tables(*columns)
+        columns = (self.lower, self.upper, size, self.alignment, size - self.size)
+        return Tables(*(np.ascontiguousarray(column, np.int64) for column in columns))
 
     @cached_property
     def pieces(self) -> tuple[Tables, Ints, Ints]:
@@ -62,25 +68,15 @@ class Problem:
             if begin < upper:
                 rows.append((begin, int(upper), 0, int(size), b))
         columns = np.array(rows, np.int64).reshape(-1, 5).T
-        table = Tables(
-            columns[0].copy(), columns[1].copy(), columns[3] - columns[2], np.ones(columns.shape[1], np.int64)
-        )
+        ones, zeros = (np.full(columns.shape[1], value, np.int64) for value in (1, 0))
+        table = Tables(columns[0].copy(), columns[1].copy(), columns[3] - columns[2], ones, zeros)
         return table, columns[4].copy(), columns[2].copy()
 
     def lower_bound(self) -> int:
-        """Bytes that no placement can stay under: most bytes live at a time; each buffer but the topmost is padded to
-        the granule."""
+        """Bytes that no placement can stay under."""
         if self.has_gaps:
             return int(max(self.pieces[0].section_load.max(initial=0), self.size.max(initial=0)))
-        tables, load = self.tables, self.tables.section_load
-        if self.granule == 1 or load.size == 0:
-            return int(load.max(initial=0))
-        padding = tables.size - self.size
-        bound = 0
-        for section in np.argsort(-load, kind="stable")[:_PADDED_SECTIONS]:
-            live = (tables.first_section <= section) & (section <= tables.last_section)
-            bound = max(bound, int(load[section] - padding[live].max(initial=0)))
-        return bound
+        return self.tables.bound
 
     def height(self, offsets: Ints) -> int:
         """Largest end of a placement, in bytes."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from bisect import insort
 from collections.abc import Sequence
 
@@ -47,3 +48,46 @@ def orders(
         "end": lambda b: (-upper[b], lower[b] - upper[b]),
     }
     return [(name, sorted(count, key=key)) for name, key in keys.items()]
+
+
+def reorder(
+    offsets: Sequence[int],
+    columns: tuple[Sequence[int], Sequence[int], Sequence[int], Sequence[int]],
+    padding: Sequence[int],
+    target: int,
+    trials: int,
+    seed: int,
+) -> tuple[int, list[int]]:
+    """Improve a first fit: move a buffer at the peak, or one that shares its time, to another place of the order.
+
+    Args:
+        offsets: of the placement to begin with.
+        columns: lower, upper, size and alignment, as for ``first_fit``.
+        padding: bytes of each size that a buffer with nothing above it does not need.
+        target: height without padding at which to stop.
+
+    Returns:
+        (height without padding, offsets), never higher than the placement given.
+    """
+    lower, upper, size, _ = columns
+    count = len(size)
+    generator = random.Random(seed)
+
+    def height_of(placed: Sequence[int]) -> int:
+        return max((placed[b] + size[b] - padding[b] for b in range(count)), default=0)
+
+    order = sorted(range(count), key=lambda b: (offsets[b], -size[b]))
+    best, height = list(offsets), height_of(offsets)
+    for _ in range(trials):
+        if height <= target:
+            break
+        peak = next(b for b in order if best[b] + size[b] - padding[b] == height)
+        sharing = [b for b in range(count) if lower[b] < upper[peak] and lower[peak] < upper[b]]
+        moved = peak if generator.random() < 0.3 else generator.choice(sharing)
+        trial = [b for b in order if b != moved]
+        trial.insert(generator.randrange(count), moved)
+        placed = first_fit(trial, *columns)[1]
+        reached = height_of(placed)
+        if reached <= height:
+            height, best, order = reached, placed, trial
+    return height, best

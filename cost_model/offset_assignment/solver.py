@@ -1,8 +1,9 @@
 """Anytime solver of offset assignment (dynamic storage allocation).
 
 1. The bound: most bytes live at a time. Everything ends when the goal (the capacity asked for, else the bound) is met.
-2. First fit and best fit in a portfolio of orders, for all buffers at once: in plain Python up to ``_PYTHON_BUFFERS``,
-   compiled beyond. Parts that share no time (cuts where nothing is live) do not meet, so each keeps its own best.
+2. First fit and best fit in a portfolio of orders, for all buffers at once: in plain Python up to ``_PYTHON_BUFFERS``
+   (and then some trials at other orders), compiled beyond. Parts that share no time (cuts where nothing is live) do not
+   meet, so each keeps its own best.
 3. For each part above the goal, the highest first: reinsertion search over orders, exact branch and bound with restarts
    (small parts; at a capacity that halves the distance to the bound), CP-SAT on windows of time.
 
@@ -14,16 +15,19 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 
 from .parts import Part, split
 from .problem import Problem, Result
-from .quick import first_fit, orders
-from .tables import Ints, Tables
+from .quick import first_fit, orders, reorder
+from .tables import Ints
 
 #: Up to so many buffers first fit in Python is quicker than loading compiled code.
 _PYTHON_BUFFERS = 2000
+#: Work of reordering in Python: trials times the square of the number of buffers; about a second at most.
+_REORDER_STEPS = 5_000_000
 #: Largest sum of sizes: offsets are 64-bit, and searches add a few of them.
 LARGEST = 1 << 60
 
@@ -35,14 +39,16 @@ def solve(
     time_limit: float = 10.0,
     seed: int = 0,
     tolerance: float = 0.0,
+    worthwhile: float = 0.0,
 ) -> Result:
     """Place all buffers below ``capacity`` bytes, or as low as possible where none is given.
 
     Args:
         time_limit: seconds after which the best placement known is returned. The bound and a first placement are
-            always made.
+            always made, and compiling, where it must be done (once on a machine), is not counted.
         seed: of everything drawn at random.
         tolerance: without a capacity, a height within this share of the bound is good enough to stop.
+        worthwhile: the same, for loading compiled code to search with (a second; many, once, where it is not cached).
     """
     deadline = time.perf_counter() + time_limit
     bound = problem.lower_bound()
@@ -50,42 +56,48 @@ def solve(
         from .gapped import solve_gapped
 
         return solve_gapped(problem, capacity, bound, deadline, seed)
-    granule = problem.granule
-    if capacity is not None:
-        goal = -(-capacity // granule) * granule
-    else:
-        goal = int(problem.tables.section_load.max(initial=0) * (1.0 + tolerance))
+    held = np.flatnonzero(problem.size)
+    if held.size < problem.size.size:
+        # Buffers without bytes fit anywhere.
+        rest = solve(
+            problem.only(held), capacity, time_limit=time_limit, seed=seed, tolerance=tolerance, worthwhile=worthwhile
+        )
+        offsets = np.zeros(problem.size.size, np.int64)
+        offsets[held] = rest.offsets
+        return replace(rest, offsets=offsets)
+    tables = problem.tables
+    goal = capacity if capacity is not None else int(bound * (1.0 + tolerance))
     parts = _greedy(problem, goal, deadline)
-    proven = int(problem.tables.section_load.max(initial=0))
     infeasible = capacity is not None and bound > capacity
+    for part in parts:
+        if part.members.size <= _PYTHON_BUFFERS and part.height > max(goal, bound) and not infeasible:
+            _reorder(part, max(goal, bound), seed)
+    if capacity is None:
+        goal = max(goal, int(bound * (1.0 + worthwhile)))
     # Imported where there is something to do: it loads compiled code.
-    if any(part.height > max(goal, proven) for part in parts) and not infeasible:
-        from .improvement import improve
+    if any(part.height > max(goal, bound) for part in parts) and not infeasible:
+        from .improvement import improve, warm_up
+
+        deadline += warm_up()
     for part in sorted(parts, key=lambda part: -part.height):
         if infeasible or time.perf_counter() >= deadline:
             break
-        reached = max(goal, proven)
-        if part.height > reached:
-            lowest = improve(part, reached, capacity is not None, granule, deadline, seed)
-            if capacity is not None and lowest > goal:
-                infeasible = True
-            proven = max(proven, min(lowest, part.height))
-    offsets = np.zeros(problem.size.size, np.int64)
+        if part.height > max(goal, bound):
+            proven = improve(part, max(goal, bound), capacity is not None, deadline, seed)
+            bound = max(bound, proven)
+            infeasible = capacity is not None and proven > capacity
+    offsets = np.zeros(tables.size.size, np.int64)
     for part in parts:
         offsets[part.members] = part.offsets
-    height = problem.height(offsets)
-    worst = max(parts, key=lambda part: part.height, default=None)
-    rounded = worst.height if worst is not None else 0
-    if proven > int(problem.tables.section_load.max(initial=0)):
-        # Proven for sizes rounded up: a buffer at the top may be shorter by less than a granule.
-        bound = max(bound, proven - (granule - 1))
+    height = tables.height(offsets)
     if infeasible:
         status = "infeasible"
     elif capacity is not None and height > capacity:
         status = "timeout"
     else:
-        status = "optimal" if height <= bound or (granule > 1 and rounded <= proven) else "feasible"
-    return Result(offsets, height, min(bound, height), status, worst.solver if worst is not None else "empty")
+        status = "optimal" if height <= bound else "feasible"
+    solver = max(parts, key=lambda part: part.height).solver if parts else "no buffers"
+    return Result(offsets, height, bound, status, solver)
 
 
 def _greedy(problem: Problem, goal: int, deadline: float) -> list[Part]:
@@ -95,20 +107,26 @@ def _greedy(problem: Problem, goal: int, deadline: float) -> list[Part]:
     for name, offsets in _placements(problem):
         if not parts:
             for members in split(tables):
-                own = Tables(*(c[members] for c in (tables.lower, tables.upper, tables.size, tables.alignment)))
-                placed = offsets[members]
-                height = int((placed + own.size).max())
-                parts.append(Part(members, own, int(own.section_load.max()), placed, height, name))
+                own, placed = tables.only(members), offsets[members]
+                parts.append(Part(members, own, placed, own.height(placed), name))
         else:
-            ends = offsets + tables.size
+            ends = offsets + tables.size - tables.padding
             for part in parts:
                 height = int(ends[part.members].max())
                 if height < part.height:
                     part.offsets, part.height, part.solver = offsets[part.members], height, name
-        highest = max(part.height for part in parts)
-        if highest <= max(goal, max(part.bound for part in parts)) or time.perf_counter() >= deadline:
+        if max(part.height for part in parts) <= max(goal, tables.bound) or time.perf_counter() >= deadline:
             break
     return parts
+
+
+def _reorder(part: Part, goal: int, seed: int) -> None:
+    tables = part.tables
+    columns = (tables.lower.tolist(), tables.upper.tolist(), tables.size.tolist(), tables.alignment.tolist())
+    trials = min(200, _REORDER_STEPS // tables.size.size**2)
+    height, offsets = reorder(part.offsets.tolist(), columns, tables.padding.tolist(), goal, trials, seed)
+    if height < part.height:
+        part.offsets, part.height, part.solver = np.array(offsets, np.int64), height, "reordered first fit"
 
 
 def _placements(problem: Problem) -> Iterator[tuple[str, Ints]]:

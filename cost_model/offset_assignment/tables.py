@@ -10,12 +10,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 Ints = NDArray[np.int64]
+#: Sections looked at for the padding that the topmost buffer does not need.
+_PADDED_SECTIONS = 64
 _N = TypeVar("_N", np.int64, np.float64)
 
 
 @dataclass(frozen=True)
 class Tables:
     """Buffers with half-open lifetimes ``lower <= t < upper``, sizes and alignments in bytes; no gaps.
+
+    Sizes are multiples of what all alignments have in common; ``padding`` is the part of them added for it, which a
+    buffer with nothing above it does not need. Searches want sizes above 0.
 
     A *section* is a maximal set of buffers live at one time; a buffer lies in the sections ``first_section`` to
     ``last_section``, both included.
@@ -25,6 +30,36 @@ class Tables:
     upper: Ints
     size: Ints
     alignment: Ints
+    padding: Ints
+
+    def only(self, members: Ints) -> Tables:
+        """The table of some of the buffers."""
+        columns = (self.lower, self.upper, self.size, self.alignment, self.padding)
+        return Tables(*(column[members] for column in columns))
+
+    def height(self, offsets: Ints) -> int:
+        """Largest end of a placement, in bytes, without padding."""
+        return int((offsets + self.size - self.padding).max(initial=0))
+
+    @cached_property
+    def unit(self) -> int:
+        """Heights worth looking at are multiples of it: those of placements in which every buffer rests on others."""
+        common = int(np.gcd.reduce(self.size - self.padding)) if self.size.size else 1
+        if common and not (common % self.alignment).any():
+            return common
+        return max(1, int(np.gcd.reduce(np.append(self.alignment, common))))
+
+    @cached_property
+    def bound(self) -> int:
+        """Bytes that no placement can stay under: most bytes live at a time, all but the topmost buffer padded."""
+        load = self.section_load
+        bound = int(load.max(initial=0))
+        if self.padding.any():
+            bound = 0
+            for section in np.argsort(-load, kind="stable")[:_PADDED_SECTIONS]:
+                live = (self.first_section <= section) & (section <= self.last_section)
+                bound = max(bound, int(load[section] - self.padding[live].max(initial=0)))
+        return -(-bound // self.unit) * self.unit
 
     @cached_property
     def length(self) -> Ints:

@@ -12,13 +12,8 @@ from .tables import Ints, Tables
 _FREED, _EFFORT = (20, 70), 1.0
 
 
-def improve_window(
-    tables: Tables, offsets: Ints, granule: int, generator: np.random.Generator, deadline: float
-) -> Ints | None:
+def improve_window(tables: Tables, offsets: Ints, generator: np.random.Generator, deadline: float) -> Ints | None:
     """Try to lower one of the buffers that end at the height, without raising any to it.
-
-    Args:
-        granule: all sizes, alignments and offsets are multiples of it.
 
     Returns:
         The new offsets, ``offsets`` itself where the window has nothing better, or None where OR-Tools is missing
@@ -36,9 +31,7 @@ def improve_window(
         np.concatenate([tables.neighbours[tables.neighbours_start[b] : tables.neighbours_start[b + 1]] for b in freed])
     )
     around = around[~np.isin(around, freed)]
-    unit = int(
-        np.gcd.reduce(np.concatenate([tables.size, tables.alignment[freed], offsets[around], [granule, height]]))
-    )
+    unit = int(np.gcd.reduce(np.concatenate([tables.size, tables.alignment[freed], offsets[around], [height]])))
     unit = max(unit, 1)
 
     model = cp_model.CpModel()

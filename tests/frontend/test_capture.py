@@ -269,7 +269,9 @@ def test_graph_breaks_give_a_list(tmp_path: Path) -> None:
 
 
 def test_what_the_model_prints_is_kept_out_of_our_output(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    text = "import torch\nprint('loading')\nmodel = lambda: torch.nn.Linear(8, 8)\nexample_inputs = (torch.ones(2, 8),)\n"
+    text = (
+        "import torch\nprint('loading')\nmodel = lambda: torch.nn.Linear(8, 8)\nexample_inputs = (torch.ones(2, 8),)\n"
+    )
     capture(written(tmp_path, text))
     printed = capsys.readouterr()
     assert printed.out == "" and "loading" in printed.err

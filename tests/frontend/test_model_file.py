@@ -56,7 +56,8 @@ def test_kernelbench(tmp_path: Path) -> None:
             "import torch\nclass Model(torch.nn.Module):\n    def __init__(self, inside, width):\n"
             "        super().__init__()\n        self.linear = torch.nn.Linear(inside, width)\n"
             "    def forward(self, x, y):\n        return self.linear(x) * y\n"
-            f"def get_inputs():\n    return [torch.randn(2, 8), torch.randn(2, 1)]\ndef get_init_inputs():\n    return {initial}\n"
+            "def get_inputs():\n    return [torch.randn(2, 8), torch.randn(2, 1)]\n"
+            f"def get_init_inputs():\n    return {initial}\n"
         )
         (frame,) = captured_from(tmp_path, text).frames
         assert frame.forward.by_name()[frame.forward.output_names()[0]].type.shape == (2, width)
@@ -68,7 +69,8 @@ def test_a_name_in_the_file(tmp_path: Path) -> None:
         "def small():\n    return torch.nn.Linear(4, 4)\nsmall_inputs = (torch.ones(3, 4),)\n"
         "small_loss = lambda y, target: (y - target).abs().mean()\nsmall_targets = (torch.ones(3, 4),)\n"
         "loss = lambda y: y.sum()\n"
-        "class Bundle:\n    model = staticmethod(lambda: torch.nn.Linear(2, 2))\n    example_inputs = (torch.ones(5, 2),)\n"
+        "class Bundle:\n    model = staticmethod(lambda: torch.nn.Linear(2, 2))\n"
+        "    example_inputs = (torch.ones(5, 2),)\n"
     )  # fmt: skip
     assert "aten.abs.default" in op_names(captured_from(tmp_path, text, ":small", train=True))
     assert "aten.abs.default" not in op_names(captured_from(tmp_path, text, train=True))

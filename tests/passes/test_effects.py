@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch._inductor.inductor_prims  # registers ops of prims
 from effcc.ir.graph import Graph, Node, Ref
 from effcc.ir.parser import parse_graph
 from effcc.passes.effects import (

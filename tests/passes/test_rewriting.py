@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Mapping
 
 import numpy as np
@@ -97,11 +98,9 @@ def _check_split(
 
 
 def _read(text: str) -> sympy.Expr:
-    """Sympy's own reading of a certificate's text; the tests trust the text, effcc never reads it back."""
-    names = {"beta", "gamma", "zeta", "S", "N", "E", "I", "O", "Q", "C"}
-    real = {name: sympy.Symbol(name, real=True) for name in names}
-    value = sympy.sympify(text, locals=real)
-    return value.xreplace({symbol: sympy.Symbol(symbol.name, real=True) for symbol in value.free_symbols})
+    """Sympy's own reading of a certificate's text (the test trusts it; effcc never reads such text back)."""
+    names = re.findall(r"\b[A-Za-z_]\w*\b(?!\()", text)
+    return sympy.sympify(text, locals={n: sympy.Symbol(n, real=True) for n in names if n not in ("True", "False")})
 
 
 def _rationals(symbols: set[sympy.Symbol], source: random.Random) -> dict[sympy.Symbol, sympy.Rational]:
@@ -211,7 +210,7 @@ Y[]  = sum[n] sigmoid(X[n] - M[]) / S[] * V[n]
     cascade = parse_cascade(text)
     rewriting = rewrite(cascade)
     assert (pass_table(cascade)["X"]["n"], pass_table(rewriting.cascade)["X"]["n"]) == (3, 2)
-    assert [refusal.einsum for refusal in rewriting.refusals] == ["S"]
+    assert {refusal.einsum for refusal in rewriting.refusals} == {"S", "Y"}
     inputs = _inputs(cascade, {}, fresh_random())
     np.testing.assert_allclose(evaluate(rewriting.cascade, inputs)["Y"], evaluate(cascade, inputs)["Y"], rtol=1e-12)
 
@@ -265,8 +264,8 @@ DQ[m,d] = sum[n] P[m,n] * (DP[m,n] - D[m]) * K[n,d]
         np.testing.assert_allclose(found[output], expected[output], rtol=1e-10, atol=1e-12)
 
 
-def test_another_consumer_of_the_probabilities_keeps_a_sum_of_its_own() -> None:
-    """Returned weights have a gradient G: D gains the sum of P*G, and only the rest is exchanged. Still one pass."""
+def test_another_consumer_of_the_probabilities() -> None:
+    """Returned weights have a gradient G: D gains the sum of P*G. It is streamed then, still in one pass."""
     text = (
         _FORWARD
         + """
@@ -280,7 +279,7 @@ DQ[m,d] = sum[n] P[m,n] * (DP[m,n] - D[m]) * K[n,d]
     )
     cascade = parse_cascade(text)
     rewriting = rewrite(cascade)
-    assert "D_exchanged[m] = sum[f] DO[m,f]*O[m,f]\n" in print_cascade(rewriting.cascade)
+    assert all(certificate.mode == "rebase" for certificate in rewriting.certificates)
     assert {pass_table(rewriting.cascade)[tensor]["n"] for tensor in ("K", "G")} == {1}
     inputs = _inputs(cascade, {}, fresh_random())
     expected, found = evaluate(cascade, inputs), evaluate(rewriting.cascade, inputs)

@@ -1,0 +1,36 @@
+"""Towers of equal layers, compiled and in eager: what the tests of training code share."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import effcc
+import torch
+from models import Tower
+from torch import nn
+from torch.testing import assert_close
+
+
+def compile_plain(model: Any, options: dict[str, Any] | None = None, **settings: Any) -> Any:
+    return torch.compile(model, backend="effcc", options=options or {}, **settings)
+
+
+def pair(**sizes: Any) -> tuple[Tower, Tower]:
+    """Two equal towers in float64: one for eager, one to compile."""
+    tower = Tower(**sizes).double()
+    return tower, copy.deepcopy(tower)
+
+
+def rows(count: int = 5, width: int = 8) -> torch.Tensor:
+    return torch.randn(count, width, dtype=torch.float64)
+
+
+def assert_equal_gradients(found: nn.Module, wanted: nn.Module) -> None:
+    for (name, left), right in zip(found.named_parameters(), wanted.parameters(), strict=True):
+        assert (left.grad is None) == (right.grad is None), name
+        assert_close(left.grad, right.grad, rtol=1e-10, atol=1e-12, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def assert_no_fallbacks() -> None:
+    assert effcc.reports() and [item for report in effcc.reports() for item in report.fallbacks] == []
