@@ -12,6 +12,7 @@ from torch._dynamo.exc import SkipFrame
 
 from .. import torch_internals
 from ..errors import CompileError
+from .empty_reductions import fill_empty_statistics
 from .kernel_batch import Collector, collecting, describe
 from .library_kernels import GemmChoice, use_library_kernels
 from .segments import EAGER, Segment, copy_module, cut
@@ -132,6 +133,7 @@ def cut_again(gm: fx.GraphModule, code: Mapping[str, CompiledSegment], collector
 def compile_segment(
     segment: Segment, kwargs: dict[str, Any], gemm: GemmChoice | None, donated: Sequence[int], collector: Collector
 ) -> CompiledSegment:
+    fill_empty_statistics(segment.module)
     library = use_library_kernels(segment.module, gemm) if gemm is not None else {}
     settings = dict(kwargs)
     statics = set(settings.pop("static_input_idxs", ()) or ())

@@ -309,3 +309,15 @@ def test_sizes_are_the_examples_values_of_the_symbols() -> None:
     }
     assert symbols and symbols <= set(captured.sizes)
     assert {captured.sizes[symbol] for symbol in symbols} == {6}
+
+
+def test_batched_functions_inside_of_a_model(tmp_path: Path) -> None:
+    """Tensors inside of vmap have no storage that can be compared."""
+    text = (
+        "import torch\nclass Batched(torch.nn.Linear):\n    def forward(self, x):\n"
+        "        return torch.func.vmap(lambda row: super(Batched, self).forward(row).view(2, 2).sum(0))(x)\n"
+        "model = lambda: Batched(8, 4)\nexample_inputs = (torch.ones(3, 8),)\n"
+    )
+    (frame,) = capture(written(tmp_path, text)).frames
+    result = frame.forward.by_name()[frame.forward.output_names()[0]].type
+    assert isinstance(result, TensorType) and result.shape == (3, 2)
