@@ -12,7 +12,7 @@ has ``|c| + 1`` elements in that position, and its last one is read as ``RM[m,|c
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache, cached_property
 from typing import Any
@@ -282,11 +282,6 @@ class Cascade:
             for item in einsum.reads:
                 note(tensor_name(item), item.args)
         return {name: tuple(dict.fromkeys(s for p in positions for s in p)) for name, positions in table.items()}
-
-
-def operand_names(einsum: Einsum) -> Iterator[str]:
-    for item in einsum.reads:
-        yield tensor_name(item)
 
 
 def check(cascade: Cascade) -> None:

@@ -41,7 +41,7 @@ def summand(cascade: Cascade, einsum: Einsum, aim: int, found: RankPasses, bound
     body = inline_maps(cascade, einsum, aim, found)
     reduced = frozenset(einsum.reduced)
     symbols: dict[AppliedUndef, sympy.Symbol] = {}
-    used: set[str] = set()
+    used = {symbol.name for symbol in body.free_symbols}
     x: set[sympy.Symbol] = set(reduced)
     d: dict[sympy.Symbol, str] = {}
     for item in accesses(body):

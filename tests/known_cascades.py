@@ -190,6 +190,11 @@ PM[] = max[n] exp(X[n] - M[]) / S[]
         (("X", "n", 3, 1),),
         (("PM", 1),),
     ),
+    "a softmax that is kept": Known(
+        "M[] = max[n] X[n]\nS[] = sum[n] exp(X[n] - M[])\nP[n] = exp(X[n] - M[]) / S[]\n",
+        (("X", "n", 3, 2),),
+        (("S", 1),),
+    ),
     "attention with a sink": Known(
         _SCORES
         + """
