@@ -2,8 +2,8 @@
 
     .venv/bin/python benchmarks/offset_assignment.py [--capacity 1048576] [--time-limit 20] [FILE.csv ...]
 
-Without files: every ``*.csv`` in ``$EFFCC_BENCH_DATA/memory_mapping`` (MiniMalloc's challenging instances) and generated
-training steps of 20,000 and 75,000 buffers. Results go to ``benchmarks/results/offset_assignment.json``.
+Without files: every ``*.csv`` in ``$EFFCC_BENCH_DATA/memory_mapping`` (MiniMalloc's challenging instances) and
+generated training steps of 24,000 and 75,000 buffers. Results go to ``benchmarks/results/offset_assignment.json``.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ def main() -> None:
             name, str(problem.size.size), str(result.lower_bound), str(result.height), f"{result.gap:.4%}",
             f"{seconds:.2f}", result.status, result.solver,
         )  # fmt: skip
-    Console().print(table)
+    Console(width=160).print(table)
     facts = {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "python": platform.python_version(),

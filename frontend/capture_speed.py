@@ -1,10 +1,10 @@
-"""Changes to torch that make capturing a deep model cheaper without changing what is captured. Each is inert unless this
-thread is compiling a frame for one of our backends, and each is left out where this torch lacks what it stands on.
+"""Changes to torch that make capturing a deep model cheaper without changing what is captured. Each is inert unless
+this thread is compiling a frame for one of our backends, and each is left out where this torch lacks what it stands on.
 
 - The partitioner's minimum cut is found in compiled code (``min_cut``).
 - Python's cycle collector runs less often: of the millions of live objects that it scans, hardly one is garbage.
 - AOTAutograd prints its joint, forward and backward graphs only if someone listens.
-- The partitioner's reordered backward generates its Python code when it is first run, as its other graphs do; it never is.
+- The partitioner's reordered backward generates its Python code when it is first run, as its other graphs do.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ ALLOCATIONS_BETWEEN_COLLECTIONS = 10_000
 
 
 def install(ours: Callable[[], bool], is_our_compiler: Callable[[Any], bool]) -> None:
-    """Put the changes in place. ``ours()``: this thread compiles for us; ``is_our_compiler``: of what Dynamo is given."""
+    """Put the changes in place. ``ours()``: this thread compiles for us; ``is_our_compiler``: of Dynamo's compiler."""
     for change in (_minimum_cut, _quiet_logs, _lazy_backward):
         with contextlib.suppress(ImportError, AttributeError):
             change(ours)
@@ -134,7 +134,7 @@ class _Standing:
 
 
 def _lazy_backward(ours: Callable[[], bool]) -> None:
-    """Torch's own reordering with ``torch.fx.GraphModule`` replaced by its lazy form, which the partitioner uses elsewhere."""
+    """Torch's own reordering with ``torch.fx.GraphModule`` replaced by the lazy form that the partitioner uses else."""
     import torch
     from torch._functorch import partitioners
     from torch.fx._lazy_graph_module import _LazyGraphModule

@@ -1,8 +1,9 @@
 """Which modules of a model repeat: siblings of one container that are equal in everything a trace can read from them.
 
-Two modules are in one group when class, forward code, submodule names, parameter and buffer types, training flags and the
-way their tensors alias each other are equal. Plain attributes (``layer_idx``) may differ: a trace that reads them
-is guarded, and is then not reused.
+Two modules are in one group when class, forward code, submodule names, parameter and buffer types, training flags and
+the way their tensors alias each other are equal. Plain attributes (``layer_idx``) may differ: a trace that reads them
+is guarded, and is then not reused. Modules with convolutions over images or volumes are in no group: their stretch of
+the graph is compiled as a whole, so that its tensors may stay channels-last from one to the next.
 """
 
 from __future__ import annotations
@@ -102,13 +103,20 @@ def _is_worth_a_region(module: torch.nn.Module) -> bool:
     return bool(module._modules) and with_parameters >= 2
 
 
+def is_layout_sensitive(module: torch.nn.Module) -> bool:
+    """Whether the module itself is a convolution over two or more dimensions."""
+    from torch.nn.modules.conv import _ConvNd
+
+    return isinstance(module, _ConvNd) and len(module.kernel_size) > 1
+
+
 def _structure(module: torch.nn.Module, shared: set[int]) -> Hashable | None:
-    """What equal modules agree on; None where a module cannot be shared at all (hooks, patched forward, subclasses)."""
+    """What equal modules agree on; None where a module cannot be shared (hooks, patched forward, convolutions)."""
     parts: list[Hashable] = []
     for prefix, child in module.named_modules(remove_duplicate=False):
         if any(child.__dict__.get(table) for table in _HOOK_TABLES) or "forward" in child.__dict__:
             return None
-        if isinstance(child, torch.jit.ScriptModule | torch.fx.GraphModule):
+        if isinstance(child, torch.jit.ScriptModule | torch.fx.GraphModule) or is_layout_sensitive(child):
             return None
         tensors = {name for name, value in child.__dict__.items() if isinstance(value, torch.Tensor)}
         unregistered = tuple(sorted((name, id(child.__dict__[name])) for name in tensors))

@@ -1,5 +1,5 @@
-"""Whether a trace of one module serves another, for Dynamo's cache of traced subgraphs: what a call's arguments are, and
-that the guards of the first module hold for the next.
+"""Whether a trace of one module serves another, for Dynamo's cache of traced subgraphs: what a call's arguments are,
+and that the guards of the first module hold for the next.
 
 Torch evaluates the first module's guards on the next one and then drops them; here they are also *installed* for it, so
 that changing an attribute of layer 7 alone recompiles. Arguments that alias each other differently, and constants of
@@ -17,7 +17,7 @@ import torch
 
 
 def fingerprint_of(args: Any, kwargs: Any) -> Any | None:
-    """Torch's ``InputFingerprint`` of a call, without interpreting ``pytree.tree_flatten`` as Dynamo does (20 ms a call).
+    """Torch's ``InputFingerprint`` of a call, without interpreting ``pytree.tree_flatten`` as Dynamo does (20 ms each).
 
     Arguments may be tensors, numbers, constants and modules in tuples, lists and dictionaries with constant keys. None
     where there is anything else: torch's own way is then to be taken.

@@ -1,16 +1,17 @@
 """Repeated modules are traced once.
 
 While Dynamo traces a frame for one of our backends, a call of a module that has equal siblings in its container
-(``model.layers[3](hidden)``) becomes an ``invoke_subgraph`` of a subgraph traced at the first sibling, with the sibling's
-own parameters as arguments. Torch's own machinery (``torch.compiler.nested_compile_region``) does the tracing; this
-module decides *which* calls, and takes a class of calls back when it turns out that they cannot be shared.
+(``model.layers[3](hidden)``) becomes an ``invoke_subgraph`` of a subgraph traced at the first sibling, with the
+sibling's own parameters as arguments. Torch's own machinery (``torch.compiler.nested_compile_region``) does the
+tracing; this module decides *which* calls, and takes a class of calls back when it turns out that they cannot be shared.
 
     rewrite: hidden = layers[0](hidden)            hidden = invoke_subgraph(@layer, layers[0].w, hidden)
              hidden = layers[1](hidden)   ->       hidden = invoke_subgraph(@layer, layers[1].w, hidden)
 
-What is never shared, and inlined as Dynamo always does: calls that write to anything outside (buffers, caches, lists), that
-return or alias one of their inputs, that contain other higher-order operators (checkpointing inside), that break the
-graph, that read attributes which differ in more than a few ways. The analysis of the frame then starts
+What is never shared, and inlined as Dynamo always does: calls that write to anything outside (buffers, caches,
+lists), that return or alias one of their inputs, that contain convolutions over images or other higher-order operators
+(checkpointing inside), that break the graph, that read attributes which differ in more than a few ways. The analysis
+of the frame then starts
 again with that group of modules left out, so the result is what it would have been without this module.
 
 Use: ``@trace_repeated_modules_once`` on a backend function, for all frames compiled by it; or
@@ -85,7 +86,7 @@ class CompileState:
         self.report.rejections.append(Rejection(module, group.class_name, reason))
 
     def function(self, group: ModuleGroup, mode: Hashable) -> types.FunctionType:
-        """A function that calls its first argument; one for each group and global mode, as reuse is keyed on its code."""
+        """A function that calls its first argument; one for each group and global mode: reuse is keyed on its code."""
         key = (group.key, mode)
         if key not in self.functions:
             # Code objects compare by content, so the name must tell them apart.

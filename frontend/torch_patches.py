@@ -1,12 +1,12 @@
 """The changes made to torch's tracing so that repeated modules are traced once. Each is inert unless a frame is being
-compiled for which ``repeated_modules`` is active in this thread, and then does what torch does, for less or with more care.
+compiled for which ``repeated_modules`` is active in this thread, and then does what torch does, for less or with more
+care.
 
 - ``UnspecializedNNModuleVariable.call_function``: the hook that turns a call into a shared subgraph.
-- ``is_reusable``: torch evaluates the first layer's guards on the next layer and then drops them; here they are
-  also *installed* for that layer, so that changing an attribute of layer 7 alone recompiles. Arguments that alias each
-  other differently, and constants of another type, are told apart.
-- ``InvokeSubgraphHOP.gen_schema``: torch traces the whole subgraph again at every call under autograd, to see whether it
-  mutates its inputs; the answer does not change from call to call and is kept.
+- ``build_input_fingerprint``, ``is_reusable``, ``save_reuse_entry``: when a trace may be used again (``region_reuse``).
+- ``InvokeSubgraphHOP.gen_schema``: torch traces the whole subgraph again at every call under autograd, to see whether
+  it mutates its inputs; the answer does not change from call to call and is kept.
+- What makes capture itself cheaper: ``capture_speed``.
 """
 
 from __future__ import annotations
@@ -21,6 +21,20 @@ import torch
 from . import capture_speed, region_reuse, repeated_modules
 from .module_groups import ModuleGroup
 from .repeated_modules import MAXIMUM_VARIANTS, CompileState
+
+#: Functions that modules may call without holding a convolution module (see ``module_groups.is_layout_sensitive``).
+_LAYOUT_SENSITIVE = frozenset(
+    {torch.conv2d, torch.conv3d, torch.conv_transpose2d, torch.conv_transpose3d, torch.convolution}
+)
+
+#: Torch's functions that reuse stands on; without any of them it is left off.
+_REUSE_FUNCTIONS = (
+    "build_input_fingerprint",
+    "find_reuse_match",
+    "is_reusable",
+    "save_reuse_entry",
+    "stamp_out_subgraph",
+)
 
 _installed = threading.Lock()
 _unavailable: str | None = None
@@ -40,7 +54,13 @@ def install() -> str | None:
             from torch._dynamo.variables.nn_module import UnspecializedNNModuleVariable
             from torch._higher_order_ops.invoke_subgraph import InvokeSubgraphHOP
 
-            for name in ("build_input_fingerprint", "find_reuse_match", "is_reusable", "save_reuse_entry", "stamp_out_subgraph"):
+            for name in (
+                "build_input_fingerprint",
+                "find_reuse_match",
+                "is_reusable",
+                "save_reuse_entry",
+                "stamp_out_subgraph",
+            ):
                 getattr(reuse, name)
         except (ImportError, AttributeError) as error:
             _unavailable = f"torch {torch.__version__} has no subgraph reuse ({error})"
@@ -123,7 +143,9 @@ def _shareable_group(state: CompileState, module: Any, tx: Any, args: Any, kwarg
     group = state.groups.by_module.get(id(value))
     if group is None or group.key in state.rejected:
         return None
-    if torch._C._len_torch_function_stack() or any(_is_model_tensor(state, tx, arg) for arg in (*args, *kwargs.values())):
+    if torch._C._len_torch_function_stack() or any(
+        _is_model_tensor(state, tx, arg) for arg in (*args, *kwargs.values())
+    ):
         return None
     return group
 
@@ -268,6 +290,8 @@ def _is_below(source: Any, base: Any) -> bool:
 
 def _body_hazard(body: torch.fx.GraphModule) -> str | None:
     for node in body.graph.nodes:
+        if node.target in _LAYOUT_SENSITIVE:
+            return "it contains a convolution, whose layout is chosen with its neighbours"
         if isinstance(node.target, torch._ops.HigherOrderOperator):
             return f"it contains the higher-order operator {node.target.name()}"
         if node.op == "call_method" and node.target in ("item", "tolist"):
@@ -316,7 +340,7 @@ def _save_reuse_entry(original: Callable[..., None]) -> Callable[..., None]:
 
 
 def _name_symbols(tx: Any, entry: Any, p_args: Any) -> None:
-    """Lifted sizes are looked up by the symbol that they are bound to, which may since have got a value (``s1 = 8``)."""
+    """Lifted sizes are looked up by the symbol that they are bound to, which may since have got a value (``s1=8``)."""
     from torch._dynamo.variables.invoke_subgraph import LiftedBoundSymbol
 
     bound = tx.output.current_tracer.bound_symbols

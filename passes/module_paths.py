@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 
 from ..ir.graph import Node
 
+#: Share of a stretch that lies in one layer when the rest, at its border, goes by the neighbouring layer's path.
+MAJORITY = 0.8
+
 
 def common_module(nodes: Iterable[Node]) -> str:
-    """The longest path that all nodes with a module path lie below."""
-    paths = {node.location.module for node in nodes if node.location.module}
-    if not paths:
-        return ""
-    split = [path.split(".") for path in sorted(paths)]
-    first, last = split[0], split[-1]
-    length = 0
-    while length < min(len(first), len(last)) and first[length] == last[length]:
-        length += 1
-    return ".".join(first[:length])
+    """The longest path that all nodes with a module path lie below, strays of a neighbouring layer left out:
+    ``layers.3`` for nine ops of ``layers.3`` and one of ``layers.2``."""
+    paths = [node.location.module.split(".") for node in nodes if node.location.module]
+    prefix: list[str] = []
+    while paths and all(len(path) > len(prefix) for path in paths):
+        counts = Counter(path[len(prefix)] for path in paths)
+        (part, count), *others = counts.most_common()
+        layers = all(name.isdigit() for name in counts)
+        if others and not (layers and count >= MAJORITY * len(paths)):
+            break
+        prefix.append(part)
+        paths = [path for path in paths if path[len(prefix) - 1] == part]
+    return ".".join(prefix)
 
 
 def rebase_module(path: str, old: str, new: str) -> str:

@@ -66,6 +66,8 @@ def _join_exponentials(part: sympy.Expr) -> tuple[sympy.Expr, sympy.Expr]:
             coefficient *= factor
         elif factor.func is sympy.exp:
             exponent += factor.args[0]
+        elif factor.is_Pow and base.is_number and base.is_positive:
+            exponent += power * sympy.log(base)
         elif base.is_Symbol and base.name.startswith("indicator(") and power.is_Integer and power > 0:
             factors.append(base)
         else:

@@ -190,6 +190,18 @@ PM[] = max[n] exp(X[n] - M[]) / S[]
         (("X", "n", 3, 1),),
         (("PM", 1),),
     ),
+    "powers of 2, ALiBi and a window": Known(
+        _SCORES
+        + """
+S[m,n]  = where((n <= m) * (m - n < 3), QK[m,n] / 8 - SLOPE[] * (m - n), -inf)
+GM[m]   = max[n] S[m,n]
+SN[m,n] = 2**((S[m,n] - GM[m]) * 1.4426950408889634)
+SD[m]   = sum[n] SN[m,n]
+AV[m,f] = sum[n] SN[m,n] / SD[m] * V[n,f]
+""",
+        (("K", "n", 3, 1),),
+        (("SD", 1), ("AV", 1)),
+    ),
     "a softmax that is kept": Known(
         "M[] = max[n] X[n]\nS[] = sum[n] exp(X[n] - M[])\nP[n] = exp(X[n] - M[]) / S[]\n",
         (("X", "n", 3, 2),),

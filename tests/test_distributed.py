@@ -173,6 +173,7 @@ finish(distance=max((whole(a) - b).abs().max().item() for a, b in pairs))
         assert each["distance"] < 1e-11 and each["graphs"] > 0
 
 
+@pytest.mark.slow
 def test_collectives_and_random_numbers(tmp_path: Path) -> None:
     """An all-reduce inside the graph; dropout draws other masks on each rank, and the same ones for the same seed."""
     found = in_processes(

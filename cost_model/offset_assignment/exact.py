@@ -1,15 +1,16 @@
 """Exact search for offsets within a capacity: canonical branch and bound, after MiniMalloc (Moffitt, ASPLOS 2023).
 
-Buffers are placed in order of offset, each as low as the ones already placed allow; among equal offsets in order of
-rank. Every packing can be pushed down into one of this form, so nothing is lost. A branch is given up when
+Every packing can be pushed down until each buffer lies as low as the others allow; only such packings are looked for.
+At each step a *valley* is chosen (see ``_valley``): a set of buffers of which the lowest, whichever it is, must lie at
+the lowest offset open to it. That one is placed; the others of the valley come later in the order of (offset, rank), so
+that no packing is met twice. A valley may be local in time, and then no decision elsewhere stands between a mistake and
+its discovery, as it does where buffers are placed in order of offset over the whole timeline. A branch is given up when
 
 - in some section of time the sizes still to be placed do not fit above the lowest offsets open to them: for each
-  threshold t, ``t + sum of sizes with lowest offset >= t <= capacity`` (one machine with release dates);
-- a buffer that was passed over could only end where it might as well have been put down before (dominance);
+  threshold t, ``t + sum of sizes with lowest offset >= t <= capacity`` (one machine with release dates; MiniMalloc's
+  section inference is the smallest threshold alone);
+- a buffer that was passed over at its lowest offset has nothing left to come that it could rest on;
 - what remains splits into parts that share no time, and one of the parts has no solution, whatever the others do.
-
-Beside MiniMalloc's section inference (which uses the smallest threshold only) all thresholds are used here, and a
-buffer that was passed over must rest on one still to be placed.
 """
 
 from __future__ import annotations
@@ -80,49 +81,75 @@ def _order_and_check(
         load[section] = 0
     for i in range(start + count - 1, start - 1, -1):
         b = members[i]
-        room = capacity - release[b]
-        for section in range(first_section[b], last_section[b] + 1):
-            load[section] += size[b]
-            if load[section] > room:
-                blame[section] += 1
-                return -1
+        # Without an early exit, so that it becomes vector code.
+        stretch = load[first_section[b] : last_section[b] + 1]
+        need, most = size[b], 0
+        for k in range(stretch.size):
+            stretch[k] += need
+            most = max(most, stretch[k])
+        if most > capacity - release[b]:
+            for k in range(stretch.size):
+                if stretch[k] > capacity - release[b]:
+                    blame[first_section[b] + k] += 1
+                    break
+            return -1
     return 0
 
 
 @compiled
 def _valley(
-    members: Ints, start: int, count: int, priority: Ints, size: Ints, neighbours_start: Ints, neighbours: Ints,
-    first_section: Ints, last_section: Ints, offsets: Ints, lowest: Ints, release: Ints, seen: Ints, valley: Ints,
-    valley_start: int,
+    members: Ints, start: int, count: int, priority: Ints, size: Ints, first_section: Ints, last_section: Ints,
+    lowest: Ints, load: Ints, release: Ints, ceiling: Ints, inside: Ints, valley: Ints, valley_start: int,
 ) -> int:  # fmt: skip
-    """Choose the buffers among which the next placement is sought: write them to ``valley[valley_start:]``, return how
-    many. The smallest closed set around the lowest buffer in the section of greatest priority."""
-    best_priority = -1
-    seed = members[start]
+    """Choose the buffers among which the next placement is sought, and write them to ``valley[valley_start:]``.
+
+    The valley around a buffer is the smallest set that has every buffer which could come to lie in the way of one of
+    the set at its lowest offset. In a placement pushed down, the lowest of the set lies at its lowest offset: whatever
+    could hold it up is in the set, and above it. The set is taken around the lowest buffer of the section of greatest
+    priority (of all sections, if ``priority`` is empty). Returns the set's size; buffers keep the order of ``members``.
+    """
+    begin, end = _BIG, -1
     for i in range(start, start + count):
         b = members[i]
-        for section in range(first_section[b], last_section[b] + 1):
-            if priority[section] > best_priority:
-                best_priority = priority[section]
+        begin = min(begin, first_section[b])
+        end = max(end, last_section[b])
+        inside[b] = 0
+    seed = members[start]
+    if priority.size > 0:
+        at = begin
+        for section in range(begin + 1, end + 1):
+            if load[section] > 0 and priority[section] > priority[at]:
+                at = section
+        for i in range(start, start + count):
+            b = members[i]
+            if first_section[b] <= at <= last_section[b]:
                 seed = b
-    stamp = seen[seen.size - 1] + 1
-    seen[seen.size - 1] = stamp
-    valley[valley_start] = seed
-    seen[seed] = stamp
-    found, done = 1, 0
-    while done < found:
-        b = valley[valley_start + done]
-        done += 1
-        for index in range(neighbours_start[b], neighbours_start[b + 1]):
-            other = neighbours[index]
-            if offsets[other] < 0 and seen[other] != stamp and release[other] < lowest[b] + size[b]:
-                seen[other] = stamp
-                valley[valley_start + found] = other
-                found += 1
-    # In the order of the members.
+                break
+    for section in range(begin, end + 1):
+        ceiling[section] = 0
+    # Of each section the height up to which a buffer of the set could reach at its lowest offset.
+    inside[seed] = 1
+    for section in range(first_section[seed], last_section[seed] + 1):
+        ceiling[section] = lowest[seed] + size[seed]
+    grown = True
+    while grown:
+        grown = False
+        for i in range(start, start + count):
+            b = members[i]
+            if inside[b] == 0:
+                stretch = ceiling[first_section[b] : last_section[b] + 1]
+                highest = 0
+                for k in range(stretch.size):
+                    highest = max(highest, stretch[k])
+                if highest > release[b]:
+                    inside[b] = 1
+                    grown = True
+                    top = lowest[b] + size[b]
+                    for k in range(stretch.size):
+                        stretch[k] = max(stretch[k], top)
     found = 0
     for i in range(start, start + count):
-        if seen[members[i]] == stamp:
+        if inside[members[i]] != 0:
             valley[valley_start + found] = members[i]
             found += 1
     return found
@@ -187,7 +214,7 @@ def _run(
     floor, floor_rank = np.zeros(count, np.int64), np.full(count, -1, np.int64)
     load = np.zeros(blame.size, np.int64)
     valley = np.zeros((count + 2) * (count + 2), np.int64)
-    seen = np.zeros(count + 1, np.int64)
+    inside, reach = np.zeros(count, np.int64), np.zeros(blame.size, np.int64)
     space = np.zeros(2, np.int64)
     depth, trail_length, result = 0, 0, -1
     frames[0, _START], frames[0, _COUNT] = 0, count
@@ -210,8 +237,8 @@ def _run(
                 depth -= 1
                 continue
             frame[_AMONG] = _valley(
-                members, start, length, priority, size, neighbours_start, neighbours, first_section, last_section,
-                offsets, lowest, release, seen, valley, among,
+                members, start, length, priority, size, first_section, last_section, lowest, load, release, reach,
+                inside, valley, among,
             )  # fmt: skip
             ceiling = _BIG
             for i in range(among, among + frame[_AMONG]):
@@ -302,7 +329,7 @@ def search(
 
     Args:
         rank: of each buffer, where several may be placed next at one offset; a permutation.
-        priority: of each section, at least 0: where the next placement is sought.
+        priority: of each section: where the next placement is sought first; empty for the lowest anywhere.
         node_limit: placements tried before the search gives up.
         stop: of one element; another thread sets it to 1 to end the search.
         blame: for each section the number of times that it could not be packed is added here.

@@ -24,8 +24,6 @@ _MOVES, _RESTARTS, _WINDOWS = 2000, 20, 4
 _ROUNDS = 14
 #: Exact search that came within this share of the goal is left to go on alone.
 _NEAR = 1.02
-#: Round in which a part that misses its capacity gets as near to it as it can.
-_SETTLE = 3
 
 
 def improve(part: Part, goal: int, given: bool, deadline: float, seed: int) -> int:
@@ -48,11 +46,13 @@ def improve(part: Part, goal: int, given: bool, deadline: float, seed: int) -> i
         if done():
             break
         if exact is not None:
-            bisect = not given or number == _SETTLE
-            lowest = max(lowest, _exact_round(part, exact, max(goal, lowest), bisect, number, deadline))
+            lowest = max(lowest, _exact_round(part, exact, max(goal, lowest), not given, number, deadline))
             if given and lowest > goal:
                 break
-            if part.height <= _NEAR * goal or given:
+            if given and number == 0 and not done():
+                # In case the capacity is never met, get near it.
+                _exact_round(part, exact, max(goal, lowest), True, 0, deadline)
+            if given or part.height <= _NEAR * goal:
                 continue
         if not done() and count <= _REINSERTION_BUFFERS:
             with alarm(deadline) as stop:

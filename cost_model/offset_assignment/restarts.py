@@ -71,7 +71,7 @@ class Restarts:
         number = self.number
         self.number += 1
         sections = self.tables.sections
-        alike = np.zeros(sections, np.int64)
+        alike = np.zeros(0, np.int64)
         if number < len(_KEYS):
             return self._rank(_KEYS[number], 0.0, np.random.default_rng(0)), alike, _FIRST_NODES
         generator = np.random.default_rng((self.seed, number))

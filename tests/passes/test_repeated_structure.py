@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 from effcc.frontend.fx_import import from_fx
-from effcc.ir.graph import Graph
+from effcc.ir.graph import Graph, Node
 from effcc.ir.parser import parse_graph
 from effcc.ir.printer import print_graph
 from effcc.ir.structural_hash import first_difference, graph_hash, op_hashes
@@ -142,6 +142,10 @@ def without_names(graph: Graph) -> list:
         replace(node, name="", args=tuple(position[name] for name in node.operands()), kwargs=(), forward="")
         for node in graph.nodes
     ]
+
+
+def without_module(node: Node) -> Node:
+    return replace(node, location=replace(node.location, module="") if node.location else None)
 
 
 @pytest.mark.parametrize("model", MODELS)

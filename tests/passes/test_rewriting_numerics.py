@@ -92,8 +92,7 @@ def test_plain_deferral_of_layernorm_dot_is_refused_with_reason() -> None:
             total += np.sum(evaluate_expression(g, values, np.float32)) * evaluate_expression(h, values, np.float32)
         deferred.append(float(np.abs(total - exact["Y"]).max()))
         rebased.append(float(np.abs(_split(rewriting, inputs, "Y", 128) - exact["Y"]).max()))
-    print(deferred, rebased)
-    assert np.mean(deferred) > 20 * np.mean(rebased)
+    assert np.mean(deferred) > 100 * np.mean(rebased)
 
 
 def test_a_bounded_score_needs_no_maximum() -> None:
