@@ -14,7 +14,7 @@ import torch
 
 from ..errors import ExportError
 from ..ir.graph import Argument, Graph, Node, Ref, Symbol
-from ..ir.types import ScalarType, TensorType
+from ..ir.types import ScalarType, TensorType, TupleType
 from .fake_values import FakeValues
 from .fx_targets import op_target
 
@@ -53,6 +53,7 @@ class _Exporter:
         self.root = torch.nn.Module()
         self.fx = torch.fx.Graph()
         self.values: dict[str, torch.fx.Node] = {}
+        self.types = {node.name: node.type for node in graph.nodes if isinstance(node.type, TupleType)}
         self.sizes: dict[sympy.Symbol, torch.fx.Node] = {}
         #: Subgraph -> the attribute that holds it.
         self.bodies: dict[str, str] = {}
@@ -125,7 +126,7 @@ class _Exporter:
     def describe(self, node: Node, made: torch.fx.Node) -> None:
         """Metadata as AOTAutograd leaves it: values, source lines, module path."""
         if self.fakes is not None and node.type is not None:
-            made.meta["val"] = self.fakes.of(node.type)
+            made.meta["val"] = self.part(node, made) if node.op == "getitem" else self.fakes.of(node.type)
         location = node.location
         if location.file:
             made.meta["stack_trace"] = (
@@ -135,6 +136,17 @@ class _Exporter:
             made.meta["nn_module_stack"] = {location.module: (location.module, torch.nn.Module)}
         if node.op == "input":
             self.remember_sizes(node, made)
+
+    def part(self, node: Node, made: torch.fx.Node) -> Any:
+        """The value of a part is the same object as in the whole, as AOTAutograd leaves it."""
+        assert self.fakes is not None
+        source, index = made.args[0], made.args[1]
+        whole = source.meta.get("val") if isinstance(source, torch.fx.Node) else None
+        whole_type = self.types.get(node.args[0].name) if isinstance(node.args[0], Ref) else None
+        if isinstance(whole, tuple) and isinstance(whole_type, TupleType) and isinstance(index, int):
+            if whole_type.items[index] == node.type:
+                return whole[index]
+        return self.fakes.of(node.type)
 
     def remember_sizes(self, node: Node, made: torch.fx.Node) -> None:
         """Inputs from which a size symbol can be read: numbers, and dimensions of tensors."""

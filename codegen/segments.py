@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -40,13 +40,9 @@ class Segment:
     #: Indices of outputs whose strides must be those of the graph, because another segment or the user sees them.
     fixed_strides: list[int] = field(default_factory=list)
     ops: list[str] = field(default_factory=list)
-    #: Names of the module's ops, inputs and results, as they were before it was compiled.
+    #: Names of the module's ops and of its results, as they were before it was compiled.
     names: list[str] = field(default_factory=list)
-    input_names: list[str] = field(default_factory=list)
     output_names: list[str] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        self.input_names = [node.name for node in self.module.graph.find_nodes(op="placeholder")]
 
     def fake_inputs(self) -> list[Any]:
         return [node.meta["val"] for node in self.module.graph.nodes if node.op == "placeholder"]
@@ -69,10 +65,11 @@ def cut(gm: fx.GraphModule, eager_ops: Collection[str] = ()) -> list[Segment]:
     results = output_nodes(gm)
     visible = visible_outputs(gm)
     owner = {node: index for index, (_, nodes) in enumerate(runs) for node in nodes}
-    segments = []
+    segments: list[Segment] = []
+    bodies: dict[str, Segment] = {}
     for index, (kind, nodes) in enumerate(runs):
         if kind == CALL:
-            segments.append(call_segment(gm, index, nodes[0]))
+            segments.append(call_segment(gm, index, nodes[0], bodies))
         else:
             segments.append(run_segment(gm, index, kind, nodes, owner, symbols, results, visible))
     return segments
@@ -120,24 +117,29 @@ def free_symbols(value: Any) -> Iterable[Any]:
             yield from free_symbols(item)
 
 
-def call_segment(gm: fx.GraphModule, index: int, node: fx.Node) -> Segment:
-    """A call of a repeated layer: its subgraph is the module; parts nobody reads stay None."""
+def call_segment(gm: fx.GraphModule, index: int, node: fx.Node, bodies: dict[str, Segment]) -> Segment:
+    """A call of a repeated layer: its subgraph is the module; parts nobody reads stay None. ``bodies`` holds the first
+    call of each layer, whose copy of the subgraph the others share."""
     subgraph, identifier, *operands = node.args
     assert isinstance(subgraph, fx.Node) and isinstance(subgraph.target, str)
     module = getattr(gm, subgraph.target)
-    width = len(output_nodes(module))
+    first = bodies.get(f"call:{identifier}")
+    width = len(output_nodes(module)) if first is None else len(first.outputs)
     outputs: list[fx.Node | None] = [None] * width
     for user in node.users:
         assert user.target is operator.getitem and isinstance(user.args[1], int)
         outputs[user.args[1]] = user
+    inputs = [operand if isinstance(operand, fx.Node) else Constant(operand) for operand in operands]
+    if first is not None:
+        return replace(first, index=index, inputs=inputs, outputs=outputs)
     for placeholder, operand in zip(module.graph.find_nodes(op="placeholder"), operands, strict=True):
         if "val" not in placeholder.meta and isinstance(operand, fx.Node):
             placeholder.meta["val"] = operand.meta["val"]
-    return Segment(
+    made = bodies[f"call:{identifier}"] = Segment(
         index=index,
         kind=CALL,
         module=copy_module(module),
-        inputs=[operand if isinstance(operand, fx.Node) else Constant(operand) for operand in operands],
+        inputs=inputs,
         outputs=outputs,
         identity=f"call:{identifier}",
         fixed_strides=list(range(width)),
@@ -145,6 +147,7 @@ def call_segment(gm: fx.GraphModule, index: int, node: fx.Node) -> Segment:
         names=[item.name for item in module.graph.nodes if item.op == "call_function"],
         output_names=[item.name if isinstance(item, fx.Node) else "" for item in output_nodes(module)],
     )
+    return made
 
 
 def copy_module(module: fx.GraphModule) -> fx.GraphModule:

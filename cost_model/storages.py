@@ -10,9 +10,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from ..ir.graph import Argument, Graph, Node, Ref, references
-from ..ir.types import TupleType
 from .op_classes import kind_of, packet
-from .tensors import TensorTable, called, tensors
+from .tensors import TensorTable, called
 
 Ids = tuple[int, ...]
 
@@ -97,12 +96,8 @@ def _part(node: Node, table: TensorTable, of: dict[str, Ids]) -> Ids:
     source, index = node.args[0], node.args[1]
     assert isinstance(source, Ref) and isinstance(index, int)
     whole = of[source.name]
-    type_ = table.node(source.name).type
-    if not isinstance(type_, TupleType):
-        return whole
-    widths = [sum(1 for _ in tensors(item, table.bindings)) for item in type_.items]
-    begin = sum(widths[:index])
-    return whole[begin : begin + widths[index]]
+    spans = table.spans(source.name)
+    return whole if spans is None else whole[spans[index]]
 
 
 def _called(

@@ -69,6 +69,20 @@ def concrete(type: TensorType, bindings: Bindings, where: str = "") -> Tensor:
     return Tensor(type.dtype, shape, min(distinct, extent) * item, extent * item)
 
 
+def _spans(type: TupleType) -> list[slice]:
+    spans, begin = [], 0
+    for item in type.items:
+        end = begin + _count(item)
+        spans.append(slice(begin, end))
+        begin = end
+    return spans
+
+
+def _count(type: Type) -> int:
+    """How many tensors a type holds."""
+    return sum(map(_count, type.items)) if isinstance(type, TupleType) else int(isinstance(type, TensorType))
+
+
 class TensorTable:
     """Tensors of every value of one graph, evaluated once."""
 
@@ -77,6 +91,7 @@ class TensorTable:
         self.bindings: Bindings = bindings or {}
         self._nodes = graph.by_name()
         self._tensors: dict[str, tuple[Tensor, ...]] = {}
+        self._spans: dict[str, list[slice] | None] = {}
 
     def node(self, name: str) -> Node:
         return self._nodes[name]
@@ -88,6 +103,13 @@ class TensorTable:
             found = tuple(tensors(self._nodes[name].type, self.bindings, f"%{name} of graph {self.graph.name!r}"))
             self._tensors[name] = found
         return found
+
+    def spans(self, name: str) -> list[slice] | None:
+        """Which of a tuple value's tensors each of its items holds; None for a value that is no tuple."""
+        if name not in self._spans:
+            type_ = self._nodes[name].type
+            self._spans[name] = _spans(type_) if isinstance(type_, TupleType) else None
+        return self._spans[name]
 
     def operand(self, argument: object) -> Tensor | None:
         """The tensor that an argument refers to, None for anything else."""

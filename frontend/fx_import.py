@@ -286,6 +286,9 @@ def _is_part(node: torch.fx.Node) -> bool:
     source = node.args[0]
     if not isinstance(source, torch.fx.Node) or type(node.args[1]) is not int:
         return False
+    value = source.meta.get("val", source.meta.get("example_value"))
+    if isinstance(value, tuple | list):  # the type of a layer's many outputs is not worked out again for each of them
+        return 0 <= node.args[1] < len(value)
     value_type = _node_type(source)
     if isinstance(value_type, TupleType):
         return 0 <= node.args[1] < len(value_type.items)

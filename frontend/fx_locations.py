@@ -52,8 +52,8 @@ def _innermost_module(meta: Mapping[str, Any]) -> tuple[str, Any]:
 
 @lru_cache(maxsize=4096)
 def _forward_of(module_class: Any) -> tuple[str, int, str]:
-    """Where the class defines ``forward``: what is known of an op of torch's own modules that no line of the user's calls
-    (a model that is an ``nn.Sequential``)."""
+    """Where the class defines ``forward``: what is known of an op of torch's own modules that no line of the user's
+    calls (a model that is an ``nn.Sequential``)."""
     code = getattr(getattr(module_class, "forward", None), "__code__", None)
     if code is None:
         return "", 0, ""
@@ -61,13 +61,12 @@ def _forward_of(module_class: Any) -> tuple[str, int, str]:
 
 
 def location_like(location: Location, meta: Mapping[str, Any]) -> Location:
-    """A backward op's location, completed by its forward op's: line and module where it has none itself."""
-    if location.file and location.module:
+    """A backward op's location, with the line of its forward op where it has none itself. The module stays: at the
+    border of two layers the forward op may lie in the other one."""
+    if location.file:
         return location
     other = node_location(meta)
-    if not location.file:
-        location = replace(location, file=other.file, line=other.line, source=other.source)
-    return location if location.module else replace(location, module=other.module)
+    return replace(location, file=other.file, line=other.line, source=other.source)
 
 
 @lru_cache(maxsize=65536)

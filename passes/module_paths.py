@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from ..ir.graph import Node
 
 #: Share of a stretch that lies in one layer when the rest, at its border, goes by the neighbouring layer's path.
-MAJORITY = 0.8
+MAJORITY = 0.6
 
 
 def common_module(nodes: Iterable[Node]) -> str:
@@ -19,8 +19,8 @@ def common_module(nodes: Iterable[Node]) -> str:
     while paths and all(len(path) > len(prefix) for path in paths):
         counts = Counter(path[len(prefix)] for path in paths)
         (part, count), *others = counts.most_common()
-        layers = all(name.isdigit() for name in counts)
-        if others and not (layers and count >= MAJORITY * len(paths)):
+        inside_layer = bool(prefix) and prefix[-1].isdigit()
+        if others and (inside_layer or count < MAJORITY * len(paths)):
             break
         prefix.append(part)
         paths = [path for path in paths if path[len(prefix) - 1] == part]
