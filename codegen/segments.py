@@ -40,9 +40,13 @@ class Segment:
     #: Indices of outputs whose strides must be those of the graph, because another segment or the user sees them.
     fixed_strides: list[int] = field(default_factory=list)
     ops: list[str] = field(default_factory=list)
-    #: Names of the module's ops and of its results, as they were before it was compiled.
+    #: Names of the module's ops, inputs and results, as they were before it was compiled.
     names: list[str] = field(default_factory=list)
+    input_names: list[str] = field(default_factory=list)
     output_names: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.input_names = [node.name for node in self.module.graph.find_nodes(op="placeholder")]
 
     def fake_inputs(self) -> list[Any]:
         return [node.meta["val"] for node in self.module.graph.nodes if node.op == "placeholder"]
