@@ -143,9 +143,9 @@ class _Exporter:
         source, index = made.args[0], made.args[1]
         whole = source.meta.get("val") if isinstance(source, torch.fx.Node) else None
         whole_type = self.types.get(node.args[0].name) if isinstance(node.args[0], Ref) else None
-        if isinstance(whole, tuple) and isinstance(whole_type, TupleType) and isinstance(index, int):
-            if whole_type.items[index] == node.type:
-                return whole[index]
+        known = isinstance(whole, tuple) and isinstance(whole_type, TupleType) and isinstance(index, int)
+        if known and whole_type.items[index] == node.type:  # type: ignore[union-attr, index]
+            return whole[index]  # type: ignore[index]
         return self.fakes.of(node.type)
 
     def remember_sizes(self, node: Node, made: torch.fx.Node) -> None:

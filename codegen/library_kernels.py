@@ -14,7 +14,9 @@ import torch.fx as fx
 
 from .sizes import same_size, size_hint, size_hints
 
-#: (m, k, n, stride of the left operand, stride of the right operand) -> "onednn" or "blas".
+#: m, k, n, strides of the left operand, strides of the right operand.
+Product: TypeAlias = tuple[int, int, int, tuple[int, int], tuple[int, int]]
+#: Product -> "onednn" or "blas".
 GemmChoice: TypeAlias = Callable[[int, int, int, tuple[int, int], tuple[int, int]], str]
 
 _aten = torch.ops.aten
@@ -45,12 +47,10 @@ def use_library_kernels(module: fx.GraphModule, choose: GemmChoice) -> dict[str,
         if parts is None:
             continue
         left, right, bias = parts
-        a, b = left.meta["val"], right.meta["val"]
-        sizes = size_hints((a.shape[0], a.shape[1], b.shape[1], *a.stride(), *b.stride()))
+        sizes = product_of(left, right)
         if sizes is None:
             continue
-        m, k, n, *steps = sizes
-        library = choose(m, k, n, (steps[0], steps[1]), (steps[2], steps[3]))
+        library = choose(*sizes)
         chosen[node.name] = library
         if library != "onednn":
             continue
@@ -64,6 +64,35 @@ def use_library_kernels(module: fx.GraphModule, choose: GemmChoice) -> dict[str,
         module.graph.eliminate_dead_code()
         module.recompile()
     return chosen
+
+
+def measure_products(module: fx.GraphModule, choose: GemmChoice) -> None:
+    """Have all products of a forward measured, and those that its backward will have, while the processor is free of
+    the compilers that are about to be started."""
+    for body in [item for item in module.modules() if isinstance(item, fx.GraphModule)]:
+        for target in (_aten.mm.default, _aten.addmm.default):
+            for node in body.graph.find_nodes(op="call_function", target=target):
+                parts = product_parts(node)
+                product = product_of(parts[0], parts[1]) if parts is not None else None
+                if product is None:
+                    continue
+                m, k, n, left, right = product
+                choose(*product)
+                # The operands' gradients: dy @ b.t(), and a.t() @ dy or its transpose, as the weight lies.
+                choose(m, n, k, (n, 1), (right[1], right[0]))
+                if right[0] == 1:
+                    choose(n, m, k, (1, n), left)
+                else:
+                    choose(k, m, n, (left[1], left[0]), (n, 1))
+
+
+def product_of(left: fx.Node, right: fx.Node) -> Product | None:
+    a, b = left.meta["val"], right.meta["val"]
+    sizes = size_hints((a.shape[0], a.shape[1], b.shape[1], *a.stride(), *b.stride()))
+    if sizes is None:
+        return None
+    m, k, n, *steps = sizes
+    return m, k, n, (steps[0], steps[1]), (steps[2], steps[3])
 
 
 def product_parts(node: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node | None] | None:

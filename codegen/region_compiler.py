@@ -14,7 +14,7 @@ from .. import torch_internals
 from ..errors import CompileError
 from .empty_reductions import fill_empty_statistics
 from .kernel_batch import Collector, collecting, describe
-from .library_kernels import GemmChoice, use_library_kernels
+from .library_kernels import GemmChoice, measure_products, use_library_kernels
 from .segments import EAGER, Segment, copy_module, cut
 
 #: A kernel in a generated wrapper: ``async_compile.cpp_pybinding(...)``, ``async_compile.triton(...)``.
@@ -75,6 +75,8 @@ def compile_segments(
     eager_ops: set[str] = set()
     whole: set[str] = set()
     fallbacks: list[Fallback] = []
+    if gemm is not None and not kwargs.get("is_backward"):
+        measure_products(gm, gemm)
     graph_donated = torch_internals.donated_inputs() if kwargs.get("is_backward") else []
     while True:
         segments = cut(gm, eager_ops)

@@ -23,10 +23,12 @@ if TYPE_CHECKING:
 
 #: Products below this many FLOP take BLAS unmeasured: the call costs more than the product.
 SMALL_FLOP = 2_000_000
-#: Seconds after which no further round is timed, and the most rounds.
-ROUND_SECONDS, ROUNDS = 0.02, 7
+#: Rounds that are timed at least and at most, and the seconds after which those in between are left out.
+FEWEST, ROUNDS, ROUND_SECONDS = 5, 15, 0.03
+#: Share of the processor that a measurement must have had.
+BUSY = 0.75
 #: How much faster oneDNN must be: a tie keeps BLAS, which can write to a given address.
-MARGIN = 0.95
+MARGIN = 0.9
 LIBRARIES = frozenset({"blas", "onednn"})
 
 Product = tuple[int, int, int, tuple[int, int], tuple[int, int]]
@@ -51,7 +53,10 @@ class GemmMeasurements:
         with self.lock:
             seconds = self.known.get(key)
             if seconds is None:
-                seconds = self.known[key] = measure((m, k, n, left, right))
+                seconds = measure((m, k, n, left, right))
+                if seconds is None:  # other work held the processor: the next compilation measures again
+                    return "blas"
+                self.known[key] = seconds
                 self.save()
         return "onednn" if seconds["onednn"] < MARGIN * seconds["blas"] else "blas"
 
@@ -114,8 +119,9 @@ def layout(stride: tuple[int, int], shape: tuple[int, int]) -> str:
     return f"[{stride[0]},{stride[1]}]"
 
 
-def measure(product: Product) -> dict[str, float]:
-    """Seconds of each library: the best of interleaved rounds, on uninitialised operands of the product's layout."""
+def measure(product: Product) -> dict[str, float] | None:
+    """Seconds of each library: the best of interleaved rounds, on operands of the product's layout. None when other
+    processes (a C++ compiler in the background) took so much of the processor that the figures mean nothing."""
     with _real_tensors():
         return _measure(product)
 
@@ -130,7 +136,7 @@ def _real_tensors() -> Iterator[None]:
         yield
 
 
-def _measure(product: Product) -> dict[str, float]:
+def _measure(product: Product) -> dict[str, float] | None:
     import torch
 
     m, k, n, left, right = product
@@ -144,15 +150,16 @@ def _measure(product: Product) -> dict[str, float]:
     best = dict.fromkeys(candidates, float("inf"))
     for run in candidates.values():
         run()
-    begin = time.perf_counter()
-    for _ in range(ROUNDS):
+    begin, used = time.perf_counter(), time.process_time()
+    for done in range(ROUNDS):
         for name, run in candidates.items():
             start = time.perf_counter()
             run()
             best[name] = min(best[name], time.perf_counter() - start)
-        if time.perf_counter() - begin > ROUND_SECONDS:
+        if done + 1 >= FEWEST and time.perf_counter() - begin > ROUND_SECONDS:
             break
-    return best
+    share = (time.process_time() - used) / (time.perf_counter() - begin)
+    return best if share >= BUSY * min(torch.get_num_threads(), os.cpu_count() or 1) else None
 
 
 def operand(shape: tuple[int, int], stride: tuple[int, int]) -> torch.Tensor:

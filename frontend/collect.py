@@ -65,15 +65,16 @@ class CollectingBackend:
         self.counted_breaks = dict(counters["graph_break"])
 
     def __call__(self, gm: torch.fx.GraphModule, example_inputs: Sequence[Any], **_: Any) -> Callable[..., Any]:
-        self._note_break(gm)
-        self._note_regions()
-        self._note_sizes(gm)
         roles, paths = self._roles(gm)
         index = len(self.frames)
         dynamo = from_fx(gm, f"dynamo_{index}", "joint", roles=roles)
         # AOTAutograd writes into the module it is given; what runs on afterwards is a copy.
         running = torch.fx.GraphModule(gm, gm.graph)
         found = self._aot(gm, example_inputs)
+        # Only now: AOTAutograd may have Dynamo start again, and then this call counts for nothing.
+        self._note_break(gm)
+        self._note_regions()
+        self._note_sizes(gm)
         names: dict[str, str] = {}
         backward = None
         if found.forward is not None and found.backward is not None:

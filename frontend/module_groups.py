@@ -8,13 +8,16 @@ the graph is compiled as a whole, so that its tensors may stay channels-last fro
 
 from __future__ import annotations
 
+import os
 from collections.abc import Hashable, Iterator
 from dataclasses import dataclass, field
 
 import torch
 
-#: Fewer siblings than this are not worth a subgraph of their own.
-MINIMUM_SIBLINGS = 3
+#: From so many equal siblings on one subgraph is shared. It saves the compile time of all but one; but where layers
+#: meet nothing is fused any more, which costs a few percent of a step (measured at 6 layers, hidden size 256 to 384, on
+#: CPU: 1 to 3 % of the time, 1 to 7 % of the peak).
+MINIMUM_SIBLINGS = int(os.environ.get("EFFCC_MINIMUM_REPEATS") or 8)
 
 _HOOK_TABLES = (
     "_backward_hooks",

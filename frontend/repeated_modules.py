@@ -3,7 +3,7 @@
 While Dynamo traces a frame for one of our backends, a call of a module that has equal siblings in its container
 (``model.layers[3](hidden)``) becomes an ``invoke_subgraph`` of a subgraph traced at the first sibling, with the
 sibling's own parameters as arguments. Torch's own machinery (``torch.compiler.nested_compile_region``) does the
-tracing; this module decides *which* calls, and takes a class of calls back when it turns out that they cannot be shared.
+tracing; this module decides *which* calls, and takes a class of calls back when they turn out not to be shareable.
 
     rewrite: hidden = layers[0](hidden)            hidden = invoke_subgraph(@layer, layers[0].w, hidden)
              hidden = layers[1](hidden)   ->       hidden = invoke_subgraph(@layer, layers[1].w, hidden)

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -184,11 +184,21 @@ class Weightless:
         with patch(torch.amp, "_enter_autocast", enter), patch(torch.amp.autocast_mode, "_enter_autocast", enter):
             yield
 
-    def runner(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """``function`` with everything it computes fake."""
+    def runner(self, gm: torch.fx.GraphModule) -> Callable[..., Any]:
+        """``gm`` with everything it computes fake."""
 
         def run(*args: Any) -> Any:
             with self.fake_mode:
-                return function(*args)
+                return _FakeInterpreter(gm).run(*args)
 
         return run
+
+
+class _FakeInterpreter(torch.fx.Interpreter):
+    """Numbers that Dynamo passes as real tensors of one element (float attributes, with dynamic shapes) are read."""
+
+    def call_method(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if target == "item" and not isinstance(args[0], FakeTensor):
+            with unset_fake_temporarily():
+                return args[0].item()
+        return super().call_method(target, args, kwargs)

@@ -23,6 +23,8 @@ CACHE = Path(os.environ.get("EFFCC_TEST_CACHE") or _default)
 # Before torch is imported by any test: subprocesses and Inductor's workers inherit them.
 os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(CACHE / "inductor"))
 os.environ.setdefault("EFFCC_CACHE_DIR", str(CACHE / "effcc"))
+# The models of the tests are too shallow to share layers by themselves.
+os.environ.setdefault("EFFCC_MINIMUM_REPEATS", "3")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 # So that tests can import the helpers beside them (``models``, ``sample_plan``).

@@ -224,6 +224,19 @@ def test_dynamic_sizes_stay_symbolic() -> None:
     assert any(isinstance(n.type, TensorType) and n.type.shape == (size, 8) for n in captured.frames[0].forward.nodes)
 
 
+def test_a_float_attribute_with_dynamic_sizes(tmp_path: Path) -> None:
+    """Dynamo makes a number of the module an input, which the captured step reads with ``item``."""
+    text = (
+        "import torch\nclass Scaled(torch.nn.Linear):\n    scale = 1.5\n    def __init__(self):\n"
+        "        super().__init__(8, 8)\n        self.scaling = 2.5\n"
+        "    def forward(self, x):\n        return super().forward(x) * self.scaling\n"
+        "model = Scaled\nexample_inputs = (torch.ones(3, 8),)\nloss = lambda y: y.sum()\n"
+    )
+    spec = written(tmp_path, text)
+    (frame,) = capture(spec, train=True, dynamic=True).frames
+    assert "aten.mul.Tensor" in [node.op for node in frame.forward.nodes]
+
+
 def test_dtype_converts_parameters_and_inputs() -> None:
     captured = capture(tower_spec(), dtype="bf16")
     inputs = captured.frames[0].forward.inputs

@@ -73,7 +73,9 @@ def test_llama_ops_name_their_layer() -> None:
 @pytest.mark.parametrize("model", ["llama", "gpt2", "mixtral", "t5", "vit", "conv"])
 def test_backward_ops_name_their_forward_op(model: str) -> None:
     graphs = graphs_of(model)
-    joint, forward, backward = (imported(next(one for one in graphs if one.phase == phase)) for phase in ("joint", "forward", "backward"))
+    joint, forward, backward = (
+        imported(next(one for one in graphs if one.phase == phase)) for phase in ("joint", "forward", "backward")
+    )
     own = joint.by_name()
     named = [node for node in joint.nodes if node.forward]
     assert all(node.forward in own and not own[node.forward].forward for node in named)

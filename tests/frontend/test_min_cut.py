@@ -7,7 +7,6 @@ import random
 
 import networkx
 import pytest
-
 from effcc.frontend.min_cut import fast_minimum_cut, minimum_cut
 
 

@@ -13,11 +13,10 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from torch._dynamo.backends.common import aot_autograd
-from torch._functorch.partitioners import min_cut_rematerialization_partition
-
 from effcc.frontend.capture_speed import ALLOCATIONS_BETWEEN_COLLECTIONS
 from effcc.frontend.repeated_modules import trace_repeated_modules_once
+from torch._dynamo.backends.common import aot_autograd
+from torch._functorch.partitioners import min_cut_rematerialization_partition
 
 CALLS: list[int] = []
 

@@ -9,15 +9,14 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from torch._dynamo.backends.common import aot_autograd
-from torch._functorch.partitioners import min_cut_rematerialization_partition
-
 from effcc.frontend.repeated_modules import (
     RegionReport,
     repeated_regions,
     trace_repeated_modules_once,
     without_repeated_regions,
 )
+from torch._dynamo.backends.common import aot_autograd
+from torch._functorch.partitioners import min_cut_rematerialization_partition
 
 TINY = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 2}
 LLAMA = TINY | {"intermediate_size": 48, "num_key_value_heads": 2, "use_cache": False}
@@ -112,14 +111,21 @@ MODELS: dict[str, tuple[Callable[[], torch.nn.Module], Callable[[], dict[str, An
     "bert": (lambda: transformers.BertModel(transformers.BertConfig(**TINY, intermediate_size=48)), token_inputs),
     "t5": (
         lambda: transformers.T5ForConditionalGeneration(
-            transformers.T5Config(vocab_size=64, d_model=32, d_kv=16, d_ff=48, num_layers=4, num_heads=2, use_cache=False)
+            transformers.T5Config(
+                vocab_size=64, d_model=32, d_kv=16, d_ff=48, num_layers=4, num_heads=2, use_cache=False
+            )
         ),
         lambda: token_inputs() | {"decoder_input_ids": token_inputs()["input_ids"][:, :7]},
     ),
     "vit": (
         lambda: transformers.ViTModel(
             transformers.ViTConfig(
-                hidden_size=32, num_hidden_layers=4, num_attention_heads=2, intermediate_size=48, image_size=16, patch_size=8
+                hidden_size=32,
+                num_hidden_layers=4,
+                num_attention_heads=2,
+                intermediate_size=48,
+                image_size=16,
+                patch_size=8,
             )
         ),
         lambda: {"pixel_values": torch.randn(2, 3, 16, 16, dtype=torch.float64)},
