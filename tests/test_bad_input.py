@@ -54,6 +54,26 @@ def test_wrong_options_are_refused_with_the_right_ones(options: dict[str, Any], 
         assert word in str(caught.value), "what the user sees first says it too"
 
 
+def test_plans_for_this_model_for_another_and_damaged(tmp_path: Path) -> None:
+    """A plan is accepted for the graph that it was made for, and refused by name for another or with bytes missing."""
+    model, x = nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 4)).double(), torch.randn(3, 8).double()
+    path = tmp_path / "plan.effcc"
+    effcc.plan(model, (x,)).save(path)
+    with torch.no_grad():
+        assert_close(compile_(model, options={"plan": str(path)})(x), model(x), rtol=1e-12, atol=1e-12)
+    damaged = tmp_path / "damaged.effcc"
+    damaged.write_bytes(path.read_bytes()[:-200])
+    other = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 4)).double()
+    for wrong, plan in ((other, path), (model, damaged)):
+        torch._dynamo.reset()
+        with pytest.raises(Exception) as caught, torch.no_grad():
+            compile_(wrong, options={"plan": str(plan)})(x)
+        ours = [error for error in error_chain(caught.value) if isinstance(error, effcc.EffccError)]
+        assert ours and type(ours[0]).__name__ == "PlanError" and ours[0].remedy
+        if wrong is other:
+            assert "gelu" in str(ours[0]) or "tanh" in str(ours[0]), "names the first op that differs"
+
+
 def test_strict_mode_names_what_cannot_be_compiled() -> None:
     with pytest.raises(Exception) as caught:
         compile_(failing_op, options={"fallback": "error"})(torch.ones(3))

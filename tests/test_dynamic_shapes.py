@@ -69,19 +69,22 @@ def test_sizes_that_are_refused_by_a_mark() -> None:
 
 
 def test_image_sizes() -> None:
-    """Convolution, pooling and normalisation over batch, height and width."""
+    """Convolution, pooling and normalisation over batch, height and width. Inductor fixes the height and width of a
+    convolution's backward when it lowers it (torch 2.13), so these compile anew; the batch does not."""
     plain = nn.Sequential(
         nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(4, 2, 3, stride=2)
     ).double()
     model = copy.deepcopy(plain)
     run = torch.compile(model, backend="effcc", dynamic=True)
-    for size in ((2, 3, 16, 18), (3, 3, 20, 14), (5, 3, 12, 30)):
+    counts = []
+    for size in ((2, 3, 16, 18), (3, 3, 20, 14), (5, 3, 12, 30), (4, 3, 12, 30), (7, 3, 12, 30)):
         x = torch.randn(size, dtype=torch.float64)
         for left, right in zip(step(model, run, x), step(plain, plain, x), strict=True):
             assert_close(left, right, rtol=1e-10, atol=1e-11)
+        counts.append(compilations())
     for left, right in zip(model.buffers(), plain.buffers(), strict=True):
         assert_close(left, right, rtol=1e-10, atol=1e-12)
-    assert compilations() == 1
+    assert counts[2:] == [counts[2]] * 3
 
 
 def test_sequence_length_and_batch_of_a_language_model() -> None:

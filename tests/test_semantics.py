@@ -5,6 +5,7 @@ hooks. Each is right, or refused or fallen back with a named reason.
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -191,6 +192,28 @@ def test_checkpoint(where: str) -> None:
     found.square().sum().backward()
     plain(right).square().sum().backward()
     assert_close(left.grad, right.grad, rtol=1e-10, atol=1e-12)
+    assert_equal_gradients(model, plain)
+
+
+@pytest.mark.slow
+def test_selective_checkpoint() -> None:
+    """A policy that keeps the results of products and computes the rest again."""
+    from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
+
+    def policy(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+        kept = op in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
+        return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
+
+    def run(tower: Tower, x: torch.Tensor) -> torch.Tensor:
+        for layer in tower.layers:
+            contexts = functools.partial(create_selective_checkpoint_contexts, policy)
+            x = checkpoint(layer, x, use_reentrant=False, context_fn=contexts)
+        return tower.head(x)
+
+    plain, model = pair()
+    x = rows()
+    compile_plain(run)(model, x).square().sum().backward()
+    run(plain, x).square().sum().backward()
     assert_equal_gradients(model, plain)
 
 
