@@ -14,6 +14,7 @@ from .. import torch_internals
 from ..errors import CompileError
 from .empty_reductions import fill_empty_statistics
 from .kernel_batch import Collector, collecting, describe
+from .known_faults import known_fault
 from .library_kernels import GemmChoice, measure_products, use_library_kernels
 from .segments import EAGER, Segment, copy_module, cut
 
@@ -74,7 +75,7 @@ def compile_segments(
     """
     eager_ops: set[str] = set()
     whole: set[str] = set()
-    fallbacks: list[Fallback] = []
+    found: list[Fallback] = []
     if gemm is not None and not kwargs.get("is_backward"):
         measure_products(gm, gemm)
     graph_donated = torch_internals.donated_inputs() if kwargs.get("is_backward") else []
@@ -85,13 +86,16 @@ def compile_segments(
         eager: dict[str, CompiledSegment] = {}
         collector = Collector()
         retry = False
+        fallbacks = [*found]
         for segment in segments:
             if segment.identity in code:
                 continue
             # A copy: what compiles a segment rewrites its graph in place.
             eager[segment.identity] = eager_segment(copy_module(segment.module))
-            if segment.kind == EAGER or segment.identity in whole:
+            faults = faults_of(segment)
+            if segment.kind == EAGER or segment.identity in whole or faults:
                 code[segment.identity] = eager[segment.identity]
+                fallbacks += faults
                 continue
             collector.region = segment.identity
             try:
@@ -110,11 +114,11 @@ def compile_segments(
                 reason = describe(error)
                 if target and target in segment.ops and target not in eager_ops and segment.kind != "call":
                     eager_ops.add(target)
-                    fallbacks.append(Fallback(target, reason, source_of(segment, target)))
+                    found.append(Fallback(target, reason, source_of(segment, target)))
                     retry = True
                     break
                 whole.add(segment.identity)
-                fallbacks.append(Fallback(f"{len(segment.ops)} ops", reason, source_of(segment)))
+                found.append(Fallback(f"{len(segment.ops)} ops", reason, source_of(segment)))
                 retry = True
                 break
         if not retry:
@@ -123,6 +127,12 @@ def compile_segments(
         if eager_ops:
             # A finer cut renumbers the segments, so whole-segment decisions of the coarser one no longer apply.
             whole = {identity for identity in whole if identity.startswith("call:")}
+
+
+def faults_of(segment: Segment) -> list[Fallback]:
+    """A fallback for each op of ``segment`` that Inductor is known to compute wrongly."""
+    reasons = [(str(node.target), known_fault(node)) for node in segment.module.graph.nodes]
+    return [Fallback(target, reason, source_of(segment, target)) for target, reason in reasons if reason is not None]
 
 
 def cut_again(gm: fx.GraphModule, code: Mapping[str, CompiledSegment], collector: Collector) -> CompiledSegments:

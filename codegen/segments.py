@@ -15,6 +15,7 @@ import torch
 import torch.fx as fx
 
 from ..torch_internals import is_invoke_subgraph
+from .known_faults import known_fault
 
 REGION, CALL, EAGER = "region", "call", "eager"
 
@@ -53,14 +54,16 @@ class Segment:
 
 
 def cut(gm: fx.GraphModule, eager_ops: Collection[str] = ()) -> list[Segment]:
-    """Segments of ``gm`` in order. Nodes whose target's name is in ``eager_ops`` form segments of their own."""
+    """Segments of ``gm`` in order. Nodes whose target's name is in ``eager_ops``, or that Inductor is known to compute
+    wrongly, form segments of their own."""
     runs: list[tuple[str, list[fx.Node]]] = []
     for node in gm.graph.nodes:
         if node.op in ("placeholder", "output", "get_attr"):
             continue
         if node.op == "call_function" and node.target is operator.getitem and is_call_part(node):
             continue
-        kind = CALL if is_invoke_subgraph(node) else EAGER if str(node.target) in eager_ops else REGION
+        alone = str(node.target) in eager_ops or known_fault(node) is not None
+        kind = CALL if is_invoke_subgraph(node) else EAGER if alone else REGION
         if kind == REGION and runs and runs[-1][0] == REGION:
             runs[-1][1].append(node)
         else:

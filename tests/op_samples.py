@@ -218,7 +218,8 @@ def judge(cases: Sequence[Case], found: Sequence[list[Any]], verdict: Verdict) -
             verdict.wrong.append(f"{case.name}: {len(values)} results in place of {len(wanted)}")
             continue
         exact = exact_of(case, wanted)
-        floor = 1e-4 * max(map(magnitude, wanted), default=0.0)
+        # Inputs count as well: a result that is zero in exact arithmetic is what is left of numbers of their size.
+        floor = 1e-4 * max(map(magnitude, [*wanted, *pytree.tree_leaves((case.args, case.kwargs))]), default=0.0)
 
         def other(position: int, number: int = number) -> Any:
             try:

@@ -1,0 +1,18 @@
+"""Ops for which Inductor's own lowering gives a wrong number (torch 2.11 to 2.13): they run as eager ops."""
+
+from __future__ import annotations
+
+import torch
+import torch.fx as fx
+
+_POOLING = {torch.ops.aten.avg_pool2d_backward.default, torch.ops.aten.avg_pool3d_backward.default}
+
+
+def known_fault(node: fx.Node) -> str | None:
+    """Why ``node`` must not be lowered by Inductor; None where nothing is known against it."""
+    if node.target in _POOLING:
+        # (gradient, operand, kernel, stride, padding, ceil_mode, count_include_pad, divisor_override)
+        ceil_mode, count_include_pad, divisor = node.args[5:8]
+        if ceil_mode and count_include_pad and divisor is None:
+            return "Inductor divides windows that end behind the padding by the whole kernel"
+    return None

@@ -1,0 +1,49 @@
+"""A group of Einsums that becomes one kernel, where it comes from in the graph, and what it saves."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import sympy
+
+from ...ir.fused_cascade import FusedCascade
+from ...ir.graph import Location
+from ..rewrite_cascade import Rewriting
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Bytes moved to and from memory: by the ops as written (one kernel an op that cannot be fused otherwise, pointwise
+    ops fused into their producers), by the fused kernel as a lower bound on what it re-reads, and the compulsory bytes
+    (every operand read once, every result written once). ``flops_written`` and ``flops_fused`` count contractions."""
+
+    written: int
+    fused: int
+    compulsory: int
+    flops_written: int = 0
+    flops_fused: int = 0
+
+
+@dataclass(frozen=True)
+class Group:
+    """``fused`` is the kernel's whole description; equal layers have equal ``fused``.
+
+    ``operands`` and ``results`` are graph values, in the order of ``fused.operands`` and ``fused.results``. ``nodes``
+    are the graph nodes that only this group needed. ``rewriting`` is ``rewrite(fused.cascade)``. ``grid`` are the ranks
+    that every output keeps: their coordinates are independent. ``streamed`` are the ranks that the wide tensors have
+    beyond the grid: a kernel loops over tiles of them. ``wide`` are the tensors that are never in memory. ``rounded``
+    are graph values that eager rounds to a narrower element type, and the kernel does not.
+    """
+
+    name: str
+    fused: FusedCascade
+    operands: tuple[str, ...]
+    results: tuple[str, ...]
+    nodes: tuple[str, ...]
+    rewriting: Rewriting
+    grid: tuple[sympy.Symbol, ...]
+    streamed: tuple[sympy.Symbol, ...]
+    wide: tuple[str, ...]
+    traffic: Traffic
+    rounded: tuple[str, ...] = ()
+    location: Location = Location()
