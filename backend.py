@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from . import torch_internals
+from .budget_loop import compile_within_budget
 from .cost_model.devices import load_device
 from .frontend.repeated_modules import trace_repeated_modules_once
 from .graph_compiler import Compilation, input_role
@@ -44,4 +45,6 @@ def effcc(
         torch_internals.cache_directory(code_directory(settings.chosen_cache())),
         torch_internals.inductor_settings(torch_internals.mode_options(mode)),
     ):
+        if settings.memory_budget is not None:
+            return compile_within_budget(gm, example_inputs, compilation)
         return torch_internals.compile_fx(gm, example_inputs, compilation.compile)  # type: ignore[no-any-return]

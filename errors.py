@@ -82,3 +82,7 @@ class CompileError(EffccError):
 
 class BudgetError(EffccError):
     """A step needs more memory than its budget; the message says the least that works and what holds it."""
+
+
+class KernelDataError(EffccError):
+    """A file of kernels or measurements is malformed, or asks for an op that the kernel-time model does not cover."""

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from . import torch_internals
+from .activation_planner import ActivationPlanner, OverBudgetError
 from .captured_graph import CapturedGraph
 from .codegen.host_module import constants_of, host_source
 from .codegen.kernel_batch import Collector
@@ -32,6 +33,7 @@ from .cost_model.devices import device_titled
 from .cost_model.gemm_measurement import GemmMeasurements
 from .errors import BudgetError, CompileError
 from .formatting import bytes_text
+from .held_elsewhere import Elsewhere
 from .ir.plan import Plan
 from .options import Options
 from .passes.manager import DUMP_VARIABLE
@@ -56,6 +58,8 @@ class Compilation:
     planner: StepPlanner = field(init=False)
     #: Whether a graph of the step came out of the cache.
     restored: bool = False
+    #: Chooses what forwards save, where there is a budget.
+    activation: ActivationPlanner | None = None
     #: Records to be kept once the whole step is compiled, by key.
     records: dict[str, tuple[Member, GraphRecord]] = field(default_factory=dict)
 
@@ -78,6 +82,7 @@ class Compilation:
             key = None if wants_dumps(self.options) else record_key(gm, example_inputs, kwargs, self.options.gemm)
             result = self.restore(key, source, report, kwargs) or self.compile_anew(key, source, report, kwargs)
         report.make_plan = self.plan
+        report.activation = self.activation.choice if self.activation is not None else None
         report.make_graph = functools.partial(getattr, self.planner.members[report.name], "graph")
         if phase != "forward":
             self.finish_step()
@@ -220,16 +225,21 @@ class Compilation:
                 where="option 'memory_budget'",
                 remedy="Leave memory_budget out, or compile without dynamic shapes.",
             )
-        peak = plan.peak.get("device", 0)
+        elsewhere = self.activation.elsewhere if self.activation is not None else Elsewhere()
+        peak = plan.peak.get("device", 0) + elsewhere.bytes
         if peak > self.options.memory_budget:
+            if self.activation is not None and self.activation.exceeded(peak):
+                raise OverBudgetError(peak)
             held = ", ".join(
                 f"{holder.role} {holder.what} {bytes_text(holder.bytes)}" for holder in summarize(plan).holders[:3]
             )
+            held += f", {elsewhere.words}" if elsewhere.words else ""
+            least = min(peak, self.activation.least or peak) if self.activation is not None else peak
             raise BudgetError(
-                f"the step needs {bytes_text(peak)} ({peak} bytes), more than the budget of "
+                f"the step needs {bytes_text(least)} ({least} bytes), more than the budget of "
                 f"{bytes_text(self.options.memory_budget)}; most of it is {held}",
                 where="option 'memory_budget'",
-                remedy=f"Give it at least {peak} bytes, or a smaller batch.",
+                remedy=f"Give it at least {least} bytes, or a smaller batch.",
             )
 
 

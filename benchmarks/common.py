@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import gc
 import json
 import os
 import platform
@@ -31,9 +32,11 @@ def training_step(run: Callable[..., Any], sample: models.Sample) -> torch.Tenso
     return loss.detach()
 
 
-def allocator_peak(step: Callable[[], Any]) -> int:
-    """Most bytes that ``step`` held above what was held before it: the running sum of the profiler's memory events,
-    which repeats exactly."""
+def allocator_peak(step: Callable[[], Any], model: torch.nn.Module) -> int:
+    """Most bytes that ``step`` held above what was held before it, ``model`` having no gradients: the running sum of the
+    profiler's memory events, which repeats exactly. (The profiler does not see the end of what began before it.)"""
+    model.zero_grad(set_to_none=True)
+    gc.collect()  # what earlier models left in cycles would be freed inside the step
     with torch.profiler.profile(profile_memory=True) as profile:
         step()
     events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]

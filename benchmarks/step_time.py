@@ -18,14 +18,15 @@ BACKENDS = ("effcc", "inductor")
 
 def measure(name: str, size: str, rounds: int) -> dict[str, Any]:
     torch._dynamo.reset()
-    steps = {}
+    steps, peak_of = {}, {}
     for backend in BACKENDS:
         sample = models.build(name, size)
         run = torch.compile(sample.model, backend=backend)
         steps[backend] = lambda run=run, sample=sample: training_step(run, sample)
+        peak_of[backend] = lambda step=steps[backend], sample=sample: allocator_peak(step, sample.model)
     losses = {backend: float(step()) for backend, step in steps.items()}
     seconds = interleaved(steps, rounds)
-    peaks = {backend: allocator_peak(step) for backend, step in steps.items()}
+    peaks = {backend: peak_of[backend]() for backend in BACKENDS}
     return {
         "model": name,
         **{f"{backend} ms": statistics.median(seconds[backend]) * 1e3 for backend in BACKENDS},

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch._dynamo.utils import counters
 
+from .. import torch_internals
 from ..ir.graph import Graph, Location, Node
 from .fx_import import from_fx
 from .repeated_modules import RegionReport, report_of_frame
@@ -92,13 +93,35 @@ class CollectingBackend:
         return self.weightless.runner(running)
 
     def _aot(self, gm: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> AotGraphs:
-        import torch._functorch.config as functorch_config
+        found = AotGraphs()
+        with torch_internals.graph_settings():
+            if self.decompositions is None:
+                self._as_compiled(gm, example_inputs, found)
+            else:
+                self._decomposed(gm, example_inputs, found)
+        return found
+
+    def _as_compiled(self, gm: torch.fx.GraphModule, example_inputs: Sequence[Any], found: AotGraphs) -> None:
+        """The graphs that ``torch.compile(backend="effcc")`` compiles: after Inductor's passes on the joint graph."""
+
+        def keep(module: torch.fx.GraphModule, inputs: Sequence[Any], **kwargs: Any) -> Callable[..., Any]:
+            # Compiling rewrites a graph in place, and torch goes on with the one it gave.
+            copy = torch.fx.GraphModule(module, module.graph)
+            if kwargs.get("is_backward"):
+                found.backward = copy
+            elif kwargs.get("is_inference"):
+                found.inference = copy
+            else:
+                found.forward = copy
+                total = len(_outputs(module))
+                found.outputs = total - torch_internals.saved_outputs(total)
+            return module.forward
+
+        torch_internals.compile_fx(gm, example_inputs, keep)
+
+    def _decomposed(self, gm: torch.fx.GraphModule, example_inputs: Sequence[Any], found: AotGraphs) -> None:
         from torch._dynamo.backends.common import aot_autograd
         from torch._functorch.partitioners import min_cut_rematerialization_partition
-        from torch._inductor.decomposition import select_decomp_table
-
-        decompositions = select_decomp_table() if self.decompositions is None else self.decompositions
-        found = AotGraphs()
 
         def keep(slot: str) -> Callable[..., Any]:
             def compiler(module: torch.fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
@@ -116,12 +139,10 @@ class CollectingBackend:
             bw_compiler=keep("backward"),
             inference_compiler=keep("inference"),
             partition_fn=partition,
-            decompositions=decompositions,
+            decompositions=self.decompositions,
             keep_inference_input_mutations=self.writes_inputs,
         )
-        with functorch_config.patch(force_non_lazy_backward_lowering=True, enable_autograd_cache=False):
-            backend(gm, list(example_inputs))
-        return found
+        backend(gm, list(example_inputs))
 
     def _note_break(self, gm: torch.fx.GraphModule) -> None:
         before, self.counted_breaks = self.counted_breaks, dict(counters["graph_break"])

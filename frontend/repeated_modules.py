@@ -187,10 +187,15 @@ def is_ours(backend: object) -> bool:
 
 
 def _wanted(options: object) -> bool:
-    """The option ``repeated_modules`` of a mapping or an options object; wrong values are the backend's to refuse."""
-    if isinstance(options, Mapping):
-        return options.get("repeated_modules", True) is not False
-    return getattr(options, "repeated_modules", True) is not False
+    """The option ``repeated_modules`` of a mapping or an options object; wrong values are the backend's to refuse.
+
+    Under a memory budget each layer may save something else, so layers are not shared.
+    """
+
+    def given(name: str, default: object) -> object:
+        return options.get(name, default) if isinstance(options, Mapping) else getattr(options, name, default)
+
+    return given("repeated_modules", True) is not False and given("memory_budget", None) is None
 
 
 def is_active(compile_id: object) -> bool:

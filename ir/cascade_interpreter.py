@@ -219,7 +219,10 @@ def rank_sizes(cascade: Cascade, inputs: Mapping[str, Array], given: Mapping[str
             if len(shape) != len(item.args):
                 raise CascadeError(f"{name} has {len(item.args)} ranks, the array {len(shape)}", where=name)
             for index, extent in zip(item.args, shape, strict=True):
-                if index.is_Symbol and is_rank(index) and sizes.setdefault(index.name, extent) != extent:
+                if not (index.is_Symbol and is_rank(index)):
+                    continue
+                # A size that is given may be smaller than the tensor: its beginning is read.
+                if sizes.setdefault(index.name, extent) > extent or (index.name not in given and sizes[index.name] != extent):
                     raise CascadeError(f"rank {index.name} is {sizes[index.name]} and, in {name}, {extent}", where=name)
     for symbol in cascade.ranks:
         if symbol.name not in sizes:

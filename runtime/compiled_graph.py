@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from . import scratch
 from .reports import GraphReport
 
 
@@ -34,7 +35,11 @@ class CompiledGraph:
                     self.finish()
                     self.finish = None
         begin = time.perf_counter()
-        outputs = self.run(args)
+        try:
+            outputs = self.run(args)
+        finally:
+            # Between graphs the memory may be wanted by the loss or the optimizer.
+            scratch.release()
         self.report.record(time.perf_counter() - begin)
         return outputs
 

@@ -6,11 +6,12 @@ import functools
 import threading
 import warnings
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field, replace
 
 from ..ir.graph import Graph
 from ..ir.plan import Plan
+from ..passes.activation.choice import ActivationChoice
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,8 @@ class GraphReport:
     wait_seconds: float = 0.0
     notes: list[str] = field(default_factory=list)
     host_source: str = ""
+    #: What was kept, recomputed and swapped, where a memory budget was given.
+    activation: ActivationChoice | None = None
     make_plan: Callable[[], Plan | None] = lambda: None
     make_graph: Callable[[], Graph | None] = lambda: None
     seconds: deque[float] = field(default_factory=lambda: deque(maxlen=100))
@@ -121,6 +124,12 @@ def reports() -> list[GraphReport]:
     """The reports of all graphs compiled in this process, oldest first."""
     with _lock:
         return list(_reports)
+
+
+def forget(names: Collection[str]) -> None:
+    """Drop the reports of graphs that were compiled and then replaced."""
+    with _lock:
+        _reports[:] = [report for report in _reports if report.name not in names]
 
 
 def reset() -> None:

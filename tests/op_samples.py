@@ -152,11 +152,14 @@ def dense(x: Any) -> Any:
     return x.to_dense() if x.layout != torch.strided else x.resolve_conj().resolve_neg()
 
 
+def wide(x: torch.Tensor) -> torch.dtype:
+    return torch.complex128 if x.is_complex() else torch.float64
+
+
 def distance(left: torch.Tensor, right: torch.Tensor, like: torch.Tensor) -> float:
     """max|left-right| where ``like`` is finite."""
     finite = torch.isfinite(like)
-    wide = torch.complex128 if left.is_complex() else torch.float64
-    apart = (left.to(wide) - right.to(wide)).abs()[finite]
+    apart = (left.to(wide(left)) - right.to(wide(left))).abs()[finite]
     return apart.max().item() if apart.numel() else 0.0
 
 
@@ -174,7 +177,7 @@ def compare(found: Any, wanted: Any, exact: Any, other: Callable[[], Any], floor
         return ("" if same else f"{int((found != wanted).sum())} of {wanted.numel()} integers differ"), ""
     finite = torch.isfinite(wanted)
     if not torch.equal(torch.isfinite(found), finite) or not torch.equal(
-        found[~finite].nan_to_num(0.5), wanted[~finite].nan_to_num(0.5)
+        found[~finite].to(wide(found)).nan_to_num(0.5), wanted[~finite].to(wide(wanted)).nan_to_num(0.5)
     ):
         return "infinities or not-a-numbers elsewhere than eager's", ""
     if not isinstance(exact, torch.Tensor) or exact.shape != wanted.shape:

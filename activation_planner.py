@@ -1,0 +1,136 @@
+"""``memory_budget`` while a graph is compiled: what its forward saves is chosen on the joint graph.
+
+The choice is made by a simulation of the step's memory, which the compiled code may not meet exactly (the region
+compiler fuses as it likes). So the plan of what was compiled has the last word: where it needs more than the budget,
+the graph is compiled again with as much less to aim at.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch.fx as fx
+
+from . import torch_internals
+from .cost_model.devices import Device
+from .errors import EffccError
+from .held_elsewhere import Elsewhere
+from .frontend.fx_import import from_fx
+from .joint_split import split_saving, values_saved
+from .passes.activation.choice import ActivationChoice, describe
+from .passes.activation.problem import JointProblem, joint_problem
+from .passes.activation.search import ActivationSearch
+
+#: How often a graph is compiled again because the compiled code needs more than the simulation said.
+MOST_ATTEMPTS = 6
+
+
+class OverBudgetError(Exception):
+    """The compiled step needs ``peak`` bytes, more than the budget; the next attempt may do better."""
+
+    def __init__(self, peak: int) -> None:
+        super().__init__(f"{peak} bytes")
+        self.peak = peak
+
+
+@dataclass
+class ActivationPlanner:
+    """Splits the joint graphs of one model so that the step stays within ``budget`` bytes."""
+
+    budget: int
+    device: Callable[[], Device]
+    #: Role of each input of Dynamo's graph.
+    roles: Sequence[str] = ()
+    #: What the process holds besides the graph.
+    elsewhere: Elsewhere = field(default_factory=Elsewhere)
+    #: By how many bytes compiled code has exceeded what was simulated.
+    excess: int = 0
+    choice: ActivationChoice | None = None
+    notes: list[str] = field(default_factory=list)
+    #: Peaks that may not be chosen again: they were compiled, and did not fit.
+    refused: list[frozenset[int]] = field(default_factory=list)
+    exhausted: bool = False
+    #: Whether freed memory is given back at once, not held for the next value of its size: smaller, and slower where
+    #: the system has to clear pages.
+    frugal: bool = False
+    #: The least that a compiled step needed so far.
+    least: int | None = None
+
+    def partition(
+        self,
+        gm: fx.GraphModule,
+        joint_inputs: Any,
+        *,
+        num_fwd_outputs: int,
+        static_lifetime_input_indices: Sequence[int] | None = None,
+        **others: Any,
+    ) -> tuple[fx.GraphModule, fx.GraphModule]:
+        """Torch's ``partition_fn``."""
+        static = list(static_lifetime_input_indices or [])
+
+        def by_torch(why: str = "") -> tuple[fx.GraphModule, fx.GraphModule]:
+            if why:
+                self.notes.append(f"activations are saved as torch chooses: {why}")
+            return torch_internals.minimum_cut_partition(
+                gm, joint_inputs, num_fwd_outputs=num_fwd_outputs, static_lifetime_input_indices=static, **others
+            )
+
+        self.choice = None
+        if not torch_internals.prepare_joint(gm):
+            return by_torch("the model has checkpoints or effects of its own")
+        try:
+            problem = self.problem(gm, num_fwd_outputs)
+        except EffccError as error:
+            return by_torch(error.message)
+        split = torch_internals.minimum_cut_partition(
+            torch_internals.copy_graph(gm),
+            joint_inputs,
+            num_fwd_outputs=num_fwd_outputs,
+            static_lifetime_input_indices=static,
+            **others,
+        )
+        search = ActivationSearch(problem, values_saved(split[0], problem, num_fwd_outputs))
+        plain = search.plain
+        if plain.saved not in self.refused and plain.peak + self.excess <= self.budget:
+            self.choice = describe(problem, plain, plain, "keep", self.budget)
+            return split
+        limit = self.budget - self.excess
+        chosen = None if self.exhausted else search.within(limit, self.refused)
+        if chosen is None:
+            # Nothing is said to fit: the compiled code of the smallest has the last word, and says what the floor is.
+            self.exhausted = True
+            chosen = search.least
+        self.choice = describe(problem, chosen, plain, "planned", self.budget, search.bound(limit), search.floor_bound)
+        return split_saving(gm, problem, chosen.saved, num_fwd_outputs, static)
+
+    def problem(self, gm: fx.GraphModule, num_fwd_outputs: int) -> JointProblem:
+        inputs = gm.graph.find_nodes(op="placeholder")
+        primals = [node for node in inputs if torch_internals.is_primal(node)]
+        known = list(self.roles) if len(self.roles) == len(primals) else ["input"] * len(primals)
+        roles = iter(known)
+        named = [next(roles) if torch_internals.is_primal(node) else "tangent" for node in inputs]
+        graph = from_fx(gm, "joint", "joint", roles=named)
+        return joint_problem(
+            graph,
+            self.device(),
+            num_fwd_outputs,
+            backward_only=torch_internals.backward_only_nodes(gm),
+            outside=self.elsewhere.bytes,
+        )
+
+    def exceeded(self, peak: int) -> bool:
+        """The compiled step needs ``peak`` bytes, everything counted. Returns whether another attempt is worth it."""
+        self.least = peak if self.least is None else min(self.least, peak)
+        if self.choice is None:
+            return False
+        if not self.frugal:
+            self.frugal = True
+            return True
+        if self.exhausted:
+            return False
+        self.refused.append(self.choice.saved)
+        self.excess = max(self.excess, peak - self.choice.simulated_peak)
+        return True
+

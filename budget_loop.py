@@ -1,0 +1,57 @@
+"""Compile a graph under a memory budget: plan, compile, look at what was compiled, and try again where it is over."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from . import torch_internals
+from .activation_planner import MOST_ATTEMPTS, ActivationPlanner, OverBudgetError
+from .cost_model.devices import load_device
+from .errors import BudgetError
+from .formatting import bytes_text
+from .graph_compiler import Compilation, cost_device
+from .held_elsewhere import held_elsewhere, note_graph, real_inputs
+from .runtime.reports import GraphReport, forget
+
+
+def compile_within_budget(
+    gm: torch.fx.GraphModule, example_inputs: Sequence[Any], compilation: Compilation
+) -> Callable[..., Any]:
+    """Compile ``gm`` so that its step stays within the option ``memory_budget``.
+
+    Raises BudgetError where that is not possible, with the least budget that is and what holds it.
+    """
+    budget = compilation.options.memory_budget
+    assert budget is not None
+    name = compilation.options.device or cost_device(example_inputs, GraphReport("", ""))
+    device = load_device(name)
+    inputs = real_inputs(gm)
+    elsewhere = held_elsewhere(inputs, device)
+    if elsewhere.optimizer_step > budget:
+        raise BudgetError(
+            f"the optimizer's step needs {bytes_text(elsewhere.optimizer_step)} ({elsewhere.optimizer_step} bytes), more "
+            f"than the budget of {bytes_text(budget)}: parameters, gradients, {elsewhere.words}",
+            where="option 'memory_budget'",
+            remedy=f"Give it at least {elsewhere.optimizer_step} bytes, or an optimizer with less state.",
+        )
+    planner = ActivationPlanner(budget, lambda: device, compilation.roles, elsewhere)
+    for attempt in range(MOST_ATTEMPTS):
+        current = Compilation(compilation.options, compilation.number, compilation.roles, compilation.given_plan)
+        current.activation = planner
+        planner.exhausted = planner.exhausted or attempt + 1 == MOST_ATTEMPTS
+        settings = {"allow_buffer_reuse": False} if planner.frugal else {}
+        before = torch_internals.copy_graph(gm)
+        try:
+            with torch_internals.joint_partitioner(planner.partition), torch_internals.inductor_settings(settings):
+                made = torch_internals.compile_fx(before, example_inputs, current.compile)
+            if planner.choice is not None:
+                note_graph(inputs, planner.choice.saved_bytes)
+            return made  # type: ignore[no-any-return]
+        except Exception as error:
+            if not isinstance(torch_internals.compile_error_cause(error), OverBudgetError):
+                raise
+            forget(list(current.planner.members))
+    raise AssertionError("the last attempt either fits or names the floor")

@@ -1,0 +1,171 @@
+"""What the printer knows of a program: its ranks' walks, its values' places in scratch, its tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import sympy
+from sympy.core.function import AppliedUndef
+
+from ...ir.cascade import is_rank, ranks_of, tensor_name
+from ...ir.tile import (
+    MAKERS,
+    Cases,
+    Dot,
+    Load,
+    Loop,
+    Map,
+    Program,
+    Reduce,
+    Skip,
+    State,
+    Statement,
+    Tensor,
+    expressions,
+    walk,
+)
+from ...ir.cascade import accesses
+from .names import count, inside, origin, size_name
+
+#: A row of this many elements or more gets a few more, so that rows do not fall onto the same cache sets.
+_PADDED, _PADDING = 64, 16
+
+
+@dataclass
+class Frame:
+    """``steps``: walked rank -> its loop's step. ``sizes`` are the numbers the program was made for: they decide which
+    accesses can leave their tensor, and how large the scratch is; all other sizes are arguments of the kernel."""
+
+    program: Program
+    sizes: Mapping[str, int]
+    shapes: Mapping[str, Sequence[int]]
+    steps: dict[sympy.Symbol, int] = field(default_factory=dict)
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    values: dict[str, tuple[sympy.Symbol, ...]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.steps = {loop.rank: loop.step for loop in self.program.loops}
+        self.tensors = {item.name: item for item in self.program.tensors}
+        self.values = self.program.values
+
+    # Ranks ------------------------------------------------------------------------------------------------------------
+
+    def is_point(self, rank: sympy.Symbol) -> bool:
+        return self.steps.get(rank) == 1
+
+    def coordinate(self, rank: sympy.Symbol) -> str:
+        """The rank's coordinate in the whole, inside the loops of a nest."""
+        if rank not in self.steps:
+            return inside(rank)
+        return origin(rank) if self.is_point(rank) else f"({origin(rank)} + {inside(rank)})"
+
+    def length(self, rank: sympy.Symbol) -> str:
+        """How many coordinates a tile has."""
+        return count(rank) if rank in self.steps else size_name(rank.name)
+
+    def extent(self, rank: sympy.Symbol) -> str:
+        """How many coordinates a value has room for."""
+        return str(self.steps[rank]) if rank in self.steps else size_name(rank.name)
+
+    def room(self, rank: sympy.Symbol) -> int:
+        if rank in self.steps:
+            return self.steps[rank]
+        aliases = dict(self.program.alias)
+        return self.sizes[aliases.get(rank, rank).name]
+
+    # Values -----------------------------------------------------------------------------------------------------------
+
+    def padding(self, name: str) -> int:
+        ranks = self.values[name]
+        return _PADDING if len(ranks) == 2 and self.room(ranks[-1]) >= _PADDED else 0
+
+    def strides(self, name: str) -> list[str]:
+        """Elements between neighbours in each dimension of a value."""
+        ranks = self.values[name]
+        found, step = [], "1"
+        for position in reversed(range(len(ranks))):
+            found.append(step)
+            extent = self.extent(ranks[position])
+            if position == len(ranks) - 1 and self.padding(name):
+                extent = f"({extent} + {self.padding(name)})"
+            step = extent if step == "1" else f"{step} * {extent}"
+        return found[::-1]
+
+    def elements(self, name: str) -> str:
+        """How many elements a value takes, as C++."""
+        ranks = self.values[name]
+        parts = [self.extent(rank) for rank in ranks]
+        if self.padding(name):
+            parts[-1] = f"({parts[-1]} + {self.padding(name)})"
+        return " * ".join(parts) or "1"
+
+    def bytes(self, name: str, item_bytes: int) -> int:
+        total = 1
+        for rank in self.values[name]:
+            total *= self.room(rank)
+        if self.padding(name):
+            total = total // self.room(self.values[name][-1]) * (self.room(self.values[name][-1]) + self.padding(name))
+        return -(-total * item_bytes // 64) * 64
+
+    # Tensors ----------------------------------------------------------------------------------------------------------
+
+    def can_leave(self, item: AppliedUndef) -> bool:
+        """Whether an access to memory may lie outside the tensor for some coordinates."""
+        name = tensor_name(item)
+        for position, index in enumerate(item.args):
+            extent = self.shapes[name][position]
+            if index.is_Symbol and is_rank(index) and self.size(index) <= extent:
+                continue
+            low = high = sympy.expand(index).xreplace(
+                {s: sympy.Integer(self.sizes[s.name]) for s in index.free_symbols if not is_rank(s)}
+            )
+            for s in ranks_of(index):
+                slope = low.coeff(s)
+                ends = (sympy.Integer(0), slope * (self.size(s) - 1))
+                low, high = low.xreplace({s: sympy.Integer(0)}) + min(ends), high.xreplace({s: sympy.Integer(0)}) + max(ends)
+            if low < 0 or high >= extent:
+                return True
+        return False
+
+    def size(self, rank: sympy.Symbol) -> int:
+        return self.sizes[dict(self.program.alias).get(rank, rank).name]
+
+
+def last_reads(body: Sequence[Statement]) -> dict[str, int]:
+    """Value -> position of the last statement of the body that reads or changes it."""
+    found: dict[str, int] = {}
+    for position, item in enumerate(body):
+        for inner in walk((item,)):
+            for e in expressions(inner):
+                found.update({tensor_name(each): position for each in accesses(e)})
+            if isinstance(inner, MAKERS):
+                found[tensor_name(inner.target)] = position
+    return found
+
+
+def reused(body: Sequence[Statement], frame: Frame, outer: frozenset[str]) -> dict[str, str]:
+    """Values that can lie where another one lay: a map's result over an operand of the same shape read for the last time.
+
+    ``outer`` are values that live beyond the body.
+    """
+    last = last_reads(body)
+    found: dict[str, str] = {}
+    first: set[str] = set(outer)
+    for position, item in enumerate(body):
+        if not isinstance(item, MAKERS):
+            continue
+        name = tensor_name(item.target)
+        if isinstance(item, Map) and name not in first:
+            for each in accesses(item.body):
+                other = tensor_name(each)
+                if other in outer or other not in frame.values or last[other] != position or other in found.values():
+                    continue
+                if tuple(each.args) == tuple(item.target.args) and frame.padding(other) == frame.padding(name):
+                    found[name] = other
+                    break
+        first.add(name)
+    return found
+
+
+__all__ = ["Cases", "Dot", "Frame", "Load", "Loop", "Reduce", "Skip", "State", "last_reads", "reused"]

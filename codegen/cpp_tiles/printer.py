@@ -1,0 +1,393 @@
+"""Tile programs to C++: one function a program, OpenMP over the grid.
+
+The function is ``extern "C" void NAME(void** tensors, const int64_t* numbers, char* scratch)``. ``numbers`` are the sizes
+(``Kernel.sizes``), then each tensor's strides in elements; ``scratch`` has ``Kernel.scratch`` bytes for each thread.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import sympy
+from sympy.core.function import AppliedUndef
+
+from ...ir.cascade import COMPARISONS, Maximum, accesses, is_rank, is_size, ranks_of, tensor_name
+from ...ir.tile import (
+    GRID,
+    MAKERS,
+    Cases,
+    Dot,
+    Load,
+    Loop,
+    Program,
+    Skip,
+    Statement,
+    Store,
+    expressions,
+    walk,
+)
+from .frame import Frame, reused
+from .names import CPP_TYPES, count, inside, integer, origin, pointer, size_name, stride, tensor
+from .nest import NestWriter, groups
+from .prelude import PRELUDE
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """The C++ of a launch list's programs, and what each function is to be called with."""
+
+    source: str
+    functions: tuple[Function, ...]
+
+
+@dataclass(frozen=True)
+class Function:
+    """``sizes``: ranks and constants whose values are passed, in order. ``scratch``: bytes a thread needs."""
+
+    program: Program
+    sizes: tuple[str, ...]
+    scratch: int
+
+
+def print_kernel(
+    programs: Sequence[Program],
+    sizes: Mapping[str, int],
+    shapes: Mapping[str, Sequence[int]],
+    comment: str = "",
+    brgemm: bool = True,
+) -> Kernel:
+    """The C++ source of a launch list. ``shapes`` gives each tensor's shape; ``comment`` stands on top."""
+    compute = programs[0].compute
+    lines = [f"// {line}".rstrip() for line in comment.splitlines()]
+    lines.append(f"#define USE_BRGEMM {int(brgemm)}")
+    lines.append(f"#define COMPUTES_F32 {int(compute == 'f32')}")
+    lines.append("#include <cstdint>")
+    lines.append(f"using scalar_t = {CPP_TYPES[compute]};")
+    lines.append(PRELUDE)
+    functions = []
+    for program in programs:
+        writer = _ProgramWriter(program, sizes, shapes)
+        lines += writer.lines()
+        functions.append(Function(program, writer.sizes, writer.scratch))
+    return Kernel("\n".join(lines) + "\n", tuple(functions))
+
+
+class _ProgramWriter:
+    def __init__(self, program: Program, sizes: Mapping[str, int], shapes: Mapping[str, Sequence[int]]) -> None:
+        self.program = program
+        self.frame = Frame(program, sizes, shapes)
+        self.item_bytes = 8 if program.compute == "f64" else 4
+        self.scratch = 0
+        self.sizes = self._sizes()
+
+    def _sizes(self) -> tuple[str, ...]:
+        found: dict[str, None] = {}
+        alias = dict(self.program.alias)
+
+        def note(symbols: object) -> None:
+            for symbol in sorted(symbols, key=lambda s: s.name):  # type: ignore[call-overload]
+                plain = alias.get(symbol, symbol)
+                found.setdefault(plain.name.strip("|"))
+
+        for item in self.program.tensors:
+            note(item.ranks)
+        for item in walk(self.program.body):
+            if isinstance(item, Loop):
+                note([item.rank])
+            for e in expressions(item):
+                note(s for s in e.free_symbols)
+            if isinstance(item, (*MAKERS, Store)):
+                note(item.target.free_symbols)
+        return tuple(found)
+
+    def lines(self) -> list[str]:
+        grid: list[Loop] = []
+        body = self.program.body
+        while len(body) == 1 and isinstance(body[0], Loop) and body[0].kind == GRID:
+            grid.append(body[0])
+            body = body[0].body
+        lines = [f'extern "C" void {self.program.name}(void** tensors, const int64_t* numbers, char* scratch) {{']
+        setup = self._arguments()
+        inner = self._body(body, frozenset())
+        allocations, self.scratch = self._allocate(body)
+        blocks = [f"const int64_t blocks_{g.rank.name} = ({size_name(g.rank.name)} + {g.step - 1}) / {g.step};" for g in grid]
+        total = " * ".join(f"blocks_{g.rank.name}" for g in grid) or "1"
+        setup += [*blocks, f"const int64_t blocks = {total};"]
+        decode = ["int64_t rest = block;"]
+        for g in reversed(grid):
+            name = g.rank.name
+            decode.append(f"const int64_t {origin(g.rank)} = (rest % blocks_{name}) * {g.step}; rest /= blocks_{name};")
+            if g.step > 1:
+                decode.append(f"const int64_t {count(g.rank)} = std::min<int64_t>({g.step}, {size_name(name)} - {origin(g.rank)});")
+        decode.append("(void)rest;")
+        lines += _indented(setup)
+        lines += _indented(
+            [
+                "#pragma omp parallel if (blocks > 1)",
+                "{",
+                f"  char* at = scratch + static_cast<int64_t>(omp_get_thread_num()) * {self.scratch};",
+                "  (void)at;",
+                *_indented(allocations),
+                "  #pragma omp for schedule(dynamic, 1)",
+                "  for (int64_t block = 0; block < blocks; ++block) {",
+                *_indented(_indented([*decode, *inner])),
+                "  }",
+                "}",
+            ]
+        )
+        return [*lines, "}", ""]
+
+    def _arguments(self) -> list[str]:
+        lines = []
+        number = 0
+        for name in self.sizes:
+            lines.append(f"const int64_t {size_name(name)} = numbers[{number}];")
+            number += 1
+        for rank, other in self.program.alias:
+            lines.append(f"const int64_t {size_name(rank.name)} = {size_name(other.name)};")
+        for position, item in enumerate(self.program.tensors):
+            constant = "const " if item.role == "input" else ""
+            kind = f"{constant}{CPP_TYPES[item.dtype]}*"
+            lines.append(f"{kind} {tensor(item.name)} = static_cast<{kind}>(tensors[{position}]);")
+            for dimension in range(len(item.ranks)):
+                if dimension != item.unit:
+                    lines.append(f"const int64_t {stride(item.name, dimension)} = numbers[{number}];")
+                number += 1
+        lines += [f"(void){size_name(name)};" for name in self.sizes]
+        return lines
+
+    # Scratch ----------------------------------------------------------------------------------------------------------
+
+    def _allocate(self, body: Sequence[Statement]) -> tuple[list[str], int]:
+        """Pointers to every value, and the bytes they take; the two branches of a case share theirs."""
+        lines: list[str] = []
+        placed: set[str] = set()
+        total = self._place(body, placed, lines, frozenset())
+        return lines, -(-total // 4096) * 4096 if total else 64
+
+    def _place(self, body: Sequence[Statement], placed: set[str], lines: list[str], outer: frozenset[str]) -> int:
+        total = 0
+        over = reused(body, self.frame, outer)
+        for item in body:
+            if isinstance(item, Loop):
+                total += self._place(item.body, placed, lines, outer | frozenset(placed))
+            elif isinstance(item, Cases):
+                # Values that both branches make lie outside of what the branches share.
+                for name in sorted(_made(item.full) & _made(item.partial) - placed):
+                    lines.append(f"scalar_t* {pointer(name)} = take(at, {self.frame.elements(name)});")
+                    total += self.frame.bytes(name, self.item_bytes)
+                    placed.add(name)
+                mark = f"mark_{len(lines)}"
+                lines.append(f"char* {mark} = at; char* {mark}_end = at;")
+                most = 0
+                for branch in (item.full, item.partial):
+                    lines.append(f"at = {mark};")
+                    most = max(most, self._place(branch, set(placed), lines, outer | frozenset(placed)))
+                    lines.append(f"{mark}_end = std::max({mark}_end, at);")
+                lines.append(f"at = {mark}_end;")
+                total += most
+            elif isinstance(item, MAKERS):
+                name = tensor_name(item.target)
+                if name in placed:
+                    continue
+                if name in over:
+                    lines.append(f"scalar_t* {pointer(name)} = {pointer(over[name])};")
+                else:
+                    lines.append(f"scalar_t* {pointer(name)} = take(at, {self.frame.elements(name)});")
+                    total += self.frame.bytes(name, self.item_bytes)
+                placed.add(name)
+        return total
+
+    # Statements -------------------------------------------------------------------------------------------------------
+
+    def _body(self, body: Sequence[Statement], outer: frozenset[str]) -> list[str]:
+        lines: list[str] = []
+        waiting: list[Statement] = []
+
+        def flush() -> None:
+            for shape, items in groups(waiting, self.frame):  # type: ignore[arg-type]
+                lines.extend(["{", *_indented(NestWriter(self.frame, shape, items).lines()), "}"])
+            waiting.clear()
+
+        for item in body:
+            if isinstance(item, Load) and self._is_transposition(item):
+                flush()
+                lines.append(self._transpose(item))
+            elif isinstance(item, Loop | Cases | Skip | Dot):
+                flush()
+                lines += self._compound(item, outer)
+            else:
+                waiting.append(item)
+        flush()
+        return lines
+
+    def _compound(self, item: Loop | Cases | Skip | Dot, outer: frozenset[str]) -> list[str]:
+        if isinstance(item, Dot):
+            return [self._dot(item)]
+        if isinstance(item, Skip):
+            return [f"if (!({self._bound(item.condition, certain=False)})) continue;"]
+        if isinstance(item, Cases):
+            head = f"if ({self._bound(item.condition, certain=True)}) {{"
+            full, partial = self._body(item.full, outer), self._body(item.partial, outer)
+            return [head, *_indented(full), "} else {", *_indented(partial), "}"]
+        rank = item.rank
+        o, z = origin(rank), size_name(rank.name)
+        lines = [f"for (int64_t {o} = 0; {o} < {z}; {o} += {item.step}) {{"]
+        if item.step > 1:
+            lines.append(f"  const int64_t {count(rank)} = std::min<int64_t>({item.step}, {z} - {o});")
+        return [*lines, *_indented(self._body(item.body, outer)), "}"]
+
+    def _is_transposition(self, item: Load) -> bool:
+        """A whole tile of two dimensions, from memory where the first dimension's elements are neighbours."""
+        source = item.source
+        target = item.target.args
+        unit = self.frame.tensors[tensor_name(source)].unit
+        return (
+            len(target) == 2
+            and unit is not None
+            and source.args[unit] == target[0]
+            and sum(target[1] in ranks_of(index) for index in source.args) == 1
+            and target[1] in source.args
+            and sum(target[0] in ranks_of(index) for index in source.args) == 1
+            and not self.frame.can_leave(source)
+        )
+
+    def _transpose(self, item: Load) -> str:
+        name = tensor_name(item.target)
+        first, second = item.target.args
+        at = self._base(item.source)
+        row = next(position for position, index in enumerate(item.source.args) if index == second)
+        length = self.frame.length
+        return (
+            f"transposed({length(second)}, {length(first)}, {at}, {stride(tensor_name(item.source), row)}, "
+            f"{pointer(name)}, {self.frame.strides(name)[0]});"
+        )
+
+    def _base(self, item: AppliedUndef) -> str:
+        """Where an access's tile begins in memory."""
+        name = tensor_name(item)
+        origins = {s: origin(s) if s in self.frame.steps else "0" for s in ranks_of(item)}
+        terms = [tensor(name)]
+        for position, index in enumerate(item.args):
+            at = integer(index, origins)
+            if at != "0":
+                unit = position == self.frame.tensors[name].unit
+                terms.append(at if unit else f"{at} * {stride(name, position)}")
+        return " + ".join(terms)
+
+    def _dot(self, item: Dot) -> str:
+        rows = [s for s in item.target.args if s in ranks_of(item.left)]
+        columns = [s for s in item.target.args if s not in rows]
+        lengths = [self._flat(ranks) for ranks in (tuple(rows), tuple(columns), item.reduced)]
+        left, lda = self._operand(item.left, rows[0])
+        right, ldb = self._operand(item.right, item.reduced[0])
+        target = tensor_name(item.target)
+        ldc = self._leading(target, len(rows))
+        return (
+            f"product({', '.join(lengths)}, {lda}, {ldb}, {ldc}, {str(item.accumulate).lower()}, "
+            f"{left}, {right}, {pointer(target)});"
+        )
+
+    def _flat(self, ranks: tuple[sympy.Symbol, ...]) -> str:
+        return " * ".join(self.frame.length(s) for s in ranks)
+
+    def _leading(self, name: str, rows: int) -> str:
+        """Elements between rows of a value whose first ``rows`` dimensions are its rows."""
+        return f"({self.frame.strides(name)[rows - 1]})"
+
+    def _operand(self, item: AppliedUndef, row: sympy.Symbol) -> tuple[str, str]:
+        """(pointer, elements between rows)."""
+        name = tensor_name(item)
+        if name in self.frame.values and tuple(item.args) == self.frame.values[name]:
+            ranks = self.frame.values[name]
+            split = len(ranks) - 1
+            for position in range(len(ranks)):
+                if ranks[position] == row:
+                    split = position
+            last_row = split
+            while last_row + 1 < len(ranks) and self._same_side(ranks[last_row + 1], row, item):
+                last_row += 1
+            return pointer(name), f"({self.frame.strides(name)[last_row]})"
+        position = next(p for p, index in enumerate(item.args) if index == row)
+        return self._base(item), stride(name, position)
+
+    def _same_side(self, s: sympy.Symbol, row: sympy.Symbol, item: AppliedUndef) -> bool:
+        return self._sides.get((tensor_name(item), s), False)
+
+    @property
+    def _sides(self) -> dict[tuple[str, sympy.Symbol], bool]:
+        """(operand, rank) -> whether it is one of the operand's row ranks."""
+        found: dict[tuple[str, sympy.Symbol], bool] = {}
+        for item in walk(self.program.body):
+            if isinstance(item, Dot):
+                for s in item.left.args:
+                    found[tensor_name(item.left), s] = s not in item.reduced
+                for s in item.right.args:
+                    found[tensor_name(item.right), s] = s in item.reduced
+        return found
+
+    # Conditions -------------------------------------------------------------------------------------------------------
+
+    def _bound(self, condition: sympy.Expr, certain: bool) -> str:
+        """C++ that is true if the condition holds everywhere in a tile (``certain``), or may hold somewhere."""
+        if condition.is_Mul:
+            return " && ".join(f"({self._bound(part, certain)})" for part in condition.args)
+        if isinstance(condition, Maximum):
+            return " || ".join(f"({self._bound(part, certain)})" for part in condition.args)
+        if not isinstance(condition, tuple(COMPARISONS.values())):
+            return "false" if certain else "true"
+        text = next(text for text, cls in COMPARISONS.items() if isinstance(condition, cls))
+        difference = sympy.expand(condition.args[0] - condition.args[1])
+        own = [s for s in ranks_of(difference) if s in self.frame.steps and not self.frame.is_point(s)]
+        inside_accesses = {s for each in accesses(difference) for s in ranks_of(each)}
+        if not own or inside_accesses & set(own) or any(s not in self.frame.steps for s in ranks_of(difference)):
+            return "false" if certain else "true"
+        low, high = self._ends(difference, own)
+        # What must hold of the difference's ends: certainly, and possibly.
+        table = {
+            "<": (f"{high} < 0", f"{low} < 0"),
+            "<=": (f"{high} <= 0", f"{low} <= 0"),
+            ">": (f"{low} > 0", f"{high} > 0"),
+            ">=": (f"{low} >= 0", f"{high} >= 0"),
+            "==": (f"{low} == 0 && {high} == 0", f"{low} <= 0 && {high} >= 0"),
+            "!=": (f"{low} > 0 || {high} < 0", f"!({low} == 0 && {high} == 0)"),
+        }
+        return table[text][0 if certain else 1]
+
+    def _ends(self, e: sympy.Expr, own: list[sympy.Symbol]) -> tuple[str, str]:
+        low, high = [], []
+        rest = e
+        for s in own:
+            slope = e.coeff(s)
+            rest = rest - slope * s
+            first, last = origin(s), f"({origin(s)} + {count(s)} - 1)"
+            factor = repr(float(slope))
+            low.append(f"{factor} * {first if slope > 0 else last}")
+            high.append(f"{factor} * {last if slope > 0 else first}")
+        scalar = self._scalar(sympy.expand(rest))
+        return f"({' + '.join([scalar, *low])})", f"({' + '.join([scalar, *high])})"
+
+    def _scalar(self, e: sympy.Expr) -> str:
+        """An expression that is one number in a tile, in double precision."""
+        if e.is_number:
+            return repr(float(e))
+        if isinstance(e, AppliedUndef):
+            return f"static_cast<double>(*({self._base(e)}))"
+        if e.is_Symbol:
+            name = size_name(e.name.strip("|")) if is_size(e) or not is_rank(e) else origin(e)
+            return f"static_cast<double>({name})"
+        if e.is_Add or e.is_Mul:
+            return "(" + (" + " if e.is_Add else " * ").join(self._scalar(part) for part in e.args) + ")"
+        raise TypeError(f"no scalar form: {e}")
+
+
+def _made(body: Sequence[Statement]) -> set[str]:
+    return {tensor_name(item.target) for item in walk(tuple(body)) if isinstance(item, MAKERS)}
+
+
+def _indented(lines: Sequence[str]) -> list[str]:
+    return [f"  {line}" for line in lines]
+
+
+__all__ = ["Function", "Kernel", "inside", "print_kernel"]

@@ -1,0 +1,240 @@
+"""Rewritten cascades to tile programs: one program a launch.
+
+lower: Cascade, monoids, sizes, how inputs lie in memory -> [Program]. Raises ``NotLowerable`` with a reason.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+import sympy
+from sympy.core.function import AppliedUndef
+
+from ...ir.cascade import IDENTITY, Cascade, access, accesses, is_rank, rank, ranks_of, tensor_name
+from ...ir.monoid import Monoid
+from ...ir.tile import (
+    BUFFER,
+    GRID,
+    INPUT,
+    OUTPUT,
+    SEQUENTIAL,
+    Cases,
+    Loop,
+    Program,
+    Skip,
+    Statement,
+    Store,
+    Tensor,
+    walk,
+)
+from ...ir.tile import expressions as expressions_of
+from .body import Body, Layout, Names, Shared, held_states, state_statements
+from .dataflow import dataflow, following
+from .errors import NotLowerable
+from .launches import Kernel, Launches, substituted
+from .predicates import certain_part, conditions, decidable, limit, where_false, where_true
+from .roles import Caches, Roles, choose_roles
+
+#: Index variables are compared as floating-point numbers: exact below this.
+LARGEST_INDEX = {"f32": 1 << 24, "f64": 1 << 53}
+
+
+@dataclass(frozen=True)
+class Operand:
+    """How a tensor lies in memory: its element type, and which of its dimensions has stride 1 (None: none is known to)."""
+
+    dtype: str
+    unit: int | None
+
+
+@dataclass(frozen=True)
+class Settings:
+    """``operands``: how inputs and outputs lie in memory. ``sizes``: ranks and named constants. ``wide``: never store."""
+
+    sizes: Mapping[str, int]
+    operands: Mapping[str, Operand]
+    compute: str = "f32"
+    wide: frozenset[str] = frozenset()
+    caches: Caches = field(default_factory=Caches.of_this_machine)
+
+
+def lower(
+    cascade: Cascade, monoids: Iterable[Monoid], outputs: Iterable[str], settings: Settings, name: str = "kernel"
+) -> list[Program]:
+    """The programs that compute ``outputs``, in launch order."""
+    for rank_name, size in settings.sizes.items():
+        if size >= LARGEST_INDEX[settings.compute]:
+            raise NotLowerable(f"rank {rank_name} is too long for exact comparisons in {settings.compute}")
+    flow = dataflow(cascade, monoids)
+    launches = Launches(flow, outputs, settings.sizes, settings.wide)
+    return [
+        _Lowering(launches, kernel, settings, cascade, f"{name}_{number}").program()
+        for number, kernel in enumerate(launches.kernels)
+    ]
+
+
+class _Lowering:
+    def __init__(self, launches: Launches, kernel: Kernel, settings: Settings, cascade: Cascade, name: str) -> None:
+        self.launches, self.kernel, self.settings, self.name = launches, kernel, settings, name
+        units = {key: operand.unit for key, operand in settings.operands.items()}
+        item_bytes = 8 if settings.compute == "f64" else 4
+        self.roles = choose_roles(launches, kernel, settings.sizes, units, settings.caches, item_bytes)
+        taken = {*launches.flow.inputs, *launches.outputs, *launches.buffers, *kernel.names}
+        taken |= {following(value) for value in launches.flow.values}
+        taken |= {symbol.name for symbol in cascade.ranks} | set(settings.sizes)
+        self.names = Names(taken)
+        kept = [s for value in (*kernel.roots, *kernel.finals) for s in value.indices]
+        self.layout = Layout(self.roles, [s for s in dict.fromkeys(kept) if s not in self.roles.grid])
+        self.shared = Shared()
+        self.memory = {name: self.unit(name) for name in (*launches.flow.inputs, *launches.flow.values)}
+        self.held = held_states(launches, kernel)
+
+    def unit(self, name: str) -> int | None:
+        """The dimension that can be an operand's inner one: of stride 1, and of the type computed in."""
+        operand = self.settings.operands.get(name)
+        if operand is None:
+            value = self.launches.flow.values.get(name)
+            return len(value.indices) - 1 if value is not None and value.indices else None
+        return operand.unit if operand.dtype == self.settings.compute else None
+
+    def program(self) -> Program:
+        inside = self.streaming() if self.kernel.roots else []
+        stores = self.epilogue()
+        body: tuple[Statement, ...] = (*self.shared.statements, *inside, *stores)
+        for s in reversed(self.roles.grid):
+            body = (Loop(GRID, s, self.roles.steps[s], body),)
+        return Program(self.name, self.tensors(body), body, self.settings.compute, tuple(self.names.alias.items()))
+
+    # The streamed loop ------------------------------------------------------------------------------------------------
+
+    def streaming(self) -> list[Statement]:
+        streamed = frozenset(self.roles.streamed)
+        raw = {root.name: self.launches.inline(root.body, streamed) for root in self.kernel.roots}
+        masks = [c for c in conditions(raw.values()) if self.is_known(c)]
+        steps = self.version(raw)
+        certain = sympy.Mul(*(certain_part(c, self.roles.ranges) for c in masks))
+        if certain != 1:
+            known = frozenset(sympy.Mul.make_args(certain))
+            full = self.version({name: where_true(e, known) for name, e in raw.items()})
+            steps = [Cases(certain, tuple(full), tuple(steps))]
+        skips = [Skip(c) for c in masks if all(self.vanishes(name, where_false(e, c)) for name, e in raw.items())]
+        body: tuple[Statement, ...] = (*skips, *steps)
+        for s in reversed(self.roles.streamed):
+            body = (Loop(SEQUENTIAL, s, self.roles.steps[s], body),)
+        return [*state_statements(self.kernel, self.layout), *body]
+
+    def is_known(self, condition: sympy.Expr) -> bool:
+        """Whether tile bounds can decide a condition; what it reads besides ranks must be in memory."""
+        parts = [part for part in sympy.Mul.make_args(condition) if decidable(part, self.roles.ranges)]
+        return bool(parts) and all(
+            tensor_name(item) in self.launches.flow.inputs for part in parts for item in accesses(part)
+        )
+
+    def vanishes(self, name: str, e: sympy.Expr) -> bool:
+        """Whether a tile where a root's element is ``e`` changes nothing."""
+        root = self.launches.flow.values[name]
+        if root.recurrence:
+            return False
+        return root.reduction is None or limit(e) == IDENTITY[root.reduction]
+
+    def version(self, elements: Mapping[str, sympy.Expr]) -> list[Statement]:
+        body = self.body()
+        lowered = {root.name: body.lower(elements[root.name], root) for root in self.kernel.roots}
+        return body.step(lowered)
+
+    def body(self) -> Body:
+        return Body(
+            self.launches, self.kernel, self.roles, self.layout, self.names, self.shared, self.memory, self.held
+        )
+
+    # The end ----------------------------------------------------------------------------------------------------------
+
+    def epilogue(self) -> list[Statement]:
+        found: list[Statement] = []
+        for root in self.kernel.roots:
+            if root.name in self.kernel.stored:
+                found.append(Store(access(root.name, root.indices), self.layout.value(root.name, root.indices)))
+        for value in self.kernel.finals:
+            target = access(value.name, value.indices)
+            if self.kernel.roots:
+                found.append(Store(target, self.finished(value.body)))
+            else:
+                body = self.body()
+                e = body.lower(value.body, value)
+                found += [*body.statements, Store(target, e)]
+        return found
+
+    def finished(self, e: sympy.Expr) -> sympy.Expr:
+        """An expression over the last states and memory."""
+        while True:
+            table: dict[sympy.Expr, sympy.Expr] = {}
+            for item in accesses(e):
+                value = self.launches.flow.value(item)
+                if value is not None and value.is_map and value.name not in self.kernel.reads:
+                    table[item] = value.body.xreplace(substituted(value, item))
+            if not table:
+                break
+            e = e.xreplace(table)
+        table = {}
+        for item in accesses(e):
+            value = self.launches.flow.value(item)
+            if value is not None and value.name in self.kernel.names:
+                if tuple(item.args) != value.indices:
+                    raise NotLowerable(f"{item} is read at other indices than it is computed at", where=value.name)
+                # A name of its own meanwhile: the value and the tensor in memory are called the same.
+                table[item] = self.layout.value(value.name, value.indices)
+        return e.xreplace(table)
+
+    # Tensors ----------------------------------------------------------------------------------------------------------
+
+    def tensors(self, body: tuple[Statement, ...]) -> tuple[Tensor, ...]:
+        made = {tensor_name(item.target) for item in walk(body) if hasattr(item, "target") and not isinstance(item, Store)}
+        read: dict[str, AppliedUndef] = {}
+        for item in walk(body):
+            for e in expressions_of(item):
+                for each in accesses(e):
+                    if tensor_name(each) not in made:
+                        read.setdefault(tensor_name(each), each)
+        found = [self.tensor(name, each) for name, each in read.items()]
+        for item in walk(body):
+            if isinstance(item, Store):
+                found.append(self.stored(tensor_name(item.target)))
+        return tuple(found)
+
+    def tensor(self, name: str, item: AppliedUndef) -> Tensor:
+        if name in self.launches.flow.values:
+            return self.stored(name)
+        ranks = []
+        for position, index in enumerate(item.args):
+            plain = index.is_Symbol and is_rank(index)
+            ranks.append(index if plain else rank(f"dim{position}_of_{name}".lower()))
+        operand = self.settings.operands[name]
+        return Tensor(name, tuple(ranks), operand.dtype, INPUT, operand.unit)
+
+    def stored(self, name: str) -> Tensor:
+        value = self.launches.flow.values[name]
+        role = OUTPUT if name in self.launches.outputs else BUFFER
+        if name in self.kernel.reads and name not in self.kernel.stored:
+            role = INPUT if role == OUTPUT else BUFFER
+        operand = self.settings.operands.get(name)
+        unit = len(value.indices) - 1 if value.indices else None
+        if operand is not None:
+            return Tensor(name, value.indices, operand.dtype, role, operand.unit)
+        return Tensor(name, value.indices, self.settings.compute, role, unit)
+
+
+def ranks_in(program: Program) -> frozenset[sympy.Symbol]:
+    """Every rank of a program."""
+    found: set[sympy.Symbol] = set()
+    for item in walk(program.body):
+        if isinstance(item, Loop):
+            found.add(item.rank)
+        for e in expressions_of(item):
+            found |= ranks_of(e)
+        if hasattr(item, "target"):
+            found |= ranks_of(item.target)
+    return frozenset(found)
+
+
+__all__ = ["Operand", "Roles", "Settings", "lower", "ranks_in"]

@@ -1,0 +1,174 @@
+"""Analytic time of an f32 matrix product on a GPU: tiles, waves, occupancy, pipes and the memory tiers.
+
+A product is cut into tiles of (rows × columns) of the result, each computed by one thread block over the whole depth.
+The tiles are dealt to the units; the unit with the most decides. Their arithmetic runs at the rate that the board's
+power sustains and that issue slots leave to multiply-adds. The memory traffic counts how often a wave of resident tiles
+has to read the operands again, and whether the last-level cache still holds them. All figures are of the device's
+description, none of its name; the few constants are fitted to measurements.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+
+import numpy as np
+import numpy.typing as npt
+
+from .gpus import Gpu
+
+Array = npt.NDArray[np.float64]
+#: Rows and columns of the result that a thread block computes.
+Tile = tuple[int, int]
+
+#: Tile -> threads of the block and registers a thread: those of the public f32 kernels.
+TILES: dict[Tile, tuple[int, int]] = {
+    (128, 128): (256, 122),
+    (64, 128): (128, 122),
+    (128, 64): (128, 122),
+    (64, 64): (64, 126),
+    (32, 128): (64, 110),
+    (128, 32): (64, 110),
+    (32, 64): (128, 86),
+    (64, 32): (128, 86),
+    (32, 32): (128, 86),
+}
+#: Registers of one unit (all CUDA devices of capability 5.0 and later).
+REGISTERS = 65536
+#: Share of issue slots that multiply-adds take in an 8 × 8 micro-tile: 64 of them beside the wide shared-memory loads,
+#: addressing, copies and barriers. It binds where lanes take one instruction each cycle.
+FMA_SHARE = 0.80
+
+
+@dataclass(frozen=True)
+class GemmConstants:
+    """What is fitted: the clock that power sustains (``clock_gain · (base / boost) ** clock_power``, at most 1), the
+    shares of the pipe that tiles of each size reach, threads in flight that hide half of the latency, seconds (1e-6) of
+    a round of blocks, the share of the host's time of a call that adds to a kernel's, the cache's useful share, and the exponent that joins arithmetic and memory time."""
+
+    clock_gain: float = 2.4
+    clock_power: float = 1.6
+    pipe_large: float = 0.98
+    pipe_middle: float = 0.92
+    pipe_narrow: float = 0.85
+    pipe_small: float = 0.65
+    hiding: float = 30.0
+    round_us: float = 1.0
+    call_share: float = 0.6
+    cache: float = 0.6
+    exponent: float = 3.0
+    traffic: float = 1.0
+
+
+#: Bounds of the fit, by field.
+BOUNDS: dict[str, tuple[float, float]] = {
+    "clock_gain": (1.0, 4.0),
+    "clock_power": (0.5, 3.0),
+    "pipe_large": (0.9, 1.0),
+    "pipe_middle": (0.5, 1.0),
+    "pipe_narrow": (0.4, 1.0),
+    "pipe_small": (0.3, 1.0),
+    "hiding": (0.0, 300.0),
+    "round_us": (0.0, 10.0),
+    "call_share": (0.0, 1.3),
+    "cache": (0.05, 1.5),
+    "exponent": (1.5, 8.0),
+    "traffic": (0.5, 2.0),
+}
+
+
+@dataclass(frozen=True)
+class GemmTime:
+    """Seconds and what they are made of, an entry for each row."""
+
+    seconds: Array
+    compute: Array
+    memory: Array
+    tiles: Array
+    fill: Array
+    edge: Array
+    area: Array
+    traffic: Array
+
+
+def sustained_rate(gpu: Gpu, constants: GemmConstants) -> float:
+    """f32 operations a second that dense arithmetic sustains on the whole device."""
+    clock = min(1.0, constants.clock_gain * gpu.clock_ratio**constants.clock_power)
+    return gpu.peak * min(clock, 1.0, FMA_SHARE / gpu.lanes_to_issue)
+
+
+def gemm_time(
+    batch: Array,
+    rows: Array,
+    columns: Array,
+    depth: Array,
+    gpu: Gpu,
+    bandwidth_share: float,
+    host: float,
+    tiles: tuple[Tile, ...],
+    constants: GemmConstants,
+) -> GemmTime:
+    """Time of ``batch`` products (rows × depth) @ (depth × columns) with the fastest of the ``tiles`` that the library
+    uses on such devices; ``host`` is the seconds that the host takes to call it."""
+    best: GemmTime | None = None
+    for tile in tiles:
+        made = _with_tile(batch, rows, columns, depth, gpu, bandwidth_share, tile, constants)
+        if best is None:
+            best = made
+            continue
+        faster = made.seconds < best.seconds
+        best = GemmTime(*(np.where(faster, getattr(made, f.name), getattr(best, f.name)) for f in fields(GemmTime)))
+    assert best is not None
+    return replace(best, seconds=best.seconds + constants.call_share * host)
+
+
+def _pipe(tile: Tile, constants: GemmConstants) -> float:
+    area = tile[0] * tile[1]
+    if area >= 8192:
+        return constants.pipe_large
+    if area == 4096:
+        return constants.pipe_middle if tile[0] == tile[1] else constants.pipe_narrow
+    return constants.pipe_small
+
+
+def _with_tile(
+    batch: Array,
+    rows: Array,
+    columns: Array,
+    depth: Array,
+    gpu: Gpu,
+    bandwidth_share: float,
+    tile: Tile,
+    constants: GemmConstants,
+) -> GemmTime:
+    tile_rows, tile_columns = tile
+    threads, registers = TILES[tile]
+    across, down = np.ceil(columns / tile_columns), np.ceil(rows / tile_rows)
+    tiles = batch * across * down
+    resident = max(1.0, min(gpu.threads // threads, REGISTERS // (threads * registers)))
+    each = np.ceil(tiles / gpu.units)
+    in_flight = np.minimum(each, resident) * threads
+    rate = sustained_rate(gpu, constants) / gpu.units * _pipe(tile, constants)
+    work = 2.0 * tile_rows * tile_columns * np.ceil(depth / 8) * 8
+    compute = each * work * (1 + constants.hiding / in_flight) / rate
+    compute = compute + constants.round_us * 1e-6 * np.ceil(each / resident)
+    # a wave of resident tiles runs along the columns first; operands are read once for a wave
+    wave = np.minimum(resident * gpu.units, tiles)
+    bands_across = np.maximum(1.0, across / wave)
+    bands_down = np.maximum(1.0, down / np.maximum(1.0, wave / across))
+    useful = constants.cache * gpu.l2
+    left, right = 4.0 * rows * depth, 4.0 * columns * depth
+    again_left = (bands_across - 1) * _missing(4.0 * tile_rows * depth / useful)
+    again_right = (bands_down - 1) * _missing(right / useful)
+    traffic = batch * (left * (1 + again_left) + right * (1 + again_right) + 4.0 * rows * columns)
+    memory = constants.traffic * traffic / (gpu.bandwidth * bandwidth_share)
+    power = constants.exponent
+    seconds = (compute**power + memory**power) ** (1 / power)
+    fill = tiles / (each * gpu.units)
+    edge = (rows * columns) / (across * tile_columns * down * tile_rows)
+    area = np.full_like(tiles, float(tile_rows * tile_columns))
+    return GemmTime(seconds, compute, memory, tiles, fill, edge, area, traffic)
+
+
+def _missing(size: Array) -> Array:
+    """Share that the cache no longer holds, of a working set of ``size`` caches."""
+    return size**2 / (1 + size**2)

@@ -1,0 +1,276 @@
+"""Training the kernel-time model from measured rows, and choosing what is free by leaving devices out.
+
+Everything that is chosen (which groups teach, how experts mix, how wide bands are, how far few measurements reach) is
+chosen on training rows: a device is left out, the rest predicts it. Rows kept for tests are never read.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from ...errors import KernelDataError
+from . import gpus
+from .adaptation import Points, Scales, posterior
+from .features import describe
+from .fitting import (
+    HOST_TIME,
+    Group,
+    bandwidth_shares,
+    fit_core,
+    fit_family,
+    fit_trees,
+    host_seconds,
+    row_weights,
+    tile_set,
+)
+from .model import FamilyModel, KernelModel, Mixture, bandwidth_share, points_of, predict_family
+from .rows import FAMILIES, GEMM_FAMILIES, Rows, read
+
+Array = npt.NDArray[np.float64]
+Log = Callable[[str], None]
+
+#: A group is set aside when the other devices' model is off by more than this (mean absolute log) on its rows ...
+_ODD = 0.5
+#: ... and leaving it out lowers the error on the other devices by this much (mean log).
+_HARM = 0.1
+_MIXTURES = [Mixture(reach, core) for reach in (0.5, 0.8, 1.2, 2.0) for core in (0.1, 0.5, 1.5)]
+#: Upper ends (predicted seconds) of the bins that have bands of their own.
+BINS = (2e-4, 1e-3, math.inf)
+#: Times that ten rows are drawn from each left-out device to learn how few-shot adaptation behaves.
+_DRAWS = 6
+_SHOTS = 10
+
+
+def load_training_rows(folder: Path) -> tuple[list[Group], dict[str, int]]:
+    """Rows of ``*.train.csv.gz`` (or ``.csv``) in a folder, a group for each family and device, and rows by file.
+
+    Raises KernelDataError when there are none, DeviceError for a device without published figures.
+    """
+    files = sorted([*folder.glob("*.train.csv.gz"), *folder.glob("*.train.csv")])
+    if not files:
+        raise KernelDataError(
+            f"no *.train.csv.gz in {folder}", remedy="EFFCC_BENCH_DATA names the folder that holds kernels/"
+        )
+    collected: dict[tuple[str, str], list[Rows]] = {}
+    counts: dict[str, int] = {}
+    for file in files:
+        table = read(file, measured=True, kernel_names=True)
+        counts[file.name] = len(table.lines)
+        for rows in table.groups:
+            collected.setdefault((rows.family, rows.device), []).append(rows)
+    return [(_joined(parts), gpus.find(device)) for (_, device), parts in sorted(collected.items())], counts
+
+
+def _joined(parts: list[Rows]) -> Rows:
+    first = parts[0]
+    return Rows(
+        first.family,
+        first.device,
+        np.concatenate([part.operands for part in parts]),
+        {name: np.concatenate([part.sizes[name] for part in parts]) for name in first.sizes},
+        np.concatenate([part.seconds for part in parts if part.seconds is not None]),
+        np.arange(sum(len(part) for part in parts)),
+        [name for part in parts for name in part.kernels],
+    )
+
+
+def train(groups: Sequence[Group], seed: int = 0, log: Log = lambda text: None) -> KernelModel:
+    """The model of all families that the groups measure."""
+    pointwise = [group for group in groups if group[0].family == "pointwise"]
+    if not pointwise:
+        raise KernelDataError("no rows of pointwise ops", remedy="bandwidth is learned from them: add such a file")
+    shares = bandwidth_shares(pointwise)
+    families: dict[str, FamilyModel] = {}
+    aside: dict[str, list[str]] = {}
+    left_out: dict[str, list[_LeftOut]] = {}
+    for family in FAMILIES:
+        own = [group for group in groups if group[0].family == family]
+        if not own:
+            continue
+        odd = set_aside(own, shares, seed) if len(own) >= 4 else []
+        aside[family] = odd
+        used = [group for group in own if group[0].device not in odd]
+        runs = [_leave_out(own, group, pointwise, odd, seed) for group in used] if len(used) >= 3 else []
+        mixture = _best_mixture(runs)
+        for run in runs:
+            run.predict(mixture)
+        fitted = fit_family(family, used, shares, mixture, seed)
+        families[family] = replace(fitted, bands=_bands(fitted, used, runs, seed))
+        left_out[family] = runs
+        errors = ", ".join(f"{run.rows.device} {run.error():.1%}" for run in runs)
+        log(f"{family}: {mixture}; set aside: {odd or 'none'}; each device left out: {errors}")
+    deviations = {family: _deviations(runs) for family, runs in left_out.items()}
+    model = KernelModel(families, deviations, Scales())
+    scales = _few_shot_scales(model, left_out, seed)
+    log(f"few-shot: {scales}")
+    return replace(model, scales=scales, provenance={"set_aside": aside, "seed": seed})
+
+
+def set_aside(groups: Sequence[Group], shares: dict[str, float], seed: int) -> list[str]:
+    """Devices whose rows of a family contradict the others: the core fitted to the others is far off on them, and the
+    others are predicted better without them (each in its turn left out as well). Such rows were measured with another
+    library or under other conditions."""
+    numbers = range(len(groups))
+
+    def fit(without: frozenset[int]) -> Callable[[int], float]:
+        constants = fit_core([groups[i] for i in numbers if i not in without], shares, seed, quick=True)
+
+        def error(number: int) -> float:
+            rows, gpu = groups[number]
+            assert rows.seconds is not None
+            tiles = tile_set(rows) if rows.family in GEMM_FAMILIES else ()
+            made = describe(rows, gpu, constants, bandwidth_share(gpu, shares), host_seconds(rows), tiles)
+            return float(np.abs(np.log(rows.seconds / made.seconds))[rows.seconds > HOST_TIME].mean())
+
+        return error
+
+    one = {i: fit(frozenset({i})) for i in numbers}
+    two = {frozenset(pair): fit(frozenset(pair)) for pair in itertools.combinations(numbers, 2)}
+    odd = []
+    for i in numbers:
+        gain = np.mean([math.log(one[j](j) / two[frozenset({i, j})](j)) for j in numbers if j != i])
+        if one[i](i) > _ODD and gain > _HARM:
+            odd.append(groups[i][0].device)
+    return odd
+
+
+class _LeftOut:
+    """A device's rows, predicted by a model that never saw the device."""
+
+    def __init__(self, rows: Rows, gpu: gpus.Gpu, model: FamilyModel) -> None:
+        assert rows.seconds is not None
+        # what is tested are kernels, not the host: most measured rows are the shortest
+        self.rows = rows.take(rows.seconds > HOST_TIME)
+        self.gpu, self.model = gpu, model
+        self.predict(model.mixture)
+
+    def predict(self, mixture: Mixture) -> None:
+        self.prediction = predict_family(self.rows, self.gpu, replace(self.model, mixture=mixture))
+        assert self.rows.seconds is not None
+        self.residual = np.log(self.rows.seconds / self.prediction.seconds)
+
+    def error(self) -> float:
+        """Mean absolute relative error."""
+        return float(np.abs(np.expm1(-self.residual)).mean())
+
+
+def _leave_out(
+    own: Sequence[Group], group: Group, pointwise: Sequence[Group], odd: Sequence[str], seed: int
+) -> _LeftOut:
+    device = group[0].device
+    shares = bandwidth_shares([other for other in pointwise if other[0].device != device])
+    rest = [other for other in own if other[0].device != device and other[0].device not in odd]
+    model = fit_family(group[0].family, rest, shares, Mixture(), seed, quick=True)
+    return _LeftOut(*group, model)
+
+
+def _best_mixture(runs: Sequence[_LeftOut]) -> Mixture:
+    def error(mixture: Mixture) -> float:
+        for run in runs:
+            run.predict(mixture)
+        return float(np.mean([np.abs(run.residual).mean() for run in runs]))
+
+    return min(_MIXTURES, key=error) if runs else Mixture()
+
+
+def _bands(
+    model: FamilyModel, groups: Sequence[Group], runs: Sequence[_LeftOut], seed: int
+) -> dict[str, list[tuple[float, float, float]]]:
+    """5 % and 95 % quantiles of log(measured / predicted), by kind of device and bin of predicted time.
+
+    ``known``: each expert refitted without its longest quarter, which it then predicts, and without every fifth of the
+    rest. ``unseen``: devices left out, each counted alike.
+    """
+    known: list[tuple[Array, Array]] = []
+    for (rows, gpu), expert in zip(groups, model.experts, strict=True):
+        assert rows.seconds is not None
+        prediction = predict_family(rows, gpu, model)
+        target = np.log(rows.seconds / prediction.core)
+        order = np.argsort(prediction.core)
+        for held in (order[3 * len(order) // 4 :], order[::5]):
+            kept = np.setdiff1d(np.arange(len(rows)), held)
+            trees = fit_trees(prediction.features[kept], target[kept], row_weights(rows.seconds[kept]), seed, quick=True)
+            known.append((prediction.core[held], target[held] - trees.predict(prediction.features[held])))
+    unseen = [(run.prediction.seconds, run.residual) for run in runs]
+    return {kind: _quantiles(parts) for kind, parts in (("known", known), ("unseen", unseen or known))}
+
+
+def _quantiles(parts: Sequence[tuple[Array, Array]]) -> list[tuple[float, float, float]]:
+    """Weighted quantiles in each bin, each part with the same weight; a thin bin takes the next one's."""
+    bins: list[tuple[float, float, float]] = []
+    low_end = 0.0
+    for end in BINS:
+        values, weights = [], []
+        for seconds, residual in parts:
+            inside = (seconds >= low_end) & (seconds < end)
+            if inside.sum() >= 20:
+                values.append(residual[inside])
+                weights.append(np.full(int(inside.sum()), 1.0 / inside.sum()))
+        low_end = end
+        if not values:
+            continue
+        joined, weight = np.concatenate(values), np.concatenate(weights)
+        order = np.argsort(joined)
+        steps = np.cumsum(weight[order]) / weight.sum()
+        low, high = (float(joined[order][min(int(np.searchsorted(steps, q)), len(joined) - 1)]) for q in (0.05, 0.95))
+        bins.append((end, low, high))
+    return bins
+
+
+def _deviations(runs: Sequence[_LeftOut]) -> list[float]:
+    """Standard deviation of each feature over the left-out rows, which adaptation measures nearness by."""
+    if not runs:
+        return []
+    spread = np.concatenate([run.prediction.features for run in runs]).std(axis=0)
+    return [float(f"{max(value, 1e-3):.4g}") for value in spread]
+
+
+def _few_shot_scales(model: KernelModel, left_out: dict[str, list[_LeftOut]], seed: int) -> Scales:
+    """Scales of the adaptation that predict left-out devices best after ten of their rows, and its band."""
+    runs = [run for family in left_out.values() for run in family]
+    if not runs:
+        return Scales()
+    spread = {
+        "family": float(np.sqrt(np.mean([np.median(run.residual) ** 2 for run in runs]))),
+        "smooth": float(np.sqrt(np.mean([np.var(run.residual) for run in runs]))),
+    }
+    generator = np.random.default_rng(seed)
+    draws = []
+    for run in runs:
+        points = points_of(run.rows.family, run.prediction.features, model)
+        for _ in range(_DRAWS):
+            picked = generator.permutation(len(run.rows))
+            few, rest = picked[:_SHOTS], picked[_SHOTS : _SHOTS + 400]
+            if len(rest) >= 50:
+                draws.append((points.take(few), run.residual[few], points.take(rest), run.residual[rest]))
+
+    def outcome(scales: Scales) -> list[tuple[Array, Array]]:
+        found = []
+        for seen, residual, asked, truth in draws:
+            mean, deviation = posterior(scales, seen, residual, asked)
+            found.append((truth - mean, deviation))
+        return found
+
+    def error(scales: Scales) -> float:
+        return float(np.mean([np.abs(left).mean() for left, _ in outcome(scales)]))
+
+    grid = [
+        Scales(
+            device=round(0.3 * spread["family"], 4),
+            family=round(spread["family"], 4),
+            smooth=round(share * spread["smooth"], 4),
+            noise=round(noise * spread["smooth"], 4),
+            reach=reach,
+        )
+        for share, noise, reach in itertools.product((0.6, 1.0), (0.15, 0.3, 0.6), (1.0, 2.0, 4.0))
+    ]
+    best = min(grid, key=error)
+    ratios = np.concatenate([np.quantile(np.abs(left) / deviation, [0.9]) for left, deviation in outcome(best)])
+    return replace(best, band=round(float(np.quantile(ratios, 0.5)), 3))

@@ -1,0 +1,72 @@
+"""From a choice of saved values to forward and backward modules of a joint FX graph."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Collection
+
+import torch.fx as fx
+
+from . import torch_internals
+from .passes.activation.problem import JointProblem
+
+
+def split_saving(
+    gm: fx.GraphModule, problem: JointProblem, saved: Collection[int], num_fwd_outputs: int, static_inputs: list[int]
+) -> tuple[fx.GraphModule, fx.GraphModule]:
+    """Split ``gm`` so that the values ``saved`` of its problem are kept. Views of them are made again in the backward.
+
+    What the backward then needs is found here, on the FX graph itself; an input that it needs is kept as well.
+    """
+    keep = {node_of(gm, problem, value) for value in saved}
+    return torch_internals.split_joint(gm, needed(gm, keep, num_fwd_outputs), num_fwd_outputs, static_inputs)
+
+
+def node_of(gm: fx.GraphModule, problem: JointProblem, value: int) -> fx.Node:
+    """The FX node whose result is a value: the op itself, or the ``getitem`` of one of its results."""
+    entry = problem.values[value]
+    node: fx.Node = _by_name(gm)[entry.node]
+    if not isinstance(node.meta.get("val"), tuple | list):
+        return node
+    for user in node.users:
+        if user.target is operator.getitem and user.args[1] == entry.part:
+            return user
+    return node
+
+
+def _by_name(gm: fx.GraphModule) -> dict[str, fx.Node]:
+    return {node.name: node for node in gm.graph.nodes}
+
+
+def needed(gm: fx.GraphModule, keep: Collection[fx.Node], num_fwd_outputs: int) -> list[fx.Node]:
+    """Of ``keep`` and the inputs, what the backward reads, in the graph's order."""
+    late = set(torch_internals.backward_only_nodes(gm))
+    backward: set[fx.Node] = set()
+    for node in gm.graph.nodes:
+        tangent = node.op == "placeholder" and not torch_internals.is_primal(node)
+        if tangent or node.name in late or any(operand in backward for operand in node.all_input_nodes):
+            backward.add(node)
+    (output,) = gm.graph.find_nodes(op="output")
+    backward.discard(output)
+    waiting = [operand for node in backward for operand in node.all_input_nodes if operand not in backward]
+    results = output.args[0][num_fwd_outputs:]
+    waiting += [node for node in results if isinstance(node, fx.Node)]
+    found: set[fx.Node] = set()
+    seen: set[fx.Node] = set()
+    while waiting:
+        node = waiting.pop()
+        if node in seen or node in backward or node.op == "get_attr":
+            continue
+        seen.add(node)
+        if node in keep or node.op == "placeholder":
+            found.add(node)
+        else:
+            waiting.extend(node.all_input_nodes)
+    return [node for node in gm.graph.nodes if node in found]
+
+
+def values_saved(forward: fx.GraphModule, problem: JointProblem, num_fwd_outputs: int) -> frozenset[int]:
+    """Values of the problem among what a forward module saves; views stand for what they are views of."""
+    (output,) = forward.graph.find_nodes(op="output")
+    names = {node.name for node in output.args[0][num_fwd_outputs:] if isinstance(node, fx.Node)}
+    return frozenset(v for name in names for v in problem.of.get(name, ()) if problem.values[v].op >= 0)

@@ -1,0 +1,150 @@
+"""The master problem: an option for every layer, and what of its saved bytes is swapped, as a mixed-integer program.
+
+Sets
+    i in blocks, in the forward's order;  o in options of block i
+Variables
+    x[i,o] in {0,1}   block i takes option o
+    z[i]   >= 0       bytes that block i's saved values spend on the host between forward and backward
+    equal blocks in a row take options in order of saved bytes, so x counts how many take each
+Constraints
+    sum_o x[i,o] = 1
+    z[i] <= sum_o saved[i,o] x[i,o]
+    memory at the beginning of the backward, and in the backward of each block j:
+        start                 + sum_{i}      (saved[i] - z[i])  + fetched ahead            <= budget
+        transient[j,o] x[j,o] + sum_{i<j}    (saved[i] - z[i])  + z[j-1] fetched ahead     <= budget
+    copies out of blocks i >= k end before the backward begins; copies in for blocks i >= k end before k's backward does
+        sum_{i>=k} z[i] / out <= seconds of the forward from k on
+        sum_{i>=k} z[i] / in  <= seconds of the backward down to k
+    sum_i z[i] <= host
+Objective
+    least seconds of recomputation (or, to find the floor, the least budget)
+
+After MEMO (Zhao et al. 2024), whose swapped share alpha is z[i] / saved[i]: a tensor may be split by tokens.
+"""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from .blocks import Block
+from .options import Moments, Option
+
+
+@dataclass(frozen=True)
+class HostLink:
+    """Bytes a second to and from the host, and bytes it offers."""
+
+    out: float
+    back: float
+    capacity: int
+
+
+@dataclass(frozen=True)
+class MasterSolution:
+    """``chosen[i]`` is the option of block i, ``swapped[i]`` its bytes on the host. ``bound`` is the relaxation's
+    value: seconds, or bytes where the floor was asked for."""
+
+    chosen: tuple[int, ...]
+    swapped: tuple[int, ...]
+    value: float
+    bound: float
+    optimal: bool
+
+
+#: Bytes and seconds are given to the solver in these units, so that its tolerances fit.
+_BYTES, _SECONDS = 1 << 20, 1e-6
+
+
+def solve_master(
+    blocks: Sequence[Block],
+    options: Sequence[Sequence[Option]],
+    moments: Moments,
+    budget: int | None,
+    host: HostLink | None = None,
+    time_limit: float = 10.0,
+) -> MasterSolution | None:
+    """The best choice within ``budget`` bytes; None: the one with the least peak. None is returned where none fits."""
+    from ortools.math_opt.python import mathopt
+
+    model = mathopt.Model(name="activations")
+    x = [[model.add_binary_variable() for _ in found] for found in options]
+    if budget is None:
+        limit = model.add_variable(lb=0.0)
+    else:
+        limit = model.add_variable(lb=budget / _BYTES, ub=budget / _BYTES)
+    swapped = [model.add_variable(lb=0.0, ub=None if host else 0.0) for _ in blocks] if host else None
+    saved = [
+        sum(o.saved_bytes / _BYTES * v for o, v in zip(found, row, strict=True))
+        for found, row in zip(options, x, strict=True)
+    ]
+    for row in x:
+        model.add_linear_constraint(sum(row) == 1)
+    _order_equal_blocks(model, blocks, options, x)
+    held = [each - swapped[i] if swapped is not None else each for i, each in enumerate(saved)]
+    model.add_linear_constraint(moments.start / _BYTES + sum(held) <= limit)
+    for j in range(len(blocks)):
+        own = sum(o.transient / _BYTES * v for o, v in zip(options[j], x[j], strict=True))
+        ahead = swapped[j - 1] if swapped is not None and j else 0.0
+        model.add_linear_constraint(own + sum(held[:j]) + ahead <= limit)
+    if host is not None and swapped is not None:
+        for i in range(len(blocks)):
+            model.add_linear_constraint(swapped[i] <= saved[i])
+            after = sum(swapped[i:])
+            model.add_linear_constraint(after <= host.out / _BYTES * sum(moments.forward_seconds[i:]))
+            model.add_linear_constraint(after <= host.back / _BYTES * sum(moments.backward_seconds[i:]))
+        model.add_linear_constraint(sum(swapped) <= host.capacity / _BYTES)
+    seconds = sum(
+        o.seconds / _SECONDS * v for found, row in zip(options, x, strict=True) for o, v in zip(found, row, strict=True)
+    )
+    # Swapping what need not be swapped is not worth a copy.
+    model.minimize(seconds + (1e-4 * sum(swapped) if swapped is not None else 0.0) if budget is not None else limit)
+    relaxed = mathopt.solve(_relaxation(model, x), mathopt.SolverType.GLOP)
+    if relaxed.termination.reason != mathopt.TerminationReason.OPTIMAL:
+        return None
+    parameters = mathopt.SolveParameters(
+        time_limit=datetime.timedelta(seconds=time_limit), relative_gap_tolerance=1e-3, threads=1, random_seed=0
+    )
+    result = mathopt.solve(model, mathopt.SolverType.GSCIP, params=parameters)
+    if not result.has_primal_feasible_solution():
+        return None
+    values = result.variable_values()
+    chosen = tuple(max(range(len(row)), key=lambda o: values[row[o]]) for row in x)
+    copied = tuple(int(values[v] * _BYTES) for v in swapped) if swapped is not None else (0,) * len(blocks)
+    unit = _SECONDS if budget is not None else _BYTES
+    return MasterSolution(
+        chosen,
+        copied,
+        result.objective_value() * unit,
+        relaxed.objective_value() * unit,
+        result.termination.reason == mathopt.TerminationReason.OPTIMAL,
+    )
+
+
+def _relaxation(model: object, x: Sequence[Sequence[object]]) -> object:
+    """The model with fractional choices. It shares variables with the model, which is solved as integers later."""
+    from ortools.math_opt.python import mathopt
+
+    relaxed = mathopt.Model.from_model_proto(model.export_model())  # type: ignore[attr-defined]
+    for row in x:
+        for variable in row:
+            relaxed.get_variable(variable.id).integer = False  # type: ignore[attr-defined]
+    return relaxed
+
+
+def _order_equal_blocks(
+    model: object, blocks: Sequence[Block], options: Sequence[Sequence[Option]], x: Sequence[Sequence[object]]
+) -> None:
+    """Of two equal blocks in a row, the later one in the forward saves no less than the earlier: its backward comes
+    first, and what it saves is gone when the earlier one's begins. Only the counts are left to choose."""
+    for i in range(len(blocks) - 1):
+        if blocks[i].kind != blocks[i + 1].kind or len(options[i]) != len(options[i + 1]):
+            continue
+        if [o.saved_bytes for o in options[i]] != [o.saved_bytes for o in options[i + 1]]:
+            continue
+        order = sorted(range(len(options[i])), key=lambda o: -options[i][o].saved_bytes)
+        for end in range(1, len(order)):
+            model.add_linear_constraint(  # type: ignore[attr-defined]
+                sum(x[i][o] for o in order[:end]) <= sum(x[i + 1][o] for o in order[:end])  # type: ignore[misc]
+            )

@@ -1,0 +1,142 @@
+"""What each layer may do: options taken from the best cuts, with saved bytes, transient peak, and seconds.
+
+An option of a block is what some best cut keeps of the block's values. Blocks of one kind share their options: what a
+cut keeps of any of them is offered to all. Memory is taken at moments: the beginning of the backward (whatever is saved
+lives there), and each block's own backward, where it holds what earlier blocks have saved, gradients so far, and its
+own transient values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from .blocks import Block
+from .candidates import Candidate
+from .problem import JointProblem
+
+
+@dataclass(frozen=True)
+class Option:
+    """``saved`` values of one block; ``transient``: the most that is live in the block's own backward besides what
+    other blocks saved and ``Moments.base``; ``seconds``: run again, and writing what is kept."""
+
+    saved: frozenset[int]
+    saved_bytes: int
+    transient: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Moments:
+    """``start``: bytes at the most crowded moment where all that is saved lives, without the saved bytes. ``base[i]``:
+    bytes that other things than saved values and block i hold during block i's backward. ``forward_seconds`` and
+    ``backward_seconds`` are those of each block."""
+
+    start: int
+    base: tuple[int, ...]
+    forward_seconds: tuple[float, ...]
+    backward_seconds: tuple[float, ...]
+
+
+def block_of_entries(problem: JointProblem, blocks: Sequence[Block]) -> dict[int, int]:
+    """Op -> position of its block. An op of the backward belongs to the layer whose module it differentiates, else to
+    that of the op before it; before the first such, to the last block."""
+    owner = {index: block.position for block in blocks for index in block.ops}
+    names = {block.name: block.position for block in blocks}
+    value_owner = {v: block.position for block in blocks for v in block.values}
+    current = len(blocks) - 1
+    for op in problem.ops:
+        if op.forward:
+            continue
+        parts = op.module.split(".")
+        named = next(
+            (
+                names[".".join(parts[:end])]
+                for end in range(len(parts), 0, -1)
+                if op.module and ".".join(parts[:end]) in names
+            ),
+            None,
+        )
+        if named is None and not op.module:
+            made = [value_owner[v] for v in op.reads if v in value_owner]
+            named = min(current, max(made)) if made and not any(b.name in names and "." in b.name for b in blocks) else None
+        if named is not None:
+            current = named
+        owner[op.index] = current
+    return owner
+
+
+def options_of(
+    problem: JointProblem, blocks: Sequence[Block], uniform: Sequence[Candidate], crossing: frozenset[int]
+) -> tuple[list[list[Option]], Moments]:
+    """Options of each block from candidates that treat all blocks by one price, and the moments they meet in."""
+    owner = block_of_entries(problem, blocks)
+    size = problem.values
+    count = len(blocks)
+    start: int | None = None
+    base: list[int | None] = [None] * count
+    table: list[dict[frozenset[int], Option]] = [{} for _ in blocks]
+    for candidate in uniform:
+        run = candidate.simulation
+        saved = [frozenset(candidate.saved & frozenset(block.values)) for block in blocks]
+        bytes_ = [sum(size[v].bytes for v in each) for each in saved]
+        earlier = [sum(bytes_[:i]) for i in range(count)]
+        peaks = [0] * count
+        crowded = 0
+        held = sum(bytes_)
+        first = next((i for i, entry in enumerate(run.entries) if entry.backward), len(run.entries))
+        tail = next((op.index for op in problem.ops if not op.forward), -1)
+        for position, entry in enumerate(run.entries):
+            block = owner[entry.op]
+            if not entry.backward:
+                if position == first - 1:
+                    crowded = max(crowded, run.memory[position])
+                continue
+            if entry.again:
+                block = _needed_in(run.entries, position, owner)
+            if block == count - 1 or entry.op == tail:
+                crowded = max(crowded, run.memory[position] if block == count - 1 else 0)
+            peaks[block] = max(peaks[block], run.memory[position])
+        start = crowded - held if start is None else min(start, crowded - held)
+        again = run.recomputed
+        for i, block in enumerate(blocks):
+            transient = peaks[i] - earlier[i]
+            base[i] = transient if base[i] is None else min(base[i], transient)  # type: ignore[type-var]
+            seconds = sum(problem.ops[index].seconds for index in block.ops if index in again)
+            seconds += sum(size[v].keep_seconds for v in saved[i])
+            option = Option(saved[i], bytes_[i], transient, seconds)
+            known = table[i].get(saved[i])
+            if known is None or option.transient < known.transient:
+                table[i][saved[i]] = option
+    options = [_useful(_with_crossing(list(found.values()), crossing)) for found in table]
+    forward = [0.0] * count
+    backward = [0.0] * count
+    for op in problem.ops:
+        (forward if op.forward else backward)[owner[op.index]] += op.seconds
+    return options, Moments(start or 0, tuple(b or 0 for b in base), tuple(forward), tuple(backward))
+
+
+def _needed_in(entries: Sequence[object], position: int, owner: dict[int, int]) -> int:
+    """The block whose backward asked for the op that runs again at ``position``."""
+    for entry in entries[position:]:
+        if not entry.again:  # type: ignore[attr-defined]
+            return owner[entry.op]  # type: ignore[attr-defined]
+    return 0
+
+
+def _with_crossing(options: list[Option], crossing: frozenset[int]) -> list[Option]:
+    """Options that keep what later layers need as much as the fastest one does: without it their backward would run
+    this layer again, and its memory would not be this layer's own."""
+    fastest = min(options, key=lambda o: o.seconds)
+    wanted = fastest.saved & crossing
+    return [option for option in options if option.saved >= wanted] or [fastest]
+
+
+def _useful(options: list[Option]) -> list[Option]:
+    """Those that no other beats in seconds, saved bytes and transient peak, fastest first."""
+    kept: list[Option] = []
+    for option in sorted(options, key=lambda o: (o.seconds, o.saved_bytes, o.transient)):
+        if not any(o.saved_bytes <= option.saved_bytes and o.transient <= option.transient for o in kept):
+            kept.append(option)
+    return kept

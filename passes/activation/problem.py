@@ -1,0 +1,198 @@
+"""A joint graph (forward and backward in one) as the planner of activations sees it: ops, values, bytes and seconds."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from ...cost_model.devices import Device
+from ...cost_model.op_classes import FUSABLE, SCATTER, kind_of, packet
+from ...cost_model.roofline import op_cost
+from ...cost_model.storages import Storage, StorageTable, storage_table
+from ...cost_model.tensors import Bindings, TensorTable
+from ...ir.graph import Graph, Node, references
+from ..effects import PURE_NAMESPACES, has_effect, split_op
+
+#: Ops whose result may differ from run to run on a GPU, because atomic additions come in any order.
+UNORDERED = frozenset(
+    "scatter_add scatter_reduce index_add index_put _unsafe_index_put embedding_dense_backward bincount".split()
+)
+#: Share of its own traffic that a fusable op costs when it is recomputed inside the kernel that uses its result.
+FUSED_SHARE = 0.5
+
+
+@dataclass(frozen=True)
+class Value:
+    """One storage. ``op`` makes it (-1: an input of the graph); ``node`` and ``part`` name it in the graph."""
+
+    id: int
+    node: str
+    part: int
+    bytes: int
+    op: int
+    #: What keeping it costs by itself: a generated kernel then writes it out.
+    keep_seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class Op:
+    """One op that does work. ``forward``: it needs nothing of the backward; ``fused``: it runs inside a generated
+    kernel; ``inlined``: its result need not lie in memory for consumers in generated kernels; ``banned``: it must not
+    run a second time. ``seconds``: what running it again costs."""
+
+    index: int
+    name: str
+    op: str
+    reads: tuple[int, ...]
+    writes: tuple[int, ...]
+    seconds: float
+    forward: bool
+    fused: bool
+    inlined: bool
+    banned: bool
+    source: str = ""
+    module: str = ""
+
+
+@dataclass(frozen=True)
+class JointProblem:
+    """``constant`` are the bytes of what lives through the whole step: inputs, parameters, and what ``outside`` counts
+    (optimizer state, other graphs). ``primals`` are inputs, ``tangents`` the gradients given to the backward."""
+
+    ops: tuple[Op, ...]
+    values: tuple[Value, ...]
+    primals: frozenset[int]
+    tangents: frozenset[int]
+    forward_outputs: tuple[int, ...]
+    backward_outputs: tuple[int, ...]
+    #: Primals that the forward overwrites: what they held is not at hand in the backward.
+    overwritten: frozenset[int]
+    constant: int
+    #: Consumers of each value, by op index.
+    users: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
+    #: Values that each node's result lies in.
+    of: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+
+    @property
+    def seconds(self) -> float:
+        """Time of all ops, each once."""
+        return sum(op.seconds for op in self.ops)
+
+    def name(self, value: int) -> str:
+        entry = self.values[value]
+        return entry.node
+
+    def needed_by_backward(self) -> frozenset[int]:
+        """Values of the forward that ops of the backward read."""
+        made = {v for op in self.ops if op.forward for v in op.writes}
+        return frozenset(v for op in self.ops if not op.forward for v in op.reads if v in made)
+
+
+def joint_problem(
+    graph: Graph,
+    device: Device,
+    forward_outputs: int,
+    *,
+    bindings: Bindings | None = None,
+    backward_only: Collection[str] = (),
+    pinned: Collection[str] = (),
+    outside: int = 0,
+) -> JointProblem:
+    """The problem of a joint graph whose first ``forward_outputs`` outputs are the forward's.
+
+    args:
+        backward_only: nodes that must run in the backward whatever they read.
+        pinned: nodes that may not be recomputed, beside those that draw random numbers, write, or are not known.
+
+    Raises ShapeError for a symbolic size without a binding.
+    """
+    table = TensorTable(graph, bindings)
+    storages = storage_table(graph, table)
+    inputs = {s: node for node in graph.inputs for s in storages.of[node.name]}
+    tangents = {s for s, node in inputs.items() if node.role == "tangent"}
+    late = {name for name in backward_only} | {node.name for node in graph.inputs if node.role == "tangent"}
+    ops: list[Op] = []
+    maker: dict[int, int] = {}
+    overwritten: set[int] = set()
+    for node in graph.nodes:
+        if node.op == "input":
+            continue
+        if node.name in late or any(name in late for name in node.operands()):
+            late.add(node.name)
+        kind = kind_of(node.op)
+        own = tuple(s for s in storages.of[node.name] if storages.storages[s].node == node.name)
+        if node.op in ("getitem", "constant") or (kind == "view" and not own):
+            for s in own:
+                maker.setdefault(s, -1)
+            continue
+        reads = storages.read(node)
+        if not own:  # written in place
+            overwritten.update(s for s in storages.of[node.name] if s in inputs)
+        index = len(ops)
+        maker.update(dict.fromkeys(own, index))
+        ops.append(
+            Op(
+                index=index,
+                name=node.name,
+                op=node.op,
+                reads=tuple(s for s in reads),
+                writes=own,
+                seconds=_seconds(node, graph, device, table),
+                forward=node.name not in late,
+                fused=kind in FUSABLE,
+                inlined=kind in ("pointwise", "creation", "index")
+                and packet(node.op) not in SCATTER
+                and len(own) == 1
+                and packet(node.op) != "aten.cat",
+                banned=node.name in pinned or not may_run_again(node, graph, device),
+                source=f"{node.location.file.rpartition('/')[2]}:{node.location.line}" if node.location.file else "",
+                module=node.location.module,
+            )
+        )
+    values = tuple(
+        _value(s, maker.get(s.id, -1) if s.id not in inputs else -1, ops, device) for s in storages.storages
+    )
+    outputs = [_storages_of(output, storages) for output in graph.outputs]
+    constant = sum(values[s].bytes for s in inputs if s not in tangents) + outside
+    users: dict[int, list[int]] = {}
+    for op in ops:
+        for value in op.reads:
+            users.setdefault(value, []).append(op.index)
+    return JointProblem(
+        ops=tuple(ops),
+        values=values,
+        primals=frozenset(inputs) - tangents,
+        tangents=frozenset(tangents),
+        forward_outputs=tuple(dict.fromkeys(s for ids in outputs[:forward_outputs] for s in ids)),
+        backward_outputs=tuple(dict.fromkeys(s for ids in outputs[forward_outputs:] for s in ids)),
+        overwritten=frozenset(overwritten),
+        constant=constant,
+        users={value: tuple(found) for value, found in users.items()},
+        of=storages.of,
+    )
+
+
+def may_run_again(node: Node, graph: Graph, device: Device) -> bool:
+    """Whether a second run of the op gives the same bits and does nothing else: no random draws, no writes, no
+    collectives, nothing unknown, and no additions in an order that varies."""
+    namespace, name, _ = split_op(node.op)
+    if has_effect(node, graph) or namespace not in PURE_NAMESPACES or kind_of(node.op) == "collective":
+        return False
+    return device.kind == "cpu" or name not in UNORDERED
+
+
+def _value(storage: Storage, op: int, ops: Sequence[Op], device: Device) -> Value:
+    written = storage.bytes / device.bandwidth if op >= 0 and ops[op].inlined else 0.0
+    return Value(storage.id, storage.node, storage.index, storage.bytes, op, written)
+
+
+def _storages_of(output: object, storages: StorageTable) -> Sequence[int]:
+    return [s for name in references(output) for s in storages.of.get(name, ())]  # type: ignore[arg-type]
+
+
+def _seconds(node: Node, graph: Graph, device: Device, table: TensorTable) -> float:
+    cost = op_cost(node, graph, device, table=table)
+    if kind_of(node.op) in FUSABLE:
+        # Fused into a neighbour, it costs a part of its traffic and no launch.
+        return max(0.0, cost.seconds - device.launch.value) * FUSED_SHARE
+    return cost.seconds

@@ -1,0 +1,101 @@
+"""The choice for a budget: cuts, options, the master problem and the exact simulator, one after the other.
+
+What is offered does not depend on the budget, save that the master problem is solved for the next smaller budget of a
+fixed grid, to optimality: so a smaller budget never gets a larger peak or a shorter time.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Collection
+
+from .blocks import Block, blocks_of, crossing_values
+from .candidates import Candidate, evaluate, pareto, staircase
+from .cut import Cut, PricedCuts
+from .floor import lower_bound, reduce_peak
+from .master import MasterSolution, solve_master
+from .options import Moments, Option, options_of
+from .problem import JointProblem
+from .simulate import Simulator
+
+#: Number of budgets that the master problem is solved for, between the floor and the peak of keeping all.
+GRID = 96
+
+
+class ActivationSearch:
+    """Choices for one joint graph. ``plain``: the values that are kept without a budget (torch's minimum cut)."""
+
+    def __init__(self, problem: JointProblem, plain: frozenset[int] | None = None) -> None:
+        self.problem = problem
+        self.simulator = Simulator(problem)
+        self.blocks: tuple[Block, ...] = blocks_of(problem)
+        self.crossing = crossing_values(problem, self.blocks)
+        self.plain = evaluate(self.simulator, plain) if plain is not None else self.cuts_evaluated[0]
+
+    @functools.cached_property
+    def cuts(self) -> list[Cut]:
+        return PricedCuts(self.simulator, self.crossing).frontier()
+
+    @functools.cached_property
+    def cuts_evaluated(self) -> list[Candidate]:
+        return [evaluate(self.simulator, cut.saved) for cut in self.cuts]
+
+    @functools.cached_property
+    def steps(self) -> list[Candidate]:
+        """Cuts and their mixtures by layer, and what is kept without a budget; none beats another."""
+        return pareto([self.plain, *staircase(self.simulator, self.cuts, self.blocks)])
+
+    @functools.cached_property
+    def offers(self) -> tuple[list[list[Option]], Moments]:
+        return options_of(self.problem, self.blocks, self.cuts_evaluated, self.crossing)
+
+    def master(self, limit: int | None) -> tuple[Candidate, MasterSolution] | None:
+        """The master problem's choice within ``limit`` bytes (None: the least), with what the simulator says of it."""
+        options, moments = self.offers
+        found = solve_master(self.blocks, options, moments, limit)
+        if found is None:
+            return None
+        saved = frozenset(v for i, o in enumerate(found.chosen) for v in options[i][o].saved)
+        return evaluate(self.simulator, saved), found
+
+    @functools.cached_property
+    def least(self) -> Candidate:
+        """The candidate with the least peak."""
+        candidates = [min(self.steps, key=lambda c: c.peak)]
+        found = self.master(None)
+        if found is not None:
+            candidates.append(found[0])
+        start = min(candidates, key=lambda c: (c.peak, c.seconds))
+        return reduce_peak(self.simulator, self.blocks, start)
+
+    @functools.cached_property
+    def floor_bound(self) -> int:
+        """No choice has a peak below this, for this order of ops."""
+        return lower_bound(self.simulator, self.least)
+
+    def within(self, limit: int, refused: Collection[frozenset[int]] = ()) -> Candidate | None:
+        """The fastest candidate with a peak of at most ``limit`` bytes that is not among ``refused``."""
+        candidates = list(self.steps)
+        highest = max(self.plain.peak, self.steps[0].peak)
+        step = max(1, (highest - self.least.peak) // GRID)
+        if self.least.peak <= limit < highest:
+            snapped = highest - step * -(-(highest - limit) // step)
+            found = self.master(max(snapped, self.least.peak))
+            candidates += [found[0]] if found is not None else []
+        candidates.append(self.least)
+        fitting = [c for c in candidates if c.peak <= limit and c.saved not in refused]
+        return min(fitting, key=lambda c: (c.seconds, c.peak, sorted(c.saved)), default=None)
+
+    def bound(self, limit: int) -> float:
+        """No choice within ``limit`` bytes costs less than these seconds: the Lagrangian dual of the memory constraint
+        at the moment when all that is saved lives, which the cuts' lower hull is the graph of."""
+        base = min(c.peak - sum(self.problem.values[v].bytes for v in c.saved) for c in [*self.steps, *self.cuts_evaluated])
+        room = limit - max(base, 0)
+        hull = self.cuts
+        if room >= hull[0].weight:
+            return hull[0].seconds
+        for left, right in zip(hull, hull[1:], strict=False):
+            if right.weight <= room:
+                share = (left.weight - room) / (left.weight - right.weight)
+                return left.seconds + share * (right.seconds - left.seconds)
+        return hull[-1].seconds

@@ -1,0 +1,300 @@
+"""Exact liveness of a step for a given set of saved values: what is materialized when, at which op memory peaks.
+
+The forward runs in the joint graph's order. The backward does too, and what it needs of the forward but was not saved
+is recomputed right before its first use, once. Results of ops that are inlined into generated kernels take no memory
+where only generated kernels read them; what they read then lives until those kernels have run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from .problem import JointProblem, Op
+
+#: A result read more than once is stored if computing it reads more than this many tensors (Inductor's threshold).
+MOST_READS = 4
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One run of an op. ``again``: it runs for the second time."""
+
+    op: int
+    backward: bool
+    again: bool
+
+
+@dataclass(frozen=True)
+class Simulation:
+    """``memory[i]`` are the bytes in use while ``entries[i]`` runs, everything counted. ``recomputed``: ops that run
+    twice, generated ones included. ``saved``: values kept that the backward really uses. ``at``: for each op of the
+    backward, the most memory from the end of the op before it to its own end."""
+
+    entries: tuple[Entry, ...]
+    memory: tuple[int, ...]
+    peak: int
+    peak_entry: int
+    extra_seconds: float
+    recomputed: frozenset[int]
+    saved: frozenset[int]
+    at: tuple[int, ...]
+    #: (value, first and last entry at which it is in memory).
+    lives: tuple[tuple[int, int, int], ...]
+
+    def live_at(self, position: int) -> tuple[int, ...]:
+        """Values in memory while ``entries[position]`` runs."""
+        return tuple(value for value, begin, end in self.lives if begin <= position <= end)
+
+    @property
+    def live_at_peak(self) -> tuple[int, ...]:
+        return self.live_at(self.peak_entry)
+
+    @property
+    def forward_peak(self) -> int:
+        return max((m for e, m in zip(self.entries, self.memory, strict=True) if not e.backward), default=0)
+
+
+class Simulator:
+    def __init__(self, problem: JointProblem) -> None:
+        self.problem = problem
+        self.forward_ops = [op for op in problem.ops if op.forward]
+        self.backward_ops = [op for op in problem.ops if not op.forward]
+        self.made_forward = {v for op in self.forward_ops for v in op.writes}
+        self.outputs = frozenset(problem.forward_outputs) | frozenset(problem.backward_outputs)
+        self.given = problem.primals | problem.tangents | {v.id for v in problem.values if v.op < 0}
+
+    def closure(self, saved: frozenset[int]) -> tuple[frozenset[int], frozenset[int]]:
+        """Ops of the forward that the backward runs again if ``saved`` is kept, and the kept values that it reads.
+
+        A value whose op must not run again is kept whether or not it is in ``saved``.
+        """
+        problem = self.problem
+        again: set[int] = set()
+        used: set[int] = set()
+        waiting = [v for op in self.backward_ops for v in op.reads]
+        waiting += [v for v in problem.backward_outputs]
+        seen: set[int] = set()
+        while waiting:
+            value = waiting.pop()
+            if value in seen:
+                continue
+            seen.add(value)
+            if value not in self.made_forward:
+                continue
+            maker = problem.values[value].op
+            op = problem.ops[maker]
+            if value in saved or self.fixed(op):
+                used.add(value)
+                continue
+            if maker not in again:
+                again.add(maker)
+                waiting.extend(op.reads)
+        return frozenset(again), frozenset(used)
+
+    def fixed(self, op: Op) -> bool:
+        """Whether the op's results must be kept if they are needed."""
+        return op.banned or any(v in self.problem.overwritten for v in op.reads)
+
+    def run(self, saved: frozenset[int]) -> Simulation:
+        problem = self.problem
+        again, used = self.closure(saved)
+        needed_forward = self._needed(used)
+        entries: list[Entry] = []
+        touched: list[tuple[int, ...]] = []
+        written: list[tuple[int, ...]] = []
+        # Forward.
+        keep = used | frozenset(problem.forward_outputs)
+        forward = _Phase(problem, [op for op in self.forward_ops if op.index in needed_forward], keep, self.given)
+        for op in forward.ops:
+            if forward.stored(op):
+                entries.append(Entry(op.index, False, False))
+                touched.append(forward.sources(op))
+                written.append(op.writes)
+        # Backward: the order of its ops, with recomputation at first need.
+        ready = set(used) | self.given
+        order = [op for op in problem.ops if op.index in again]
+        backward = _Phase(problem, [*order, *self.backward_ops], frozenset(problem.backward_outputs), self.given | used)
+        done: set[int] = set()
+        marks: list[int] = []
+        for op in self.backward_ops:
+            if not backward.stored(op):
+                continue
+            for maker in self._missing(backward.sources(op), ready, done, backward):
+                entries.append(Entry(maker, True, True))
+                touched.append(backward.sources(problem.ops[maker]))
+                written.append(problem.ops[maker].writes)
+            entries.append(Entry(op.index, True, False))
+            touched.append(backward.sources(op))
+            written.append(op.writes)
+            ready.update(op.writes)
+            marks.append(len(entries) - 1)
+        return self._measure(entries, touched, written, marks, again, used)
+
+    def _missing(self, sources: Iterable[int], ready: set[int], done: set[int], phase: _Phase) -> list[int]:
+        """Ops to run again, in order, so that ``sources`` are at hand."""
+        found: list[int] = []
+        stack = [(v, False) for v in reversed([*sources])]
+        while stack:
+            value, opened = stack.pop()
+            if value in ready:
+                continue
+            maker = self.problem.values[value].op
+            if opened:
+                if maker not in done:
+                    done.add(maker)
+                    found.append(maker)
+                ready.update(self.problem.ops[maker].writes)
+                continue
+            stack.append((value, True))
+            stack += [(v, False) for v in reversed(phase.sources(self.problem.ops[maker])) if v not in ready]
+        return found
+
+    def _needed(self, used: frozenset[int]) -> set[int]:
+        """Ops that the forward runs: for its outputs, for what is saved, and those that act."""
+        problem = self.problem
+        waiting = [*problem.forward_outputs, *used]
+        waiting += [v for op in self.forward_ops if not op.writes for v in op.reads]
+        needed = {op.index for op in self.forward_ops if not op.writes}
+        seen: set[int] = set()
+        while waiting:
+            value = waiting.pop()
+            if value in seen:
+                continue
+            seen.add(value)
+            maker = problem.values[value].op
+            if maker >= 0 and maker not in needed and problem.ops[maker].forward:
+                needed.add(maker)
+                waiting.extend(problem.ops[maker].reads)
+        return needed
+
+    def _measure(
+        self,
+        entries: list[Entry],
+        touched: list[tuple[int, ...]],
+        written: list[tuple[int, ...]],
+        marks: list[int],
+        again: frozenset[int],
+        used: frozenset[int],
+    ) -> Simulation:
+        problem, values = self.problem, self.problem.values
+        count = len(entries)
+        first_backward = next((i for i, e in enumerate(entries) if e.backward), count)
+        # Each (value, run) has one interval; a recomputed value has one in the forward and one in the backward.
+        begin: dict[tuple[int, bool], int] = {}
+        end: dict[tuple[int, bool], int] = {}
+        for position, (entry, reads, writes) in enumerate(zip(entries, touched, written, strict=True)):
+            for v in writes:
+                begin.setdefault((v, entry.backward), position)
+                end[v, entry.backward] = position
+            for v in reads:
+                if v in problem.primals:
+                    continue
+                key = (v, entry.backward)
+                if key not in begin:
+                    key = (v, False) if (v, False) in begin else key
+                if key not in begin:  # a tangent: given when the backward begins
+                    begin[key] = first_backward if v in problem.tangents else position
+                end[key] = position
+        for v in used:
+            if (v, False) in begin:
+                end[v, False] = max(end[v, False], first_backward - 1)
+        for v in self.outputs:
+            for key in ((v, False), (v, True)):
+                if key in begin:
+                    end[key] = count - 1
+                    break
+        change = [0] * (count + 1)
+        reuse = self._reuse(entries, touched, written, end)
+        for key, start in begin.items():
+            change[start] += values[key[0]].bytes
+            change[end[key] + 1] -= values[key[0]].bytes
+        memory: list[int] = []
+        live = problem.constant
+        for position in range(count):
+            live += change[position]
+            memory.append(live - reuse[position])
+        peak = max(memory, default=problem.constant)
+        where = memory.index(peak) if memory else 0
+        at: list[int] = []
+        previous = first_backward
+        for mark in marks:
+            at.append(max(memory[previous : mark + 1]))
+            previous = mark + 1
+        return Simulation(
+            entries=tuple(entries),
+            memory=tuple(memory),
+            peak=peak,
+            peak_entry=where,
+            extra_seconds=sum(problem.ops[index].seconds for index in again),
+            recomputed=again,
+            saved=used,
+            at=tuple(at),
+            lives=tuple((key[0], start, end[key]) for key, start in begin.items()),
+        )
+
+    def _reuse(
+        self,
+        entries: list[Entry],
+        touched: list[tuple[int, ...]],
+        written: list[tuple[int, ...]],
+        end: dict[tuple[int, bool], int],
+    ) -> list[int]:
+        """Bytes by which each op needs less, because it writes over an equally large value that it is the last to
+        read. Generated kernels do that."""
+        problem = self.problem
+        saving = [0] * len(entries)
+        for position, entry in enumerate(entries):
+            if not problem.ops[entry.op].fused:
+                continue
+            dying = [
+                problem.values[v].bytes
+                for v in touched[position]
+                if v not in problem.primals
+                and v not in self.outputs
+                and max(end.get((v, True), -1), end.get((v, False), -1)) == position
+            ]
+            for v in written[position]:
+                size = problem.values[v].bytes
+                if size in dying:
+                    dying.remove(size)
+                    saving[position] += size
+        return saving
+
+
+class _Phase:
+    """Which results lie in memory in one phase, and what the ops that make them read."""
+
+    def __init__(self, problem: JointProblem, ops: list[Op], kept: frozenset[int], given: frozenset[int]) -> None:
+        self.problem, self.ops, self.kept, self.given = problem, ops, kept, given
+        self.members = {op.index for op in ops}
+        self._sources: dict[int, tuple[int, ...]] = {}
+        self._stored: dict[int, bool] = {}
+        for op in sorted(ops, key=lambda op: op.index):
+            self._sources[op.index] = self._reads(op)
+            self._stored[op.index] = self._is_stored(op)
+
+    def stored(self, op: Op) -> bool:
+        return self._stored[op.index]
+
+    def sources(self, op: Op) -> tuple[int, ...]:
+        """Values in memory that the kernel of ``op`` reads."""
+        return self._sources[op.index]
+
+    def _is_stored(self, op: Op) -> bool:
+        if not op.inlined or op.writes[0] in self.kept:
+            return True
+        users = [u for u in self.problem.users.get(op.writes[0], ()) if u in self.members]
+        if not all(self.problem.ops[u].fused for u in users):
+            return True
+        return len(users) > 1 and len(self._sources[op.index]) > MOST_READS
+
+    def _reads(self, op: Op) -> tuple[int, ...]:
+        found: dict[int, None] = {}
+        for value in op.reads:
+            maker = self.problem.values[value].op
+            if value in self.given or maker not in self.members or self._stored.get(maker, True):
+                found.setdefault(value)
+            else:
+                found.update(dict.fromkeys(self._sources[maker]))
+        return tuple(found)

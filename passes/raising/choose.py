@@ -1,0 +1,334 @@
+"""Which groups of Einsums become one kernel each.
+
+A component is taken as a whole, with all its stages (a forward and its backward): its wide tensors are then never in
+memory. It is taken where every stage can be rewritten to one pass and the time that the rates predict falls enough, or
+where far less memory is needed and dependent reductions make Inductor keep the wide tensor anyway. What is refused is
+reported with the reason.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+
+import sympy
+
+from ...ir.cascade import Cascade, Einsum, rank, ranks_of, tensor_name
+from ...ir.graph import Graph, Location
+from ...ir.types import TensorType
+from ..cascade_analysis import group_of, pass_table, rank_passes
+from ..contraction_exchange import exchange
+from ..rewrite_cascade import Rewriting, rewrite, without_unread
+from .components import Component, Space, components
+from .emit import Tensor, elements
+from .extract import Extracted, Surroundings, extract
+from .group import Group, Traffic
+from .guards import prepare
+from .raise_graph import Raised
+from .ranks import unify_ranks
+from .stages import Level, Stage, Staging
+from .traffic import element_bytes, traffic
+
+#: A stage whose rewritten form still needs another pass is cut there, at most this many times.
+_MAX_CUTS = 3
+#: Exchange compares all sums of a component with each other; beyond this many Einsums it is not tried.
+_MAX_EXCHANGE = 60
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What is compared: operations a second in a library's matrix product and in a fused kernel, bytes a second from
+    memory. The defaults are of the order of two cores with AVX-512; ``from_device`` in the cost model's figures."""
+
+    library: float = 4e11
+    fused: float = 4e11
+    bandwidth: float = 2e10
+
+
+@dataclass(frozen=True)
+class Choice:
+    """``gain``: least ratio of predicted times. ``wide_bytes`` and ``memory_ratio``: a component whose dependent
+    reductions keep at least so many bytes of wide tensors, so many times what must be moved anyway, is taken for the
+    memory that it saves. ``saved_bytes``: least traffic that a component must save at all."""
+
+    rates: Rates = Rates()
+    gain: float = 1.2
+    wide_bytes: int = 16 << 20
+    memory_ratio: float = 1.5
+    saved_bytes: int = 1 << 18
+
+
+@dataclass(frozen=True)
+class Refused:
+    """Why a component (named by its largest tensor) stays as it is."""
+
+    tensor: str
+    why: str
+    location: Location = Location()
+
+
+@dataclass(frozen=True)
+class Chosen:
+    groups: tuple[Group, ...]
+    refused: tuple[Refused, ...]
+
+
+@lru_cache(maxsize=512)
+def rewritten(cascade: Cascade) -> Rewriting:
+    """``rewrite``, once for all equal cascades: equal layers have equal ones."""
+    return rewrite(cascade)
+
+
+@lru_cache(maxsize=512)
+def _passes(cascade: Cascade) -> dict[str, dict[str, int]]:
+    return pass_table(cascade)
+
+
+@dataclass
+class _Candidate:
+    component: Component
+    stages: list[Stage]
+    space: Space
+    tensors: Mapping[str, Tensor]
+    extracted: list[Extracted] = field(default_factory=list)
+    traffic: list[Traffic] = field(default_factory=list)
+
+
+def choose(raised: Raised, choice: Choice | None = None) -> Chosen:
+    """The groups of a raised graph, in the order of its nodes."""
+    return _Chooser(raised, choice or Choice()).run()
+
+
+class _Chooser:
+    def __init__(self, raised: Raised, choice: Choice) -> None:
+        self.raised, self.choice = raised, choice
+        self.graph: Graph = raised.graph
+        self.types = {node.name: node.type for node in self.graph.nodes}
+        self.position = {node.name: number for number, node in enumerate(self.graph.nodes)}
+        leaves = {name: elements(tensor.sizes) for name, tensor in raised.tensors.items()}
+        self.space = Space(raised.cascade.einsums, raised.sizes, leaves)
+        self.needed = raised.needed
+        self.refused: list[Refused] = []
+
+    def run(self) -> Chosen:
+        taken: set[str] = set()
+        accepted: list[_Candidate] = []
+        for component in components(self.space):
+            if taken & set(component.core):
+                continue
+            try:
+                candidate = self._candidate(component)
+            except _Refusal as refusal:
+                self._refuse(component, str(refusal))
+                continue
+            accepted.append(candidate)
+            taken |= {einsum.output for stage in candidate.stages for einsum in stage.einsums}
+        groups = [group for candidate in accepted for group in self._groups(candidate)]
+        groups.sort(key=lambda group: min(self.position.get(name, 0) for name in group.nodes))
+        return Chosen(tuple(groups), tuple(self.refused))
+
+    def _refuse(self, component: Component, why: str) -> None:
+        name = max(component.wide, key=lambda each: (self.space.tensor_elements(each), each))
+        line = self.space.writer[name].line
+        self.refused.append(Refused(name, why, self.graph.nodes[line].location))
+
+    # One component ---------------------------------------------------------------------------------------------------
+
+    def _candidate(self, component: Component) -> _Candidate:
+        component, space, tensors = self._prepared(component)
+        delays: dict[str, Level] = {}
+        for _ in range(_MAX_CUTS):
+            staging = Staging(self.graph, space, tensors, component, delays, self.needed)
+            found = _Candidate(component, staging.run(), space, tensors)
+            later = self._evaluate(found)
+            if not later:
+                self._decide(found)
+                return found
+            for name, level in later.items():
+                delays[name] = max(level, delays.get(name, level))
+        raise _Refusal("after each cut into passes, another one was needed")
+
+    def _prepared(self, component: Component) -> tuple[Component, Space, Mapping[str, Tensor]]:
+        """The component with sums opened and contractions exchanged (attention's delta), in ranks that only its own
+        tensors tie together."""
+        core = set(component.core)
+        prepared, parts = prepare([e for e in self.raised.raw if e.output in core], component.wide)
+        changed = {einsum.output: einsum for einsum in prepared}
+        einsums = []
+        for einsum in self.raised.raw:
+            einsums += [changed[part] for part, whole in parts.items() if whole == einsum.output]
+            einsums.append(changed.get(einsum.output, einsum))
+        own = [rank(name) for name in self.raised.raw_sizes]
+        sizes = {symbol: self.raised.raw_sizes[symbol.name] for symbol in own}
+        named, named_sizes = unify_ranks(einsums, sizes, core | set(parts))
+        by_name = {symbol.name: size for symbol, size in named_sizes.items()}
+        if len(core) <= _MAX_EXCHANGE:
+            inside = [einsum for einsum in named if einsum.output in core or einsum.output in parts]
+            table = {einsum.output: einsum for einsum in exchange(Cascade(tuple(inside)))[0].einsums}
+            named = [table.get(einsum.output, einsum) for einsum in named]
+        tensors = {**self.raised.tensors}
+        for part, whole in parts.items():
+            tensors[part] = replace(tensors[whole], name=part, nodes=(), leaf=False)
+        named = list(without_unread(Cascade(tuple(named)), self.needed).einsums)
+        order = tuple(einsum.output for einsum in named if einsum.output in core or einsum.output in parts)
+        component = replace(component, wide=component.wide & frozenset(order))
+        return replace(component, core=order), Space(named, by_name, self.space.leaf_elements), tensors
+
+    def _evaluate(self, candidate: _Candidate) -> dict[str, Level]:
+        """Extract and rewrite every stage. What must be put off to a later stage, if anything must."""
+        candidate.extracted, candidate.traffic = [], []
+        around = self._surroundings(candidate)
+        for stage in candidate.stages:
+            wanted = self._wanted(stage, candidate)
+            wide = sorted(set(wanted) & candidate.component.wide)
+            if wide:
+                raise _Refusal(f"{', '.join(wide)} is needed as such")
+            extracted = extract(stage.einsums, wanted, around)
+            rewriting = rewritten(extracted.fused.cascade)
+            late = _late(extracted, rewriting, candidate.component)
+            if late:
+                # What is wide is computed again where it is read.
+                put_off = (late & stage.own) - candidate.component.wide
+                if not put_off or put_off >= stage.own - candidate.component.wide:
+                    raise _Refusal(f"{', '.join(sorted(late))} needs another pass over what is computed again")
+                return dict.fromkeys(put_off, (stage.level[0], stage.level[1] + 1))
+            candidate.extracted.append(extracted)
+            candidate.traffic.append(traffic(stage, wanted, candidate.space, candidate.tensors))
+        return {}
+
+    def _wanted(self, stage: Stage, candidate: _Candidate) -> list[str]:
+        """Tensors of the stage that something outside needs, in order."""
+        own = {einsum.output for einsum in stage.einsums}
+        others = {einsum.output: einsum for other in candidate.stages if other is not stage for einsum in other.einsums}
+        again = candidate.component.wide
+        read = {tensor_name(item) for einsum in others.values() for item in einsum.reads} - again
+        inside = own | set(others)
+        read |= {tensor_name(i) for e in candidate.space.einsums if e.output not in inside for i in e.reads}
+        order = [einsum.output for einsum in stage.einsums if einsum.output in stage.own]
+        return [name for name in order if name in read or name in self.needed]
+
+    def _surroundings(self, candidate: _Candidate) -> Surroundings:
+        order = {}
+        for name, tensor in candidate.tensors.items():
+            writer = candidate.space.writer.get(name)
+            order[name] = self.position[tensor.nodes[0]] if writer is None else writer.line
+        return Surroundings(candidate.tensors, candidate.space.sizes, lambda name: self._type(candidate.tensors[name]), order)
+
+    def _type(self, tensor: Tensor) -> TensorType:
+        found = self.types.get(tensor.nodes[0]) if tensor.nodes else None
+        return found if isinstance(found, TensorType) else TensorType(tensor.dtype, tensor.sizes)
+
+    def _decide(self, candidate: _Candidate) -> None:
+        """Raise ``_Refusal`` unless the component is worth it."""
+        rates, choice = self.choice.rates, self.choice
+        total = candidate.traffic
+        saved = sum(t.written - t.fused for t in total)
+        before = sum(t.flops_written / rates.library + t.written / rates.bandwidth for t in total)
+        after = sum(t.flops_fused / rates.fused + t.fused / rates.bandwidth for t in total)
+        if saved < choice.saved_bytes:
+            raise _Refusal(f"it would save {saved} bytes only")
+        if before >= choice.gain * after:
+            return
+        wide = self._wide_bytes(candidate)
+        dependent = any(_most_passes(extracted.fused.cascade) > 1 for extracted in candidate.extracted)
+        if dependent and wide >= choice.wide_bytes and wide >= choice.memory_ratio * sum(t.compulsory for t in total):
+            return
+        raise _Refusal(f"predicted {before * 1e3:.3g} ms as written, {after * 1e3:.3g} ms fused")
+
+    def _wide_bytes(self, candidate: _Candidate) -> int:
+        """Bytes of wide tensors that are in memory as written: those that a product or several Einsums read."""
+        total = 0
+        for name in candidate.component.wide:
+            readers = candidate.space.readers.get(name, ())
+            if len(readers) > 1 or any(reader.reduction for reader in readers):
+                total += candidate.space.tensor_elements(name) * element_bytes(candidate.tensors[name])
+        return total
+
+    # Groups ----------------------------------------------------------------------------------------------------------
+
+    def _groups(self, candidate: _Candidate) -> list[Group]:
+        groups = []
+        for stage, extracted, moved in zip(candidate.stages, candidate.extracted, candidate.traffic, strict=True):
+            fused = extracted.fused
+            kept = [frozenset(view.ranks) for view in fused.outputs]
+            wide = [extracted.names[e.output] for e in stage.einsums if e.output in candidate.component.wide and e.output in extracted.names]
+            spaces = [fused.cascade.definitions[name].kept for name in wide if name in fused.cascade.definitions]
+            walked = dict.fromkeys(symbol for space in spaces for symbol in space)
+            grid = tuple(symbol for symbol in walked if all(symbol in ranks for ranks in kept))
+            streamed = tuple(symbol for symbol in walked if symbol not in grid)
+            lines = sorted({einsum.line for einsum in stage.einsums if einsum.output in stage.own})
+            nodes = tuple(self.graph.nodes[line].name for line in lines)
+            location = next((self.graph.nodes[line].location for line in lines if self.graph.nodes[line].location), None)
+            groups.append(
+                Group(
+                    name=_group_name(nodes),
+                    fused=fused,
+                    operands=tuple(self.value_name(candidate.tensors[name]) for name in extracted.operands),
+                    results=tuple(self.value_name(candidate.tensors[name]) for name in extracted.results),
+                    nodes=nodes,
+                    rewriting=rewritten(fused.cascade),
+                    grid=grid,
+                    streamed=streamed,
+                    wide=tuple(wide),
+                    traffic=moved,
+                    rounded=_rounded(stage, candidate.tensors),
+                    location=location or Location(),
+                )
+            )
+        return groups
+
+    @staticmethod
+    def value_name(tensor: Tensor) -> str:
+        """The graph value that a tensor is; a name of its own for one inside an op."""
+        return tensor.nodes[0] if tensor.nodes else f"cascade_{tensor.name}"
+
+
+class _Refusal(Exception):
+    pass
+
+
+def _group_name(nodes: Collection[str]) -> str:
+    return f"cascade_{next(iter(nodes))}"
+
+
+def _rounded(stage: Stage, tensors: Mapping[str, Tensor]) -> tuple[str, ...]:
+    narrow = ("bf16", "f16", "f8e4m3", "f8e5m2")
+    names = [einsum.output for einsum in stage.einsums if tensors[einsum.output].dtype in narrow]
+    return tuple(node for name in names for node in tensors[name].nodes[:1])
+
+
+def _wide_ranks(extracted: Extracted, component: Component) -> list[sympy.Symbol]:
+    cascade = extracted.fused.cascade
+    found: dict[sympy.Symbol, None] = {}
+    for name, new in extracted.names.items():
+        if name in component.wide and new in cascade.definitions:
+            found.update(dict.fromkeys(cascade.definitions[new].kept))
+    return list(found)
+
+
+def _late(extracted: Extracted, rewriting: Rewriting, component: Component) -> set[str]:
+    """Tensors (of the raised cascade) that a later pass of the rewritten stage writes over a rank of the wide ones."""
+    back = {new: name for name, new in extracted.names.items()}
+    found: set[str] = set()
+    for symbol in _wide_ranks(extracted, component):
+        levels = rank_passes(rewriting.cascade, group_of(rewriting.cascade, symbol))
+        for position, level in levels.einsum.items():
+            einsum = rewriting.cascade.einsums[position]
+            walks = any(ranks_of(index) & levels.group for item in einsum.reads for index in item.args)
+            if level > 1 and walks:
+                found.add(_origin(einsum.output, back))
+    return {name for name in found if name}
+
+
+def _origin(name: str, back: Mapping[str, str]) -> str:
+    """The tensor as written that a tensor of the rewritten cascade belongs to."""
+    best = max((each for each in back if name == each or name.startswith(f"{each}_")), key=len, default="")
+    return back.get(best, "")
+
+
+def _most_passes(cascade: Cascade) -> int:
+    return max((count for ranks in _passes(cascade).values() for count in ranks.values()), default=0)
+
+
+__all__ = ["Choice", "Chosen", "Rates", "Refused", "choose", "rank", "rewritten"]

@@ -1,0 +1,114 @@
+"""Where a cascade makes wide tensors: candidates for fusion.
+
+An Einsum is an *outer* one if it combines ranks that none of its operands has together: ``S[m,n]`` from ``Q[m,d]`` and
+``K[n,d]``. Its result is *wide*, and so is every tensor with both of these ranks that is computed from it, or together
+with it. A component is a set of wide tensors that Einsums connect; its *core* are the Einsums that write or read them.
+What the core writes beyond wide tensors is narrow: maxima, sums, outputs, gradients.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+import sympy
+
+from ...ir.cascade import Einsum, ranks_of, tensor_name
+from ...ir.types import Size
+from .emit import elements, numeric
+
+
+@dataclass(frozen=True)
+class Component:
+    """``pair``: the two ranks that make its tensors wide. ``core``: outputs of the core's Einsums, in order."""
+
+    pair: tuple[sympy.Symbol, sympy.Symbol]
+    wide: frozenset[str]
+    core: tuple[str, ...]
+
+
+class Space:
+    """A cascade with what is asked of it again and again: readers, sizes, ranks."""
+
+    def __init__(self, einsums: Iterable[Einsum], sizes: Mapping[str, Size], tensor_sizes: Mapping[str, int]) -> None:
+        self.einsums = tuple(einsums)
+        self.sizes = sizes
+        self.writer = {einsum.output: einsum for einsum in self.einsums}
+        self.readers: dict[str, list[Einsum]] = {}
+        for einsum in self.einsums:
+            for name in {tensor_name(item) for item in einsum.reads}:
+                self.readers.setdefault(name, []).append(einsum)
+        self.leaf_elements = tensor_sizes
+
+    @cached_property
+    def position(self) -> Mapping[str, int]:
+        return {einsum.output: number for number, einsum in enumerate(self.einsums)}
+
+    def size(self, ranks: Iterable[sympy.Symbol]) -> int:
+        return elements(self.sizes[rank.name] for rank in ranks)
+
+    def tensor_elements(self, name: str) -> int:
+        writer = self.writer.get(name)
+        return self.size(writer.kept) if writer is not None else self.leaf_elements.get(name, 0)
+
+
+def outer_ranks(einsum: Einsum, sizes: Mapping[str, Size]) -> tuple[sympy.Symbol, sympy.Symbol] | None:
+    """The largest two ranks that no operand of the Einsum has together, but its result has; None if there are none."""
+    kept = set(einsum.kept)
+    operands = [kept & frozenset().union(*(ranks_of(index) for index in item.args)) for item in einsum.reads]
+    if not operands or any(own == kept for own in operands):
+        return None
+    best: tuple[int, tuple[sympy.Symbol, sympy.Symbol]] | None = None
+    order = list(einsum.kept)
+    for at, first in enumerate(order):
+        for second in order[at + 1 :]:
+            if any(first in own and second in own for own in operands):
+                continue
+            if not any(first in own for own in operands) or not any(second in own for own in operands):
+                continue
+            points = numeric(sizes[first.name]) * numeric(sizes[second.name])
+            if best is None or points > best[0]:
+                best = (points, (first, second))
+    return best[1] if best else None
+
+
+def components(space: Space) -> Iterator[Component]:
+    """Every component, the one with the largest tensors first. They may overlap."""
+    seeds = []
+    for einsum in space.einsums:
+        pair = outer_ranks(einsum, space.sizes)
+        if pair is not None:
+            seeds.append((space.size(einsum.kept), einsum, pair))
+    seen: set[tuple[frozenset[sympy.Symbol], str]] = set()
+    for _, einsum, pair in sorted(seeds, key=lambda seed: -seed[0]):
+        if (frozenset(pair), einsum.output) in seen:
+            continue
+        found = _grow(space, einsum, pair)
+        seen |= {(frozenset(pair), name) for name in found.wide}
+        if any(not _is_wide(space.writer[name], pair) for name in found.core):
+            yield found
+
+
+def _is_wide(einsum: Einsum, pair: tuple[sympy.Symbol, sympy.Symbol]) -> bool:
+    return pair[0] in einsum.kept and pair[1] in einsum.kept
+
+
+def _grow(space: Space, seed: Einsum, pair: tuple[sympy.Symbol, sympy.Symbol]) -> Component:
+    """All wide tensors that are connected with the seed's."""
+    wide = {seed.output}
+    core: set[str] = set()
+    waiting = [seed]
+    while waiting:
+        einsum = waiting.pop()
+        for member in (einsum, *space.readers.get(einsum.output, ())):
+            if member.output in core:
+                continue
+            core.add(member.output)
+            related = [member, *(space.writer.get(tensor_name(item)) for item in member.reads)]
+            for other in related:
+                if other is not None and _is_wide(other, pair) and other.output not in wide:
+                    wide.add(other.output)
+                    waiting.append(other)
+    order = sorted(core, key=lambda name: space.position[name])
+    return Component(pair, frozenset(wide), tuple(order))

@@ -1,0 +1,182 @@
+"""One stage as a fused cascade: a text of its own, with names that do not depend on where in the model it stands."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import sympy
+from sympy.core.function import AppliedUndef
+
+from ...ir.cascade import Cascade, Einsum, access, is_rank, rank, ranks_of, tensor_name
+from ...ir.fused_cascade import FusedCascade, TensorView
+from ...ir.types import Size, TensorType
+from .affine import join
+from .emit import Tensor
+from .nested_sums import merge_nested_sums
+from .ranks import canonical_ranks, rename_ranks, unify_ranks
+
+
+@dataclass(frozen=True)
+class Extracted:
+    """``operands`` and ``results`` are tensors of the raised cascade, in the order of the fused one's."""
+
+    fused: FusedCascade
+    operands: tuple[str, ...]
+    results: tuple[str, ...]
+    #: Name in the raised cascade -> name in the fused one, for what the stage writes.
+    names: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Surroundings:
+    """What an extraction must know of the graph: ``type_of`` gives the type of the graph value that a tensor is."""
+
+    tensors: Mapping[str, Tensor]
+    sizes: Mapping[str, Size]
+    type_of: Callable[[str], TensorType]
+    order: Mapping[str, int]
+
+
+def extract(einsums: Sequence[Einsum], wanted: Sequence[str], around: Surroundings) -> Extracted:
+    """The Einsums as a fused cascade that gives the ``wanted`` tensors."""
+    einsums = merge_nested_sums(einsums, wanted)
+    bindings = _Bindings(einsums, around)
+    bound = [bindings.bind(einsum) for einsum in einsums]
+    sizes = {rank(name): size for name, size in around.sizes.items()}
+    bound, rank_sizes = unify_ranks(bound, {**sizes, **bindings.new_sizes}, {einsum.output for einsum in bound})
+    ranks = canonical_ranks(bound)
+    names = _canonical_names(bound, bindings.inputs)
+    final = [_rename(rename_ranks(einsum, ranks), names) for einsum in bound]
+    operands, inputs = bindings.views(bound, names, ranks)
+    results = []
+    outputs = []
+    for position, name in enumerate(wanted):
+        einsum = next(einsum for einsum in final if einsum.output == names[name])
+        results.append(around.type_of(name))
+        outputs.append(TensorView(names[name], position, einsum.kept, _dims(einsum.kept, around.tensors[name])))
+    fused = FusedCascade(
+        Cascade(tuple(replace(einsum, line=number) for number, einsum in enumerate(final, start=1))),
+        {ranks[old].name: size for old, size in rank_sizes.items() if old in ranks},
+        tuple(around.type_of(name) for name in operands),
+        tuple(results),
+        inputs,
+        tuple(outputs),
+        {names[einsum.output]: around.tensors[einsum.output].dtype for einsum in einsums},
+    )
+    return Extracted(fused, tuple(operands), tuple(wanted), {einsum.output: names[einsum.output] for einsum in einsums})
+
+
+def _dims(index: Sequence[sympy.Expr], tensor: Tensor) -> tuple[sympy.Expr, ...]:
+    """Coordinates in the graph value from those of the tensor's ranks."""
+    found, at = [], 0
+    for count in tensor.dims:
+        found.append(join(index[at : at + count], tensor.sizes[at : at + count]))
+        at += count
+    return tuple(found)
+
+
+class _Bindings:
+    """Every read of a tensor from outside, as an input of its own name for each way in which it is read."""
+
+    def __init__(self, einsums: Sequence[Einsum], around: Surroundings) -> None:
+        self.around = around
+        self.inside = {einsum.output for einsum in einsums}
+        #: Input name -> (tensor, its ranks, the place in the tensor).
+        self.inputs: dict[str, tuple[str, tuple[sympy.Symbol, ...], tuple[sympy.Expr, ...]]] = {}
+        self._known: dict[Any, str] = {}
+        self.new_sizes: dict[sympy.Symbol, Size] = {}
+
+    def bind(self, einsum: Einsum) -> Einsum:
+        table = {item: self._input(item) for item in einsum.reads if tensor_name(item) not in self.inside}
+        return replace(einsum, body=einsum.body.xreplace(table))
+
+    def _input(self, item: AppliedUndef) -> sympy.Expr:
+        name, tensor = tensor_name(item), self.around.tensors[tensor_name(item)]
+        index: tuple[sympy.Expr, ...] = item.args
+        if not self._within(index, tensor):
+            # Some places are outside, and a where() keeps them from being read: the tensor is taken as it is.
+            own = []
+            for size in tensor.sizes:
+                symbol = rank(f"own{len(self.new_sizes)}")
+                self.new_sizes[symbol] = size
+                own.append(symbol)
+            return access(self._name(name, tuple(own), tuple(own), whole=True), index)
+        walked = tuple(dict.fromkeys(s for at in index for s in sorted(ranks_of(at), key=lambda s: s.name)))
+        return access(self._name(name, walked, index), walked)
+
+    def _name(
+        self, tensor: str, ranks: tuple[sympy.Symbol, ...], index: tuple[sympy.Expr, ...], whole: bool = False
+    ) -> str:
+        places = {symbol: sympy.Symbol(f"_{number}") for number, symbol in enumerate(ranks)}
+        sizes = tuple(self._size(symbol) for symbol in ranks)
+        key = (tensor, whole, sizes, tuple(at.xreplace(places) for at in index))
+        if key not in self._known:
+            self._known[key] = f"Input{len(self._known)}"
+            self.inputs[self._known[key]] = (tensor, ranks, index)
+        return self._known[key]
+
+    def _size(self, symbol: sympy.Symbol) -> Size:
+        return self.new_sizes.get(symbol, self.around.sizes.get(symbol.name, 0))
+
+    def _within(self, index: Sequence[sympy.Expr], tensor: Tensor) -> bool:
+        """Whether every place is certainly inside the tensor."""
+        for at, size in zip(index, tensor.sizes, strict=True):
+            if at.is_Symbol and is_rank(at):
+                continue
+            if not isinstance(size, int):
+                return False
+            low = high = 0
+            for term, coefficient in at.as_coefficients_dict().items():
+                extent = self._size(term) if term.is_Symbol else 1
+                if not isinstance(extent, int) or not coefficient.is_Integer:
+                    return False
+                ends = (int(coefficient), int(coefficient)) if term == 1 else (0, int(coefficient) * (extent - 1))
+                low, high = low + min(ends), high + max(ends)
+            if low < 0 or high >= size:
+                return False
+        return True
+
+    def views(
+        self, einsums: Sequence[Einsum], names: Mapping[str, str], ranks: Mapping[sympy.Symbol, sympy.Symbol]
+    ) -> tuple[list[str], tuple[TensorView, ...]]:
+        """The operands in order of their place in the graph, and where each input lies in them."""
+        used = {tensor_name(item) for einsum in einsums for item in einsum.reads}
+        inputs = {name: entry for name, entry in self.inputs.items() if name in used}
+        operands = sorted({entry[0] for entry in inputs.values()}, key=lambda name: self.around.order[name])
+        views = []
+        for name, (tensor, own, index) in inputs.items():
+            # The tensor's own ranks may be read under other names; here they only have to be consistent.
+            places = {symbol: rank(f"i{number}") for number, symbol in enumerate(own)}
+            at = _dims([part.xreplace(places) for part in index], self.around.tensors[tensor])
+            views.append(TensorView(names[name], operands.index(tensor), tuple(places.values()), at))
+        return operands, tuple(sorted(views, key=lambda view: (view.position, view.tensor)))
+
+
+def _canonical_names(einsums: Sequence[Einsum], inputs: Mapping[str, Any]) -> dict[str, str]:
+    """Names without the numbers that tell one layer's ops from another's."""
+    table: dict[str, str] = {}
+    taken: set[str] = set()
+
+    def add(name: str, hint: str) -> None:
+        count, made = 1, hint
+        while made in taken:
+            count += 1
+            made = f"{hint}{count}"
+        taken.add(made)
+        table[name] = made
+
+    read = {tensor_name(item) for einsum in einsums for item in einsum.reads}
+    for name in inputs:
+        if name in read:
+            add(name, "In")
+    for einsum in einsums:
+        add(einsum.output, re.sub(r"[_\d]+$", "", einsum.output).replace("_", "") or "T")
+    return table
+
+
+def _rename(einsum: Einsum, names: Mapping[str, str]) -> Einsum:
+    table = {item: access(names[tensor_name(item)], item.args) for item in einsum.reads}
+    return replace(einsum, output=names[einsum.output], body=einsum.body.xreplace(table))

@@ -1,0 +1,75 @@
+"""Bytes and operations of a stage: as written, and as one kernel."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+
+from ...ir.cascade import Einsum, tensor_name
+from ...ir.types import DTYPES
+from .components import Space
+from .emit import Tensor
+from .group import Traffic
+from .stages import Stage
+
+
+def element_bytes(tensor: Tensor) -> int:
+    return DTYPES[tensor.dtype][1]
+
+
+def is_contraction(einsum: Einsum) -> bool:
+    """A sum of products of operands that do not walk over the same ranks: a matrix product."""
+    if einsum.reduction != "sum" or len(einsum.reads) < 2:
+        return False
+    return all(len(item.free_symbols) < len(einsum.space) for item in einsum.reads)
+
+
+def operations(einsums: Collection[Einsum], space: Space) -> int:
+    """Floating-point operations of the contractions, a multiply-add counted as two."""
+    return sum(2 * space.size(einsum.space) for einsum in einsums if is_contraction(einsum))
+
+
+def traffic(stage: Stage, wanted: Collection[str], space: Space, tensors: Mapping[str, Tensor]) -> Traffic:
+    """What a stage moves. ``wanted`` are the tensors that are needed outside of it.
+
+    As written, a matrix product is a kernel, and so is every stretch of other ops between matrix products: it reads
+    each tensor once and writes what others need. Wide tensors of an earlier stage were kept and are read.
+    """
+
+    def size(name: str) -> int:
+        return space.tensor_elements(name) * element_bytes(tensors[name])
+
+    own = [einsum for einsum in stage.einsums if einsum.output in stage.own]
+    products = [einsum for einsum in own if is_contraction(einsum)]
+    written = 0
+    for einsum in products:
+        written += size(einsum.output) + sum(size(name) for name in {tensor_name(item) for item in einsum.reads})
+    made_by_product = {einsum.output for einsum in products}
+    read_by_product = {tensor_name(item) for einsum in products for item in einsum.reads}
+    for stretch in _stretches([einsum for einsum in own if not is_contraction(einsum)]):
+        inside = {einsum.output for einsum in stretch}
+        read = {tensor_name(item) for einsum in stretch for item in einsum.reads} - inside
+        kept = {name for name in inside if name in wanted or name in read_by_product or _elsewhere(name, own, inside)}
+        written += sum(size(name) for name in read | kept)
+    made = {einsum.output for einsum in stage.einsums}
+    inputs = {tensor_name(item) for einsum in stage.einsums for item in einsum.reads} - made
+    outputs = {name for name in stage.own if name in wanted}
+    compulsory = sum(size(name) for name in inputs | outputs)
+    assert made_by_product <= made
+    return Traffic(written, compulsory, compulsory, operations(own, space), operations(stage.einsums, space))
+
+
+def _elsewhere(name: str, own: Collection[Einsum], inside: Collection[str]) -> bool:
+    return any(
+        einsum.output not in inside and any(tensor_name(item) == name for item in einsum.reads) for einsum in own
+    )
+
+
+def _stretches(einsums: Collection[Einsum]) -> list[list[Einsum]]:
+    """Einsums that read each other, together."""
+    stretches: list[list[Einsum]] = []
+    for einsum in einsums:
+        reads = {tensor_name(item) for item in einsum.reads}
+        near = [s for s in stretches if any(e.output in reads for e in s)]
+        merged = [e for s in near for e in s] + [einsum]
+        stretches = [s for s in stretches if s not in near] + [merged]
+    return stretches
