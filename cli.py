@@ -19,6 +19,7 @@ from .cli_map_memory import map_memory_command
 from .cli_opt import opt_command
 from .cli_passes import passes_command
 from .cli_plan import plan_command
+from .cli_predict import predict_app
 from .cli_report import report_command
 from .cli_run import run_command
 from .cli_verify import verify_command
@@ -59,6 +60,7 @@ app.command("plan", rich_help_panel="Plan")(plan_command)
 app.command("run", rich_help_panel="Plan")(run_command)
 app.command("verify", rich_help_panel="Plan")(verify_command)
 app.command("map-memory", rich_help_panel="Plan")(map_memory_command)
+app.add_typer(predict_app, name="predict", rich_help_panel="Plan")
 app.command("explain", rich_help_panel="Read")(explain_command)
 app.command("inspect", rich_help_panel="Read")(inspect_command)
 app.command("report", rich_help_panel="Read")(report_command)

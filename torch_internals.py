@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import hashlib
 import os
 import platform
 import sys
@@ -41,11 +42,16 @@ def compile_region(gm: torch.fx.GraphModule, example_inputs: Sequence[Any], **kw
 def code_key(gm: torch.fx.GraphModule, example_inputs: Sequence[Any], kwargs: dict[str, Any]) -> str | None:
     """Inductor's cache key of a graph (structure, constants, input layouts, settings, versions, machine); None when its
     code cache is off or does not take the graph."""
-    from torch._inductor.codecache import FxGraphCache
+    from torch._inductor.codecache import FxGraphCache, FxGraphCachePickler
 
     if not inductor_config.fx_graph_cache or inductor_config.force_disable_caches:
         return None
-    found, _ = FxGraphCache.prepare_key(gm, list(example_inputs), dict(kwargs), [], False)
+    plain = FxGraphCachePickler.debug_lines
+    FxGraphCachePickler.debug_lines = lambda *_: []  # a second hash of every part, for its log
+    try:
+        found, _ = FxGraphCache.prepare_key(gm, list(example_inputs), dict(kwargs), [], False)
+    finally:
+        FxGraphCachePickler.debug_lines = plain
     return found[0] if found is not None else None
 
 
@@ -98,7 +104,10 @@ def region_settings() -> contextlib.AbstractContextManager[Any]:
     trusted = sys.platform == "linux" and platform.machine() in ("x86_64", "AMD64")
     # A region has no joint graph; without the planner's partitioner its code is found in the cache with any budget.
     settings: dict[str, Any] = {"custom_partitioner_fn": None}
-    return inductor_settings({"cpp.vec_isa_ok": True, **settings} if trusted else settings)
+    stack = contextlib.ExitStack()
+    stack.enter_context(inductor_settings({"cpp.vec_isa_ok": True, **settings} if trusted else settings))
+    stack.enter_context(remembered_toolchain())
+    return stack
 
 
 def without_code_cache() -> contextlib.AbstractContextManager[Any]:
@@ -430,3 +439,52 @@ def load_cpp_library(source: str) -> Any:
     from torch._inductor.codecache import CppCodeCache
 
     return CppCodeCache.load(source)
+
+
+@contextlib.contextmanager
+def remembered_toolchain() -> Iterator[None]:
+    """Inside, two questions about the C++ toolchain that Inductor asks in each process are answered from its cache
+    directory: whether a probe of each vector instruction set loads (a child process each), and which precompiled header
+    is that of torch's header (which it preprocesses to learn that). Torch, compiler and command line are in the keys."""
+    from torch._inductor import codecache
+    from torch._inductor.cpu_vec_isa import VecISA
+
+    probe: Any = getattr(VecISA, "_probe_load", None)  # neither is in torch 2.11
+    precompile: Any = getattr(codecache, "_precompile_header", None)
+
+    def probe_load(self: Any, output_path: str) -> bool:
+        marker = Path(f"{output_path}.loads")
+        found = marker.exists() or bool(probe(self, output_path))
+        if found:
+            _note(marker, "")
+        return found
+
+    def precompile_header(header: str, hashable_cmd_line: str, **command: Any) -> str:
+        from torch._inductor.cpp_builder import get_compiler_version_info, get_cpp_compiler
+
+        parts = (header, hashable_cmd_line, torch.__version__, get_compiler_version_info(get_cpp_compiler()))
+        digest = hashlib.sha256("\n".join(parts).encode()).hexdigest()
+        note = Path(codecache.get_lock_dir()).parent / "effcc" / f"header-{digest}"
+        with contextlib.suppress(OSError):
+            path = note.read_text()
+            if any(Path(path + suffix).exists() for suffix in (".gch", ".pch")):
+                return path
+        path = str(precompile(header, hashable_cmd_line, **command))
+        _note(note, path)
+        return path
+
+    with contextlib.ExitStack() as stack:
+        for owner, name, plain, ours in (
+            (VecISA, "_probe_load", probe, probe_load),
+            (codecache, "_precompile_header", precompile, precompile_header),
+        ):
+            if plain is not None:
+                setattr(owner, name, ours)
+                stack.callback(setattr, owner, name, plain)
+        yield
+
+
+def _note(path: Path, text: str) -> None:
+    with contextlib.suppress(OSError):  # a cache that cannot be written remembers nothing
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)

@@ -166,7 +166,9 @@ def compile_cascade(
     """
     rewriting = cascade if isinstance(cascade, Rewriting) else rewrite(cascade)
     text = print_cascade(rewriting.cascade)
-    wanted = tuple(outputs if outputs is not None else (cascade if isinstance(cascade, Cascade) else cascade.cascade).outputs)
+    wanted = tuple(
+        outputs if outputs is not None else (cascade if isinstance(cascade, Cascade) else cascade.cascade).outputs
+    )
     given = {name: dtypes if isinstance(dtypes, str) else dtypes.get(name) for name in rewriting.cascade.tensors}
     key = (
         text, wanted, tuple(sorted(sizes.items())), tuple(sorted((k, v or "") for k, v in given.items())),

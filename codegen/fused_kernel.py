@@ -27,7 +27,9 @@ class FusedKernel:
         self.fused, self.kernel = fused, kernel
         self.bindings = dict(bindings)
         self._shapes = [_numbers(result.shape, bindings) for result in fused.results]
-        self._strides = [_numbers(result.stride or contiguous_stride(result.shape), bindings) for result in fused.results]
+        self._strides = [
+            _numbers(result.stride or contiguous_stride(result.shape), bindings) for result in fused.results
+        ]
         self._extents = {name: _number(size, bindings) for name, size in fused.sizes.items()}
 
     def __call__(
@@ -53,9 +55,7 @@ class FusedKernel:
         return torch.as_strided(base, shape, strides, base.storage_offset() + offset)
 
 
-def rank_strides(
-    view: TensorView, strides: Sequence[int], sizes: Mapping[str, int]
-) -> tuple[list[int], int]:
+def rank_strides(view: TensorView, strides: Sequence[int], sizes: Mapping[str, int]) -> tuple[list[int], int]:
     """(elements between neighbours in each of the view's ranks, offset of its first element)."""
     steps = [0] * len(view.ranks)
     offset = 0

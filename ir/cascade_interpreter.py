@@ -219,10 +219,10 @@ def rank_sizes(cascade: Cascade, inputs: Mapping[str, Array], given: Mapping[str
             if len(shape) != len(item.args):
                 raise CascadeError(f"{name} has {len(item.args)} ranks, the array {len(shape)}", where=name)
             for index, extent in zip(item.args, shape, strict=True):
-                if not (index.is_Symbol and is_rank(index)):
+                # A rank of a given size may walk over a part of the tensor, or beyond it (which a where() hides).
+                if not (index.is_Symbol and is_rank(index)) or index.name in given:
                     continue
-                # A size that is given may be smaller than the tensor: its beginning is read.
-                if sizes.setdefault(index.name, extent) > extent or (index.name not in given and sizes[index.name] != extent):
+                if sizes.setdefault(index.name, extent) != extent:
                     raise CascadeError(f"rank {index.name} is {sizes[index.name]} and, in {name}, {extent}", where=name)
     for symbol in cascade.ranks:
         if symbol.name not in sizes:

@@ -41,14 +41,15 @@ class _Found:
     known: AppliedUndef
 
 
-def exchange(cascade: Cascade) -> tuple[Cascade, tuple[Certificate, ...]]:
-    """Exchange every contraction whose other order is known, where that saves passes. Outputs keep their values."""
+def exchange(cascade: Cascade, always: bool = False) -> tuple[Cascade, tuple[Certificate, ...]]:
+    """Exchange every contraction whose other order is known, where that saves passes, or ``always``: a part of a larger
+    cascade does not show what depends on it. Outputs keep their values."""
     certificates: list[Certificate] = []
     for name in [einsum.output for einsum in cascade.einsums if einsum.reduction == "sum" and not einsum.iterative]:
         einsum = cascade.definitions[name]
         found = _search(cascade, einsum)
         changed = _replace(cascade, cascade.einsums.index(einsum), found) if found else None
-        if found and changed and _effort(changed) < _effort(cascade):
+        if found and changed and (always or _effort(changed) < _effort(cascade)):
             cascade = changed
             certificates.append(_certificate(einsum, found))
     return cascade, tuple(certificates)

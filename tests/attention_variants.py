@@ -177,7 +177,7 @@ def sink(q: Tensor, k: Tensor, v: Tensor, logit: Tensor) -> Tensor:
     """A learned logit a head that takes part in the softmax and has no value (gpt-oss)."""
     s = _scores(q, k)
     own = logit[None, :, None, None].expand(*s.shape[:-1], 1)
-    largest = torch.maximum(s.amax(-1, keepdim=True), own)
+    largest = torch.maximum(s.amax(-1, keepdim=True), own).detach()
     weights = torch.exp(s - largest)
     return (weights / (weights.sum(-1, keepdim=True) + torch.exp(own - largest))) @ v
 

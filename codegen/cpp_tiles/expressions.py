@@ -21,13 +21,13 @@ from ...ir.cascade import (
     tensor_name,
 )
 from .frame import Frame
-from .names import integer, inside, pointer, size_name, stride, tensor
+from .names import inside, integer, pointer, size_name, stride, tensor
 
 _COMPARISON_TEXT = {cls: text for text, cls in COMPARISONS.items()}
 _FUNCTIONS = {
     sympy.exp: "exponential({0})",
     sympy.log: "({0}).log()",
-    sympy.tanh: "({0}).tanh()",
+    sympy.tanh: "hyperbolic_tangent({0})",
     sympy.Abs: "({0}).abs()",
     Sigmoid: "sigmoid({0})",
     Relu: "at::vec::maximum({0}, Vec(scalar_t(0)))",

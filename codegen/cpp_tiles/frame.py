@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import sympy
 from sympy.core.function import AppliedUndef
 
-from ...ir.cascade import is_rank, ranks_of, tensor_name
+from ...ir.cascade import accesses, is_rank, ranks_of, tensor_name
 from ...ir.tile import (
     MAKERS,
     Cases,
@@ -25,7 +25,6 @@ from ...ir.tile import (
     expressions,
     walk,
 )
-from ...ir.cascade import accesses
 from .names import count, inside, origin, size_name
 
 #: A row of this many elements or more gets a few more, so that rows do not fall onto the same cache sets.
@@ -123,7 +122,10 @@ class Frame:
             for s in ranks_of(index):
                 slope = low.coeff(s)
                 ends = (sympy.Integer(0), slope * (self.size(s) - 1))
-                low, high = low.xreplace({s: sympy.Integer(0)}) + min(ends), high.xreplace({s: sympy.Integer(0)}) + max(ends)
+                low, high = (
+                    low.xreplace({s: sympy.Integer(0)}) + min(ends),
+                    high.xreplace({s: sympy.Integer(0)}) + max(ends),
+                )
             if low < 0 or high >= extent:
                 return True
         return False

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import sympy
 from sympy.core.function import AppliedUndef
 
-from ...ir.cascade import COMPARISONS, Maximum, accesses, is_rank, is_size, ranks_of, tensor_name
+from ...ir.cascade import ranks_of, tensor_name
 from ...ir.tile import (
     GRID,
     MAKERS,
@@ -27,8 +27,9 @@ from ...ir.tile import (
     expressions,
     walk,
 )
+from .bounds import base, bound, loop_ends
 from .frame import Frame, reused
-from .names import CPP_TYPES, count, inside, integer, origin, pointer, size_name, stride, tensor
+from .names import CPP_TYPES, count, inside, origin, pointer, size_name, stride, tensor
 from .nest import NestWriter, groups
 from .prelude import PRELUDE
 
@@ -111,7 +112,9 @@ class _ProgramWriter:
         setup = self._arguments()
         inner = self._body(body, frozenset())
         allocations, self.scratch = self._allocate(body)
-        blocks = [f"const int64_t blocks_{g.rank.name} = ({size_name(g.rank.name)} + {g.step - 1}) / {g.step};" for g in grid]
+        blocks = [
+            f"const int64_t blocks_{g.rank.name} = ({size_name(g.rank.name)} + {g.step - 1}) / {g.step};" for g in grid
+        ]
         total = " * ".join(f"blocks_{g.rank.name}" for g in grid) or "1"
         setup += [*blocks, f"const int64_t blocks = {total};"]
         decode = ["int64_t rest = block;"]
@@ -119,7 +122,9 @@ class _ProgramWriter:
             name = g.rank.name
             decode.append(f"const int64_t {origin(g.rank)} = (rest % blocks_{name}) * {g.step}; rest /= blocks_{name};")
             if g.step > 1:
-                decode.append(f"const int64_t {count(g.rank)} = std::min<int64_t>({g.step}, {size_name(name)} - {origin(g.rank)});")
+                decode.append(
+                    f"const int64_t {count(g.rank)} = std::min<int64_t>({g.step}, {size_name(name)} - {origin(g.rank)});"
+                )
         decode.append("(void)rest;")
         lines += _indented(setup)
         lines += _indented(
@@ -128,6 +133,8 @@ class _ProgramWriter:
                 "{",
                 f"  char* at = scratch + static_cast<int64_t>(omp_get_thread_num()) * {self.scratch};",
                 "  (void)at;",
+                "  const WithoutSubnormals normal_only;",
+                "  (void)normal_only;",
                 *_indented(allocations),
                 "  #pragma omp for schedule(dynamic, 1)",
                 "  for (int64_t block = 0; block < blocks; ++block) {",
@@ -226,17 +233,18 @@ class _ProgramWriter:
         if isinstance(item, Dot):
             return [self._dot(item)]
         if isinstance(item, Skip):
-            return [f"if (!({self._bound(item.condition, certain=False)})) continue;"]
+            return [f"if (!({bound(self.frame, item.condition, certain=False)})) continue;"]
         if isinstance(item, Cases):
-            head = f"if ({self._bound(item.condition, certain=True)}) {{"
+            head = f"if ({bound(self.frame, item.condition, certain=True)}) {{"
             full, partial = self._body(item.full, outer), self._body(item.partial, outer)
             return [head, *_indented(full), "} else {", *_indented(partial), "}"]
         rank = item.rank
-        o, z = origin(rank), size_name(rank.name)
-        lines = [f"for (int64_t {o} = 0; {o} < {z}; {o} += {item.step}) {{"]
+        o = origin(rank)
+        first, last, lines = loop_ends(self.frame, item)
+        lines.append(f"for (int64_t {o} = {first}; {o} < {last}; {o} += {item.step}) {{")
         if item.step > 1:
-            lines.append(f"  const int64_t {count(rank)} = std::min<int64_t>({item.step}, {z} - {o});")
-        return [*lines, *_indented(self._body(item.body, outer)), "}"]
+            lines.append(f"  const int64_t {count(rank)} = std::min<int64_t>({item.step}, {last} - {o});")
+        return ["{", *_indented([*lines, *_indented(self._body(item.body, outer)), "}"]), "}"]
 
     def _is_transposition(self, item: Load) -> bool:
         """A whole tile of two dimensions, from memory where the first dimension's elements are neighbours."""
@@ -256,25 +264,13 @@ class _ProgramWriter:
     def _transpose(self, item: Load) -> str:
         name = tensor_name(item.target)
         first, second = item.target.args
-        at = self._base(item.source)
+        at = base(self.frame, item.source)
         row = next(position for position, index in enumerate(item.source.args) if index == second)
         length = self.frame.length
         return (
             f"transposed({length(second)}, {length(first)}, {at}, {stride(tensor_name(item.source), row)}, "
             f"{pointer(name)}, {self.frame.strides(name)[0]});"
         )
-
-    def _base(self, item: AppliedUndef) -> str:
-        """Where an access's tile begins in memory."""
-        name = tensor_name(item)
-        origins = {s: origin(s) if s in self.frame.steps else "0" for s in ranks_of(item)}
-        terms = [tensor(name)]
-        for position, index in enumerate(item.args):
-            at = integer(index, origins)
-            if at != "0":
-                unit = position == self.frame.tensors[name].unit
-                terms.append(at if unit else f"{at} * {stride(name, position)}")
-        return " + ".join(terms)
 
     def _dot(self, item: Dot) -> str:
         rows = [s for s in item.target.args if s in ranks_of(item.left)]
@@ -310,7 +306,7 @@ class _ProgramWriter:
                 last_row += 1
             return pointer(name), f"({self.frame.strides(name)[last_row]})"
         position = next(p for p, index in enumerate(item.args) if index == row)
-        return self._base(item), stride(name, position)
+        return base(self.frame, item), stride(name, position)
 
     def _same_side(self, s: sympy.Symbol, row: sympy.Symbol, item: AppliedUndef) -> bool:
         return self._sides.get((tensor_name(item), s), False)
@@ -326,60 +322,6 @@ class _ProgramWriter:
                 for s in item.right.args:
                     found[tensor_name(item.right), s] = s in item.reduced
         return found
-
-    # Conditions -------------------------------------------------------------------------------------------------------
-
-    def _bound(self, condition: sympy.Expr, certain: bool) -> str:
-        """C++ that is true if the condition holds everywhere in a tile (``certain``), or may hold somewhere."""
-        if condition.is_Mul:
-            return " && ".join(f"({self._bound(part, certain)})" for part in condition.args)
-        if isinstance(condition, Maximum):
-            return " || ".join(f"({self._bound(part, certain)})" for part in condition.args)
-        if not isinstance(condition, tuple(COMPARISONS.values())):
-            return "false" if certain else "true"
-        text = next(text for text, cls in COMPARISONS.items() if isinstance(condition, cls))
-        difference = sympy.expand(condition.args[0] - condition.args[1])
-        own = [s for s in ranks_of(difference) if s in self.frame.steps and not self.frame.is_point(s)]
-        inside_accesses = {s for each in accesses(difference) for s in ranks_of(each)}
-        if not own or inside_accesses & set(own) or any(s not in self.frame.steps for s in ranks_of(difference)):
-            return "false" if certain else "true"
-        low, high = self._ends(difference, own)
-        # What must hold of the difference's ends: certainly, and possibly.
-        table = {
-            "<": (f"{high} < 0", f"{low} < 0"),
-            "<=": (f"{high} <= 0", f"{low} <= 0"),
-            ">": (f"{low} > 0", f"{high} > 0"),
-            ">=": (f"{low} >= 0", f"{high} >= 0"),
-            "==": (f"{low} == 0 && {high} == 0", f"{low} <= 0 && {high} >= 0"),
-            "!=": (f"{low} > 0 || {high} < 0", f"!({low} == 0 && {high} == 0)"),
-        }
-        return table[text][0 if certain else 1]
-
-    def _ends(self, e: sympy.Expr, own: list[sympy.Symbol]) -> tuple[str, str]:
-        low, high = [], []
-        rest = e
-        for s in own:
-            slope = e.coeff(s)
-            rest = rest - slope * s
-            first, last = origin(s), f"({origin(s)} + {count(s)} - 1)"
-            factor = repr(float(slope))
-            low.append(f"{factor} * {first if slope > 0 else last}")
-            high.append(f"{factor} * {last if slope > 0 else first}")
-        scalar = self._scalar(sympy.expand(rest))
-        return f"({' + '.join([scalar, *low])})", f"({' + '.join([scalar, *high])})"
-
-    def _scalar(self, e: sympy.Expr) -> str:
-        """An expression that is one number in a tile, in double precision."""
-        if e.is_number:
-            return repr(float(e))
-        if isinstance(e, AppliedUndef):
-            return f"static_cast<double>(*({self._base(e)}))"
-        if e.is_Symbol:
-            name = size_name(e.name.strip("|")) if is_size(e) or not is_rank(e) else origin(e)
-            return f"static_cast<double>({name})"
-        if e.is_Add or e.is_Mul:
-            return "(" + (" + " if e.is_Add else " * ").join(self._scalar(part) for part in e.args) + ")"
-        raise TypeError(f"no scalar form: {e}")
 
 
 def _made(body: Sequence[Statement]) -> set[str]:

@@ -255,7 +255,10 @@ class Body:
         counts: dict[sympy.Expr, int] = {}
         for source in sources:
             for node in source.atoms(*_COSTLY):
-                if ranks_of(node) & frozenset(self.roles.streamed) - self.roles.points and node not in self.shared_values:
+                if (
+                    ranks_of(node) & frozenset(self.roles.streamed) - self.roles.points
+                    and node not in self.shared_values
+                ):
                     counts[node] = counts.get(node, 0) + 1
         twice = [node for node, count in counts.items() if count > 1]
         return max(twice, key=lambda node: (node.count_ops(), sympy.default_sort_key(node)), default=None)
@@ -325,7 +328,7 @@ class Body:
         table: dict[sympy.Expr, sympy.Expr] = {}
         for node in sorted(e.atoms(*_COSTLY), key=lambda n: (n.count_ops(), sympy.default_sort_key(n))):
             own = self.layout.order(ranks_read_in(node))
-            if not own or len(own) >= len(target.args) and len(target.args) > 1:
+            if not own or (len(own) >= len(target.args) and len(target.args) > 1):
                 continue
             if node not in self.instances:
                 value = self.layout.value(self.names.value("Factor"), own)
@@ -358,4 +361,3 @@ def held_states(launches: Launches, kernel: Kernel) -> frozenset[str]:
 def state_statements(kernel: Kernel, layout: Layout) -> list[Statement]:
     """The roots' states before the first step."""
     return [State(layout.value(root.name, root.indices), root.initial) for root in kernel.roots]
-

@@ -5,7 +5,7 @@ from __future__ import annotations
 from ...errors import EffccError
 
 
-class NotLowerable(EffccError):  # noqa: N818  # a verdict, not a failure: the caller falls back
+class NotLowerable(EffccError):  # a verdict, not a failure: the caller falls back
     """A cascade has no tile program here. ``message`` is the reason; the caller leaves its ops as they are."""
 
     def __init__(self, reason: str, *, where: str = "") -> None:

@@ -189,7 +189,9 @@ class _Lowering:
     # Tensors ----------------------------------------------------------------------------------------------------------
 
     def tensors(self, body: tuple[Statement, ...]) -> tuple[Tensor, ...]:
-        made = {tensor_name(item.target) for item in walk(body) if hasattr(item, "target") and not isinstance(item, Store)}
+        made = {
+            tensor_name(item.target) for item in walk(body) if hasattr(item, "target") and not isinstance(item, Store)
+        }
         read: dict[str, AppliedUndef] = {}
         for item in walk(body):
             for e in expressions_of(item):

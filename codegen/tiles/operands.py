@@ -52,6 +52,6 @@ def split_product(
     operands = sympy.Mul(*left[1], *loose), sympy.Mul(*right[1])
     if not walked or any(not ranks_of(operand) & walked for operand in operands):
         return None
-    if any(not s in ranks_of(operands[0]) | ranks_of(operands[1]) for s in walked):
+    if any(s not in ranks_of(operands[0]) | ranks_of(operands[1]) for s in walked):
         return None
     return Split(*operands, rows, columns)

@@ -99,7 +99,9 @@ def softmax_time(
     )
 
 
-def norm_time(rows: Array, width: Array, gpu: Gpu, bandwidth_share: float, host: float, constants: MemoryConstants) -> MemoryTime:
+def norm_time(
+    rows: Array, width: Array, gpu: Gpu, bandwidth_share: float, host: float, constants: MemoryConstants
+) -> MemoryTime:
     """Layer norm over the last dimension: statistics in one sweep, the result in a second."""
     ones = np.ones_like(rows)
     padded = np.ceil(width / (4 * NORM_THREADS)) * 4 * NORM_THREADS
@@ -137,7 +139,9 @@ def _row_time(
     moved = (least + sweeps * size * miss) * _outside(least, gpu)
     streaming = moved / (gpu.bandwidth * bandwidth_share)
     waves = blocks / resident
-    cycles = np.maximum(blocks / gpu.units, 1.0) * (padded * constants.element_cycles / gpu.lanes + constants.block_cycles)
+    cycles = np.maximum(blocks / gpu.units, 1.0) * (
+        padded * constants.element_cycles / gpu.lanes + constants.block_cycles
+    )
     arithmetic = cycles / (gpu.boost_mhz * 1e6)
     power = constants.exponent
     seconds = (streaming**power + arithmetic**power) ** (1 / power) + constants.call_share * host

@@ -28,7 +28,7 @@ Array = npt.NDArray[np.float64]
 Constants = TypeVar("Constants", GemmConstants, MemoryConstants)
 #: Rows of one device that constants are fitted to; they are few, and every evaluation is of all rows.
 _FIT_ROWS = 1500
-_QUICK_ROWS = 500
+_QUICK_ROWS = 400
 #: Trees of an expert, and of one that only serves to choose.
 _ROUNDS = 120
 _QUICK_ROUNDS = 60

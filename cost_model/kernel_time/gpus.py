@@ -103,11 +103,11 @@ def find(name: str, given: dict[str, Gpu] | None = None) -> Gpu:
     Raises DeviceError for an unknown name, with close ones.
     """
     for table in (given or {}, _by_name()):
-        found = table.get(_key(name))
+        found = table.get(key(name))
         if found is not None:
             return found
-    titles = {_key(gpu.title): gpu.title for gpu in packaged().values()}
-    close = difflib.get_close_matches(_key(name), titles, n=3, cutoff=0.5)
+    titles = {key(gpu.title): gpu.title for gpu in packaged().values()}
+    close = difflib.get_close_matches(key(name), titles, n=3, cutoff=0.5)
     hint = f"did you mean {' or '.join(repr(titles[each]) for each in close)}? " if close else ""
     raise DeviceError(
         f"no figures for the device {name!r}",
@@ -120,11 +120,11 @@ def _by_name() -> dict[str, Gpu]:
     table = {}
     for short, gpu in packaged().items():
         for name in (short, gpu.title, *gpu.aliases):
-            table[_key(name)] = gpu
+            table[key(name)] = gpu
     return table
 
 
-def _key(name: str) -> str:
+def key(name: str) -> str:
     """``NVIDIA_A100-PCIE-40GB`` and ``NVIDIA A100 PCIe 40GB`` are one device."""
     words = [word for word in re.split(r"[^a-z0-9]+", name.lower()) if word not in ("nvidia", "tesla", "geforce", "")]
     return "".join(words)
@@ -140,7 +140,7 @@ def read_device_file(path: Path, text: str) -> dict[str, Gpu]:
     if not isinstance(value, dict):
         raise DeviceError("a device file holds one JSON object", where=where, remedy="see docs/cost_model.md")
     entries: dict[str, Any] = value
-    single = any(key in value for key in ("Device", "Num_Sm", "units", "tiers", "title"))
+    single = any(field in value for field in ("Device", "Num_Sm", "units", "tiers", "title"))
     if single:
         entries = {str(value.get("Device") or value.get("title") or path.stem): value}
     found: dict[str, Gpu] = {}
@@ -149,7 +149,7 @@ def read_device_file(path: Path, text: str) -> dict[str, Gpu]:
             raise DeviceError(f"{name!r} is not an object of figures", where=where, remedy="see docs/cost_model.md")
         gpu = _gpu(name, entry, where)
         for alias in {name, gpu.title, *gpu.aliases, *([str(entry["name"])] if "name" in entry else [])}:
-            found[_key(alias)] = gpu
+            found[key(alias)] = gpu
     if not found:
         raise DeviceError("the device file describes no device", where=where, remedy="see docs/cost_model.md")
     return found
@@ -167,7 +167,7 @@ def _gpu(name: str, entry: dict[str, Any], where: str) -> Gpu:
         figures = dict(entry)
         figures.setdefault("title", name)
     names = (str(figures["title"]), name, str(entry.get("name", "")))
-    known = next((_by_name()[_key(each)] for each in names if _key(each) in _by_name()), None)
+    known = next((_by_name()[key(each)] for each in names if key(each) in _by_name()), None)
     merged = _with_defaults(figures, known)
     try:
         gpu = msgspec.convert(merged, type=Gpu)
@@ -186,7 +186,7 @@ def _with_defaults(figures: dict[str, Any], known: Gpu | None) -> dict[str, Any]
     """A file's figures over the packaged ones, or over those of the class that the figures point to."""
     if known is not None:
         base = msgspec.to_builtins(known)
-        fresh = {key: value for key, value in figures.items() if not _same(value, base.get(key))}
+        fresh = {field: value for field, value in figures.items() if not _same(value, base.get(field))}
         total = _number(figures.get("units"), known.units) * _number(figures.get("lanes"), known.lanes)
         if _same(total, known.units * known.lanes):  # some sources split one unit into two
             fresh.pop("units", None)

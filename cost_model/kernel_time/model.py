@@ -160,6 +160,13 @@ def family_model(model: KernelModel, family: str) -> FamilyModel:
     return found
 
 
+def nearest_measured(gpu: Gpu, family: FamilyModel) -> tuple[str, bool]:
+    """Title of the measured device that is most alike, and whether it is the same device."""
+    learned = [expert for expert in family.experts if expert.trees is not None]
+    nearest = min(learned, key=lambda expert: distance(gpu, expert.gpu))
+    return nearest.gpu.title, distance(gpu, nearest.gpu) < SAME_DEVICE
+
+
 def predict(rows: Rows, gpu: Gpu, model: KernelModel) -> Banded:
     """Predicted seconds with their band."""
     family = family_model(model, rows.family)

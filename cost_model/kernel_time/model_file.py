@@ -139,3 +139,12 @@ def _load(path: Path) -> KernelModel:
 def own_path() -> Path:
     """Where ``effcc calibrate --from-data`` keeps a model of the user's own."""
     return Path(os.environ.get("EFFCC_CACHE_DIR") or Path.home() / ".cache" / "effcc") / "kernel_times.json.gz"
+
+
+def write(path: Path, data: bytes) -> None:
+    """Write a model's file whole or not at all. Raises OutputError."""
+    from ...ir.plan_file import write_atomically
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, data)
+    _load.cache_clear()

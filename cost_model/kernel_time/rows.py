@@ -132,7 +132,9 @@ def parse(text: str, where: str, *, measured: bool = False, kernel_names: bool =
     for number, (line_number, line) in enumerate(lines):
         at = f"{where}, line {line_number}"
         if len(line) != len(header):
-            raise KernelDataError(f"{len(line)} cells under {len(header)} columns", where=at, remedy="complete the line")
+            raise KernelDataError(
+                f"{len(line)} cells under {len(header)} columns", where=at, remedy="complete the line"
+            )
         op = line[place["OPName"]]
         if op not in families:
             try:
@@ -196,5 +198,7 @@ def read(path: Path, *, measured: bool = False, kernel_names: bool = False) -> T
     except OSError as error:
         raise KernelDataError(f"cannot read {path}: {error.strerror or error}", remedy="check the path") from error
     except (UnicodeDecodeError, EOFError, zlib.error) as error:
-        raise KernelDataError(f"{path} is not a CSV file: {error}", remedy="give a text file, plain or gzipped") from error
+        raise KernelDataError(
+            f"{path} is not a CSV file: {error}", remedy="give a text file, plain or gzipped"
+        ) from error
     return parse(text, str(path), measured=measured, kernel_names=kernel_names)

@@ -6,6 +6,8 @@ chosen on training rows: a device is left out, the rest predicts it. Rows kept f
 
 from __future__ import annotations
 
+import hashlib
+import importlib.metadata
 import itertools
 import math
 from collections.abc import Callable, Sequence
@@ -43,6 +45,7 @@ _HARM = 0.1
 _MIXTURES = [Mixture(reach, core) for reach in (0.5, 0.8, 1.2, 2.0) for core in (0.1, 0.5, 1.5)]
 #: Upper ends (predicted seconds) of the bins that have bands of their own.
 BINS = (2e-4, 1e-3, math.inf)
+_SOURCE = "latencies of f32 kernels, PyTorch 2.1: sitar-lab/NeuSight scripts/asplos/data (MIT)"
 #: Times that ten rows are drawn from each left-out device to learn how few-shot adaptation behaves.
 _DRAWS = 6
 _SHOTS = 10
@@ -79,6 +82,27 @@ def _joined(parts: list[Rows]) -> Rows:
         np.arange(sum(len(part) for part in parts)),
         [name for part in parts for name in part.kernels],
     )
+
+
+def train_from(folder: Path, seed: int = 0, log: Log = lambda text: None) -> KernelModel:
+    """The model trained on ``kernels/*.train.csv*`` of a data folder, with its provenance."""
+    kernels = folder / "kernels" if (folder / "kernels").is_dir() else folder
+    groups, counts = load_training_rows(kernels)
+    model = train(groups, seed, log)
+    files = {
+        name: {"rows": count, "sha256": hashlib.sha256((kernels / name).read_bytes()).hexdigest()}
+        for name, count in counts.items()
+    }
+    provenance = {
+        "source": _SOURCE,
+        "rows": sum(counts.values()),
+        "files": files,
+        "devices": sorted({rows.device for rows, _ in groups}),
+        "made_with": {name: importlib.metadata.version(name) for name in ("lightgbm", "scipy", "numpy")},
+        "command": "effcc calibrate --from-data",
+        **model.provenance,
+    }
+    return replace(model, provenance=provenance)
 
 
 def train(groups: Sequence[Group], seed: int = 0, log: Log = lambda text: None) -> KernelModel:
@@ -196,7 +220,9 @@ def _bands(
         order = np.argsort(prediction.core)
         for held in (order[3 * len(order) // 4 :], order[::5]):
             kept = np.setdiff1d(np.arange(len(rows)), held)
-            trees = fit_trees(prediction.features[kept], target[kept], row_weights(rows.seconds[kept]), seed, quick=True)
+            trees = fit_trees(
+                prediction.features[kept], target[kept], row_weights(rows.seconds[kept]), seed, quick=True
+            )
             known.append((prediction.core[held], target[held] - trees.predict(prediction.features[held])))
     unseen = [(run.prediction.seconds, run.residual) for run in runs]
     return {kind: _quantiles(parts) for kind, parts in (("known", known), ("unseen", unseen or known))}

@@ -14,7 +14,7 @@ from functools import lru_cache
 
 import sympy
 
-from ...ir.cascade import Cascade, Einsum, rank, ranks_of, tensor_name
+from ...ir.cascade import Cascade, Equal, NotEqual, accesses, rank, ranks_of, tensor_name
 from ...ir.graph import Graph, Location
 from ...ir.types import TensorType
 from ..cascade_analysis import group_of, pass_table, rank_passes
@@ -25,10 +25,11 @@ from .emit import Tensor, elements
 from .extract import Extracted, Surroundings, extract
 from .group import Group, Traffic
 from .guards import prepare
+from .program import PRECISION
 from .raise_graph import Raised
 from .ranks import unify_ranks
 from .stages import Level, Stage, Staging
-from .traffic import element_bytes, traffic
+from .traffic import element_bytes, operations, traffic
 
 #: A stage whose rewritten form still needs another pass is cut there, at most this many times.
 _MAX_CUTS = 3
@@ -136,6 +137,7 @@ class _Chooser:
     # One component ---------------------------------------------------------------------------------------------------
 
     def _candidate(self, component: Component) -> _Candidate:
+        self._hopeless(component)
         component, space, tensors = self._prepared(component)
         delays: dict[str, Level] = {}
         for _ in range(_MAX_CUTS):
@@ -149,6 +151,22 @@ class _Chooser:
                 delays[name] = max(level, delays.get(name, level))
         raise _Refusal("after each cut into passes, another one was needed")
 
+    def _hopeless(self, component: Component) -> None:
+        """Refuse at once what cannot gain enough even if all of its traffic were saved."""
+        core = [self.space.writer[name] for name in component.core]
+        tensors = self.raised.tensors
+        moved = 0
+        for einsum in core:
+            names = {einsum.output} | {tensor_name(item) for item in einsum.reads}
+            moved += sum(self.space.tensor_elements(name) * element_bytes(tensors[name]) for name in names)
+        work = operations(core, self.space)
+        rates, choice = self.choice.rates, self.choice
+        if moved < choice.saved_bytes:
+            raise _Refusal(f"it moves {moved} bytes only")
+        before, least = work / rates.library + moved / rates.bandwidth, work / rates.fused
+        if before < choice.gain * least and _most_passes_over(Cascade(tuple(core)), component.pair) == 1:
+            raise _Refusal(f"{work / 1e9:.3g} GFLOP to {moved / 1e6:.3g} MB: computing, not memory, takes the time")
+
     def _prepared(self, component: Component) -> tuple[Component, Space, Mapping[str, Tensor]]:
         """The component with sums opened and contractions exchanged (attention's delta), in ranks that only its own
         tensors tie together."""
@@ -159,38 +177,35 @@ class _Chooser:
         for einsum in self.raised.raw:
             einsums += [changed[part] for part, whole in parts.items() if whole == einsum.output]
             einsums.append(changed.get(einsum.output, einsum))
-        own = [rank(name) for name in self.raised.raw_sizes]
-        sizes = {symbol: self.raised.raw_sizes[symbol.name] for symbol in own}
-        named, named_sizes = unify_ranks(einsums, sizes, core | set(parts))
-        by_name = {symbol.name: size for symbol, size in named_sizes.items()}
+        sizes = {rank(name): size for name, size in self.raised.raw_sizes.items()}
+        own, _ = unify_ranks([e for e in einsums if e.output in core or e.output in parts], sizes, core | set(parts))
         if len(core) <= _MAX_EXCHANGE:
-            inside = [einsum for einsum in named if einsum.output in core or einsum.output in parts]
-            table = {einsum.output: einsum for einsum in exchange(Cascade(tuple(inside)))[0].einsums}
-            named = [table.get(einsum.output, einsum) for einsum in named]
+            own = list(exchange(Cascade(tuple(own)), always=True)[0].einsums)
+        table = {einsum.output: einsum for einsum in own}
+        named = [table.get(einsum.output, einsum) for einsum in einsums]
         tensors = {**self.raised.tensors}
         for part, whole in parts.items():
             tensors[part] = replace(tensors[whole], name=part, nodes=(), leaf=False)
         named = list(without_unread(Cascade(tuple(named)), self.needed).einsums)
         order = tuple(einsum.output for einsum in named if einsum.output in core or einsum.output in parts)
         component = replace(component, wide=component.wide & frozenset(order))
-        return replace(component, core=order), Space(named, by_name, self.space.leaf_elements), tensors
+        return replace(component, core=order), Space(named, self.raised.raw_sizes, self.space.leaf_elements), tensors
 
     def _evaluate(self, candidate: _Candidate) -> dict[str, Level]:
         """Extract and rewrite every stage. What must be put off to a later stage, if anything must."""
         candidate.extracted, candidate.traffic = [], []
         around = self._surroundings(candidate)
         for stage in candidate.stages:
+            _refuse_exact_comparisons(stage, candidate.tensors)
             wanted = self._wanted(stage, candidate)
-            wide = sorted(set(wanted) & candidate.component.wide)
-            if wide:
-                raise _Refusal(f"{', '.join(wide)} is needed as such")
             extracted = extract(stage.einsums, wanted, around)
             rewriting = rewritten(extracted.fused.cascade)
             late = _late(extracted, rewriting, candidate.component)
             if late:
-                # What is wide is computed again where it is read.
-                put_off = (late & stage.own) - candidate.component.wide
-                if not put_off or put_off >= stage.own - candidate.component.wide:
+                # What is wide is computed again where it is read, unless it is a result.
+                again = candidate.component.wide - set(wanted)
+                put_off = (late & stage.own) - again
+                if not put_off or put_off >= stage.own - again:
                     raise _Refusal(f"{', '.join(sorted(late))} needs another pass over what is computed again")
                 return dict.fromkeys(put_off, (stage.level[0], stage.level[1] + 1))
             candidate.extracted.append(extracted)
@@ -212,7 +227,7 @@ class _Chooser:
         order = {}
         for name, tensor in candidate.tensors.items():
             writer = candidate.space.writer.get(name)
-            order[name] = self.position[tensor.nodes[0]] if writer is None else writer.line
+            order[name] = writer.line if writer is not None else self.position.get(next(iter(tensor.nodes), ""), 0)
         return Surroundings(candidate.tensors, candidate.space.sizes, lambda name: self._type(candidate.tensors[name]), order)
 
     def _type(self, tensor: Tensor) -> TensorType:
@@ -288,6 +303,15 @@ class _Refusal(Exception):
     pass
 
 
+def _refuse_exact_comparisons(stage: Stage, tensors: Mapping[str, Tensor]) -> None:
+    """``S == max(S)``: a kernel that computes S again rounds it in another way, and finds no equal element."""
+    for einsum in stage.einsums:
+        for node in einsum.body.atoms(Equal, NotEqual):
+            sides = [{tensor_name(item) for item in accesses(side)} for side in node.args]
+            if all(any(tensors[name].dtype in PRECISION for name in side) for side in sides):
+                raise _Refusal(f"{einsum.output} compares computed numbers for equality")
+
+
 def _group_name(nodes: Collection[str]) -> str:
     return f"cascade_{next(iter(nodes))}"
 
@@ -325,6 +349,12 @@ def _origin(name: str, back: Mapping[str, str]) -> str:
     """The tensor as written that a tensor of the rewritten cascade belongs to."""
     best = max((each for each in back if name == each or name.startswith(f"{each}_")), key=len, default="")
     return back.get(best, "")
+
+
+def _most_passes_over(cascade: Cascade, ranks: Collection[sympy.Symbol]) -> int:
+    """Most passes over one of the ranks."""
+    levels = [rank_passes(cascade, group_of(cascade, symbol)).einsum.values() for symbol in ranks]
+    return max((level for found in levels for level in found), default=1)
 
 
 def _most_passes(cascade: Cascade) -> int:

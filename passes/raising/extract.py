@@ -88,10 +88,15 @@ class _Bindings:
         self.inputs: dict[str, tuple[str, tuple[sympy.Symbol, ...], tuple[sympy.Expr, ...]]] = {}
         self._known: dict[Any, str] = {}
         self.new_sizes: dict[sympy.Symbol, Size] = {}
+        self._table: dict[Einsum, dict[AppliedUndef, sympy.Expr]] = {}
+        for einsum in einsums:
+            outer = [item for item in einsum.reads if tensor_name(item) not in self.inside]
+            # In the graph's order, not by names, which tell one layer from another.
+            outer.sort(key=lambda item: (around.order[tensor_name(item)], [str(at.is_Symbol) for at in item.args]))
+            self._table[einsum] = {item: self._input(item) for item in outer}
 
     def bind(self, einsum: Einsum) -> Einsum:
-        table = {item: self._input(item) for item in einsum.reads if tensor_name(item) not in self.inside}
-        return replace(einsum, body=einsum.body.xreplace(table))
+        return replace(einsum, body=einsum.body.xreplace(self._table[einsum]))
 
     def _input(self, item: AppliedUndef) -> sympy.Expr:
         name, tensor = tensor_name(item), self.around.tensors[tensor_name(item)]
