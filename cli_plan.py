@@ -7,8 +7,10 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
+import msgspec
 import typer
 
+from .activation_words import choice_figures
 from .cli_support import JsonOption, check_writable, console, heading, print_json, quiet_torch, stage, write_text
 from .errors import OptionError
 from .options import parse_bytes
@@ -38,6 +40,9 @@ def plan_command(
     memory_budget: Annotated[
         str | None, typer.Option("--memory-budget", metavar="SIZE", help="Most bytes on the device, such as 8GiB.")
     ] = None,
+    pareto: Annotated[
+        bool, typer.Option("--pareto", help="Also time against memory: what each peak would cost. Needs --train.")
+    ] = False,
     dynamic: Annotated[bool, typer.Option("--dynamic", help="Keep the inputs' sizes symbolic.")] = False,
     output: Annotated[Path, typer.Option("-o", "--output", help="Where the plan goes.")] = Path("plan.effcc"),
     report: Annotated[
@@ -73,6 +78,7 @@ def plan_command(
         dtype=dtype,
         device=device,
         memory_budget=parse_bytes(memory_budget, option="--memory-budget") if memory_budget else None,
+        pareto=pareto,
         dynamic=dynamic,
         pipeline=pipeline or PIPELINE,
         dump_dir=dump_dir,
@@ -104,7 +110,7 @@ def _write(planned: Planned, output: Path, report: Path | None, dump_dir: Path |
     if report is not None:
         from .report.page import render_report
 
-        write_text(report, render_report(load_plan(output, validate=False), dump_dir))
+        write_text(report, render_report(load_plan(output, validate=False), dump_dir, pareto=planned.pareto))
         paths["report"] = str(report)
     return paths
 
@@ -123,11 +129,20 @@ def _emit_mlir(request: PlanRequest, output: Path) -> tuple[dict[str, str], list
 def _finish(planned: Planned, paths: dict[str, str], more_notes: list[str], json: bool) -> None:
     summary = planned.summary
     if json:
-        print_json({"summary": summary, "paths": paths, "notes": [*planned.plan.notes, *more_notes]})
+        print_json(
+            {
+                "summary": summary,
+                "paths": paths,
+                "notes": [*planned.plan.notes, *more_notes],
+                "activations": [choice_figures(choice) for choice in planned.activations],
+                "pareto": [msgspec.structs.asdict(point) for point in planned.pareto],
+            }
+        )
         return
     out = console()
     heading(out, planned.plan.model, f" on {planned.plan.device}")
     _print_summary(summary, planned)
+    _print_pareto(planned)
     for note in (*planned.plan.notes, *more_notes, *_hints(planned.plan)):
         out.print(f"  note: {note}", markup=False, style="dim")
     for kind, path in paths.items():
@@ -150,6 +165,24 @@ def _print_summary(summary: Summary, planned: Planned) -> None:
         out.print(f"    {bytes_text(holder.bytes):>11}  {count}{holder.role}: {holder.what}{where}", markup=False)
     for row in fallback_rows(planned.plan)[:3]:
         out.print(f"  fallback {row['op']}: {row['reason']} ({row['source']})", markup=False)
+
+
+def _print_pareto(planned: Planned) -> None:
+    from .cli_support import table
+    from .formatting import bytes_text, seconds_text
+
+    if not planned.pareto:
+        return
+    rows = table("peak", "time", "more", "best possible", "kept", right=("peak", "time", "more", "best possible", "kept"))
+    rows.title = "Time against memory"
+    fastest = min(point.seconds for point in planned.pareto) or 1.0
+    for point in planned.pareto:
+        more = f"{100 * (point.seconds / fastest - 1):.1f} %"
+        rows.add_row(
+            bytes_text(point.peak), seconds_text(point.seconds), more, seconds_text(point.bound),
+            bytes_text(point.saved_bytes),
+        )  # fmt: skip
+    console().print(rows)
 
 
 def _hints(plan: Plan) -> list[str]:

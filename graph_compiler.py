@@ -39,6 +39,7 @@ from .options import Options
 from .passes.manager import DUMP_VARIABLE
 from .runtime.cache_directory import usable_directory
 from .runtime.compiled_graph import CompiledGraph
+from .runtime.peak_meter import PeakMeter
 from .runtime.reports import GraphReport, RegionReport, add_report
 from .step_planner import Member, StepPlanner, move_to_scratch
 from .summary import summarize
@@ -56,6 +57,7 @@ class Compilation:
     given_plan: Plan | None = None
     forward: torch.fx.GraphModule | None = None
     planner: StepPlanner = field(init=False)
+    meter: PeakMeter = field(default_factory=PeakMeter)
     #: Whether a graph of the step came out of the cache.
     restored: bool = False
     #: Chooses what forwards save, where there is a budget.
@@ -114,7 +116,7 @@ class Compilation:
         namespace = constants_of(rewritten.module, compiled.segments)
         namespace.update({functions[identity]: code.run for identity, code in compiled.code.items()})
         fill_report(report, compiled)
-        result = CompiledGraph(report.host_source, namespace, report)
+        result = CompiledGraph(report.host_source, namespace, report, self.meter)
         strides = output_strides(rewritten.module, compiled)
         member = self.add_member(result, source, lambda: compiled, compiled.collector)
         record = record_of(compiled, report.host_source, strides, report.notes) if key is not None else None
@@ -147,7 +149,8 @@ class Compilation:
                     source=entry.source,
                 )
             )
-        result = CompiledGraph(record.host_source, {name: each.run for name, each in code.items()}, report)
+        namespace = {name: each.run for name, each in code.items()}
+        result = CompiledGraph(record.host_source, namespace, report, self.meter)
         for region in record.regions:
             if region.scratch is not None:
                 layout = ScratchLayout(region.scratch.offsets, region.scratch.height)

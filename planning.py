@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from .activation_words import with_choices
 from .cost_model.devices import Device
 from .errors import BudgetError, OptionError
 from .formatting import bytes_text
@@ -25,12 +26,16 @@ if TYPE_CHECKING:
     import torch
 
     from .frontend.capture import Captured
+    from .budget_planning import BudgetPlanner, ParetoPoint
     from .frontend.model_file import ModelSpec
+    from .passes.activation.choice import ActivationChoice
     from .passes.flatten import RegionBuffers
     from .passes.planner import StateBytes
 
 #: What is done to every captured graph before it is planned.
 PIPELINE = "normalize,repeated-structure,regions,schedule"
+#: The same where layers may differ in what they save: they are not folded into one.
+BUDGET_PIPELINE = "normalize,regions,schedule"
 
 Progress = Callable[[str], AbstractContextManager[None]]
 
@@ -52,6 +57,8 @@ class PlanRequest:
     dtype: str | None = None
     device: str = "cpu"
     memory_budget: int | None = None
+    #: Also the curve of time against memory.
+    pareto: bool = False
     dynamic: bool = False
     pipeline: str = PIPELINE
     dump_dir: Path | None = None
@@ -66,6 +73,10 @@ class Planned:
     graphs_text: dict[str, str]
     records: tuple[PassRecord, ...]
     captured: Captured
+    #: What is kept, recomputed and swapped, for each joint graph; empty without a budget.
+    activations: tuple[ActivationChoice, ...] = ()
+    #: Time against memory, where it was asked for.
+    pareto: tuple[ParetoPoint, ...] = ()
 
     @property
     def summary(self) -> Summary:
@@ -146,36 +157,70 @@ def plan_model(
 
     device = device_named(request.device)
     check_options(request)
-    passes = parse_pipeline(request.pipeline)
+    budgeted = request.train and (request.memory_budget is not None or request.pareto)
+    pipeline = request.pipeline if not budgeted or request.pipeline != PIPELINE else BUDGET_PIPELINE
+    passes = parse_pipeline(pipeline)
+    planner = _budget_planner(device) if budgeted else None
     with progress("capture"):
         spec = spec or _load(request.model)
-        captured = _capture(request, device, spec)
+        captured = _capture(request, device, spec, planner)
     manager = PassManager(passes, dump_dir=request.dump_dir, verify=request.verify)
-    graphs = []
-    for graph in map(_with_saved_roles, captured.graphs):
-        with progress(f"passes on {graph.name} ({len(graph.nodes)} ops)"):
-            graphs.append(manager.run(graph))
-    with progress("plan"):
-        made = make_plan(
-            captured.name,
-            graphs,
-            device,
-            state=_state(captured),
-            budget=request.memory_budget,
-            optimizer=captured.optimizer,
-            bindings=captured.sizes,
-            region_buffers=_region_buffers(device),
-        )
+    graphs: list[Graph] = []
+
+    def make(captured: Captured) -> Plan:
+        graphs[:] = []
+        for graph in map(_with_saved_roles, captured.graphs):
+            with progress(f"passes on {graph.name} ({len(graph.nodes)} ops)"):
+                graphs.append(manager.run(graph))
+        with progress("plan"):
+            return make_plan(
+                captured.name,
+                graphs,
+                device,
+                state=_state(captured),
+                budget=request.memory_budget,
+                optimizer=captured.optimizer,
+                bindings=captured.sizes,
+                region_buffers=_ordered_memory(device, captured.sizes) if budgeted else _region_buffers(device),
+            )
+
+    made = make(captured)
+    curve: tuple[ParetoPoint, ...] = ()
+    if planner is not None:
+        from .budget_planning import pareto_curve
+
+        if request.pareto:
+            with progress("time against memory"):
+                curve = tuple(pareto_curve(planner, made))
+        if request.memory_budget is not None:
+            first: list[Plan] = [made]
+            captured, made = planner.plan(
+                captured, request.memory_budget, lambda each: first.pop() if first else make(each)
+            )
     _check_budget(made, request.memory_budget)
     made = msgspec.structs.replace(
         made,
         graphs=_captured_identities(made, captured),
-        notes=(*made.notes, *captured.notes, *_graph_breaks(captured)),
+        notes=(*made.notes, *captured.notes, *_graph_breaks(captured), *(planner.notes if planner else ())),
     )
+    choices = tuple(planner.choices(request.memory_budget)) if planner is not None else ()
+    made = with_choices(made, choices)
     with progress("validate"):
         validate(made)
     texts = {entry.name: print_graph(graph) for entry, graph in zip(made.graphs, graphs, strict=True)}
-    return Planned(made, texts, tuple(manager.records), captured)
+    return Planned(made, texts, tuple(manager.records), captured, choices, curve)
+
+
+def _budget_planner(device: Device) -> BudgetPlanner:
+    from .budget_planning import BudgetPlanner
+
+    return BudgetPlanner(device)
+
+
+def _ordered_memory(device: Device, sizes: Mapping[str, int]) -> RegionBuffers:
+    from .passes.activation.ordered_memory import ordered_memory
+
+    return lambda region: ordered_memory(region, device, sizes)
 
 
 def check_options(request: PlanRequest) -> None:
@@ -248,7 +293,9 @@ def _load(model_file: str) -> ModelSpec:
         return load_model_file(model_file)
 
 
-def _capture(request: PlanRequest, device: Device, spec: ModelSpec) -> Captured:
+def _capture(
+    request: PlanRequest, device: Device, spec: ModelSpec, planner: BudgetPlanner | None = None
+) -> Captured:
     from .frontend.capture import capture
 
     return capture(
@@ -258,6 +305,7 @@ def _capture(request: PlanRequest, device: Device, spec: ModelSpec) -> Captured:
         dtype=request.dtype,
         device="cpu" if device.kind == "cpu" else "cuda",
         dynamic=True if request.dynamic else None,
+        partition=planner.partition if planner is not None else None,
     )
 
 

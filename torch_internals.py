@@ -444,8 +444,9 @@ def load_cpp_library(source: str) -> Any:
 @contextlib.contextmanager
 def remembered_toolchain() -> Iterator[None]:
     """Inside, two questions about the C++ toolchain that Inductor asks in each process are answered from its cache
-    directory: whether a probe of each vector instruction set loads (a child process each), and which precompiled header
-    is that of torch's header (which it preprocesses to learn that). Torch, compiler and command line are in the keys."""
+    directory: whether a probe of each vector instruction set loads (a child process each), and which precompiled
+    header is that of torch's header (it preprocesses that to learn so). Torch, compiler and command line are in the
+    keys."""
     from torch._inductor import codecache
     from torch._inductor.cpu_vec_isa import VecISA
 
@@ -488,3 +489,28 @@ def _note(path: Path, text: str) -> None:
     with contextlib.suppress(OSError):  # a cache that cannot be written remembers nothing
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
+
+
+def peak_growth(run: Callable[[], Any]) -> tuple[Any, int | None]:
+    """``run()``, and the most bytes that it held on the CPU above what was held before; None while a profiler is on."""
+    from torch._C import _autograd, _profiler
+
+    if not hasattr(_autograd, "_enable_profiler_legacy") or torch.autograd._profiler_enabled():
+        return run(), None
+    # Unlike torch.profiler's Kineto it starts at once and says nothing.
+    settings = _profiler.ProfilerConfig(
+        _profiler.ProfilerState.CPU, False, True, False, False, False, _profiler._ExperimentalConfig()
+    )
+    _autograd._enable_profiler_legacy(settings)
+    try:
+        result = run()
+    finally:
+        records = _autograd._disable_profiler_legacy()
+    highest = 0
+    for thread in records:
+        running = 0
+        for event in thread:
+            if event.kind() == "memory_alloc":
+                running += event.cpu_memory_usage()
+                highest = max(highest, running)
+    return result, highest

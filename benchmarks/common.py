@@ -33,8 +33,8 @@ def training_step(run: Callable[..., Any], sample: models.Sample) -> torch.Tenso
 
 
 def allocator_peak(step: Callable[[], Any], model: torch.nn.Module) -> int:
-    """Most bytes that ``step`` held above what was held before it, ``model`` having no gradients: the running sum of the
-    profiler's memory events, which repeats exactly. (The profiler does not see the end of what began before it.)"""
+    """Most bytes that ``step`` held above what was held before it, ``model`` having no gradients: the running sum of
+    the profiler's memory events, which repeats exactly. (The profiler does not see the end of what began before.)"""
     model.zero_grad(set_to_none=True)
     gc.collect()  # what earlier models left in cycles would be freed inside the step
     with torch.profiler.profile(profile_memory=True) as profile:

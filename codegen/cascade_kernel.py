@@ -11,6 +11,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -20,9 +21,10 @@ from ..ir.cascade import Cascade, accesses, is_rank
 from ..ir.cascade_printer import print_cascade
 from ..ir.tile import Program
 from ..passes.rewrite_cascade import Rewriting, rewrite
-from .cpp_tiles.printer import Function, print_kernel
+from .cpp_tiles.printer import Function, print_function, print_source
 from .tiles.errors import NotLowerable
 from .tiles.lower import Operand, Settings, lower
+from .tiles.roles import Caches
 
 #: Element types of kernels -> torch's.
 TORCH_DTYPES = {
@@ -50,35 +52,36 @@ class TensorInfo:
 
 
 class CascadeKernel:
-    """A compiled cascade. ``source`` is its C++; ``programs`` its tile programs in launch order.
-
-    ``scratch_bytes`` is what each thread needs while it runs; ``buffer_bytes`` what lies between two launches.
+    """A cascade as C++, compiled when it is first called or by ``build``. ``programs`` are its tile programs, in launch
+    order. ``scratch_bytes`` is what each thread needs while it runs; ``buffer_bytes`` what lies between two launches.
     """
 
     def __init__(
         self,
-        source: str,
         functions: Sequence[Function],
         sizes: Mapping[str, int],
         inputs: Mapping[str, TensorInfo],
         outputs: Mapping[str, TensorInfo],
         buffers: Mapping[str, TensorInfo],
     ) -> None:
-        self.source = source
         self.inputs, self.outputs, self.buffers = dict(inputs), dict(outputs), dict(buffers)
+        self.functions = tuple(functions)
         self.programs: tuple[Program, ...] = tuple(function.program for function in functions)
         self.scratch_bytes = max(function.scratch for function in functions)
         self.buffer_bytes = sum(
             torch.Size(info.shape).numel() * TORCH_DTYPES[info.dtype].itemsize for info in buffers.values()
         )
         self._sizes = dict(sizes)
-        self._functions = tuple(functions)
-        try:
-            library = torch_internals.load_cpp_library(source)
-        except torch_internals.COMPILER_ERRORS as error:
-            cause = torch_internals.compile_error_cause(error)
-            raise CompileError(f"the C++ compiler refused a generated kernel: {cause}", remedy="Report it.") from error
-        self._entries = [getattr(library, function.program.name) for function in functions]
+        self._entries: list[Any] = []
+
+    @property
+    def source(self) -> str:
+        """The C++ of this kernel alone."""
+        return print_source(self.functions)
+
+    def bind(self, library: Any) -> None:
+        """Take the functions from a loaded library."""
+        self._entries = [getattr(library, function.name) for function in self.functions]
         for entry in self._entries:
             entry.restype = None
 
@@ -89,6 +92,8 @@ class CascadeKernel:
 
         Raises ``ShapeError`` for a tensor that is missing or does not lie as the kernel was made for.
         """
+        if not self._entries:
+            build([self])
         tensors: dict[str, torch.Tensor] = {}
         for name, info in self.inputs.items():
             if name not in inputs:
@@ -104,21 +109,22 @@ class CascadeKernel:
         threads = torch.get_num_threads()
         scratch = torch.empty(self.scratch_bytes * threads + 64, dtype=torch.uint8)
         at = -(-scratch.data_ptr() // 64) * 64
-        for function, entry in zip(self._functions, self._entries, strict=True):
+        for function, entry in zip(self.functions, self._entries, strict=True):
             self._launch(function, entry, tensors, at)
         return {name: tensors[name] for name in self.outputs}
 
-    def _launch(self, function: Function, entry: object, tensors: Mapping[str, torch.Tensor], scratch: int) -> None:
+    def _launch(self, function: Function, entry: Any, tensors: Mapping[str, torch.Tensor], scratch: int) -> None:
         numbers = [self._sizes[name] for name in function.sizes]
         pointers = []
         for item in function.program.tensors:
             tensor = tensors[item.name]
             pointers.append(tensor.data_ptr())
             numbers += tensor.stride()
-        entry(  # type: ignore[operator]
+        entry(
             (ctypes.c_void_p * len(pointers))(*pointers),
             (ctypes.c_int64 * len(numbers))(*numbers),
             ctypes.c_void_p(scratch),
+            ctypes.c_int64(self.scratch_bytes),
         )
 
 
@@ -143,10 +149,34 @@ def _checked(name: str, tensor: torch.Tensor, info: TensorInfo) -> torch.Tensor:
     return tensor
 
 
-_compiled: dict[object, CascadeKernel] = {}
+_prepared: dict[object, CascadeKernel] = {}
 
 
-def compile_cascade(
+def build(kernels: Sequence[CascadeKernel]) -> None:
+    """Compile kernels as one library. Parsing torch's headers takes longer than most kernels, so many at a time are
+    faster. Raises ``CompileError`` if the C++ compiler refuses one."""
+    waiting = [kernel for kernel in kernels if not kernel._entries]
+    if not waiting:
+        return
+    try:
+        library = torch_internals.load_cpp_library(
+            print_source(function for kernel in waiting for function in kernel.functions)
+        )
+    except torch_internals.COMPILER_ERRORS as error:
+        cause = torch_internals.compile_error_cause(error)
+        raise CompileError(f"the C++ compiler refused a generated kernel: {cause}", remedy="Report it.") from error
+    for kernel in waiting:
+        kernel.bind(library)
+
+
+def compile_cascade(cascade: Cascade | Rewriting, *arguments: Any, **named: Any) -> CascadeKernel:
+    """``prepare_cascade``, and compiled at once. Raises ``CompileError`` if C++ fails."""
+    kernel = prepare_cascade(cascade, *arguments, **named)
+    build([kernel])
+    return kernel
+
+
+def prepare_cascade(
     cascade: Cascade | Rewriting,
     sizes: Mapping[str, int],
     dtypes: Mapping[str, str] | str = "f32",
@@ -156,13 +186,14 @@ def compile_cascade(
     shapes: Mapping[str, Sequence[int]] | None = None,
     wide: frozenset[str] = frozenset(),
     comment: str | None = None,
+    caches: Caches | None = None,
 ) -> CascadeKernel:
-    """The kernel of a cascade (rewritten first, if it is not yet).
+    """The kernel of a cascade (rewritten first, if it is not yet), not compiled yet.
 
     ``sizes``: every rank and named constant. ``dtypes``: tensor -> element type (inputs; outputs that are not float32, or
     float64 if an input is), or one for all. ``outputs``: wanted tensors, the cascade's outputs by default. ``units``:
     tensor -> the dimension of stride 1, by default the last. ``shapes``: of inputs with indices other than plain ranks.
-    ``wide``: tensors never to be stored. Raises ``NotLowerable`` with the reason, ``CompileError`` if C++ fails.
+    ``wide``: tensors never to be stored. ``caches`` bound the tiles (this machine's by default). Raises ``NotLowerable`` with the reason.
     """
     rewriting = cascade if isinstance(cascade, Rewriting) else rewrite(cascade)
     text = print_cascade(rewriting.cascade)
@@ -172,12 +203,12 @@ def compile_cascade(
     given = {name: dtypes if isinstance(dtypes, str) else dtypes.get(name) for name in rewriting.cascade.tensors}
     key = (
         text, wanted, tuple(sorted(sizes.items())), tuple(sorted((k, v or "") for k, v in given.items())),
-        tuple(sorted((units or {}).items())), tuple(sorted((k, tuple(v)) for k, v in (shapes or {}).items())), wide,
+        tuple(sorted((units or {}).items())), tuple(sorted((k, tuple(v)) for k, v in (shapes or {}).items())), wide, caches,
     )  # fmt: skip
-    if key not in _compiled:
+    if key not in _prepared:
         infos = _infos(rewriting.cascade, sizes, given, units or {}, shapes or {}, wanted)
-        _compiled[key] = _compile(rewriting, wanted, sizes, infos, wide, comment or text)
-    return _compiled[key]
+        _prepared[key] = _prepare(rewriting, wanted, sizes, infos, wide, comment or text, caches)
+    return _prepared[key]
 
 
 def _infos(
@@ -215,17 +246,19 @@ def _extent(name: str, index: object, sizes: Mapping[str, int]) -> int:
     return sizes[symbol]
 
 
-def _compile(
+def _prepare(
     rewriting: Rewriting,
     wanted: Sequence[str],
     sizes: Mapping[str, int],
     infos: Mapping[str, TensorInfo],
     wide: frozenset[str],
     comment: str,
+    caches: Caches | None,
 ) -> CascadeKernel:
     compute = "f64" if any(info.dtype == "f64" for info in infos.values()) else "f32"
     operands = {name: Operand(info.dtype, info.unit) for name, info in infos.items()}
-    programs = lower(rewriting.cascade, rewriting.monoids, wanted, Settings(sizes, operands, compute, wide))
+    settings = Settings(sizes, operands, compute, wide, caches or Caches.of_this_machine())
+    programs = lower(rewriting.cascade, rewriting.monoids, wanted, settings)
     full = dict(sizes)
     shapes: dict[str, Sequence[int]] = {name: info.shape for name, info in infos.items()}
     buffers: dict[str, TensorInfo] = {}
@@ -236,7 +269,9 @@ def _compile(
                 buffers[item.name] = TensorInfo(shape, item.dtype, item.unit)
                 shapes[item.name] = shape
             full.update({rank.name: extent for rank, extent in zip(item.ranks, shapes[item.name], strict=True)})
-    kernel = print_kernel(programs, full, shapes, comment)
+    functions = [
+        print_function(program, full, shapes, comment if number == 0 else "") for number, program in enumerate(programs)
+    ]
     inputs = {name: info for name, info in infos.items() if name not in wanted}
     outputs = {name: infos[name] for name in wanted}
-    return CascadeKernel(kernel.source, kernel.functions, full, inputs, outputs, buffers)
+    return CascadeKernel(functions, full, inputs, outputs, buffers)

@@ -16,7 +16,7 @@ from ..ir.expressions import symbol
 from ..ir.fused_cascade import FusedCascade, TensorView
 from ..ir.types import Size, TensorType, contiguous_stride
 from ..passes.rewrite_cascade import Rewriting, rewrite
-from .cascade_kernel import TORCH_DTYPES, CascadeKernel, compile_cascade
+from .cascade_kernel import TORCH_DTYPES, CascadeKernel, prepare_cascade
 from .tiles.errors import NotLowerable
 
 
@@ -68,15 +68,15 @@ def rank_strides(view: TensorView, strides: Sequence[int], sizes: Mapping[str, i
     return steps, offset
 
 
-def compile_fused(
+def prepare_fused(
     fused: FusedCascade,
     rewriting: Rewriting | None = None,
     *,
     wide: frozenset[str] = frozenset(),
     bindings: Mapping[str, int] | None = None,
 ) -> FusedKernel:
-    """The kernel of a fused cascade. ``rewriting`` is ``rewrite(fused.cascade)`` if it is at hand; ``wide`` names tensors
-    that must not be stored; ``bindings`` gives size symbols their values. Raises ``NotLowerable``, ``CompileError``."""
+    """The kernel of a fused cascade, compiled at its first call or by ``cascade_kernel.build([it.kernel])``. ``rewriting`` is ``rewrite(fused.cascade)`` if it is at hand; ``wide`` names tensors
+    that must not be stored; ``bindings`` gives size symbols their values. Raises ``NotLowerable``."""
     rewriting = rewriting or rewrite(fused.cascade)
     bindings = bindings or {}
     sizes = {name: _number(size, bindings) for name, size in fused.sizes.items()}
@@ -91,7 +91,7 @@ def compile_fused(
             dtypes[view.tensor] = kind.dtype
             shapes[view.tensor] = [sizes[rank.name] for rank in view.ranks]
             units[view.tensor] = _unit(view, kind, sizes, bindings)
-    kernel = compile_cascade(
+    kernel = prepare_cascade(
         rewriting,
         sizes,
         dtypes,

@@ -41,6 +41,8 @@ class CapturedFrame:
     forward: Graph
     backward: Graph | None
     names: Mapping[str, str]
+    #: (forward module, backward module) of another split of the same joint graph -> the frame with that split.
+    split_again: Callable[[Any, Any], CapturedFrame] | None = None
 
 
 @dataclass(frozen=True)
@@ -75,12 +77,14 @@ def capture(
     device: str = "cpu",
     dynamic: bool | None = None,
     master_weights: bool = False,
+    partition: Callable[..., Any] | None = None,
 ) -> Captured:
     """Capture ``spec``.
 
     train: forward and backward, with gradients and optimizer state counted; else inference under ``no_grad``.
     optimizer: overrides the file's (see ``state.OPTIMIZERS``). dtype: the model's floating-point parameters and inputs
     are converted to it. device: what the graphs' tensors are said to lie on. dynamic: as in ``torch.compile``.
+    partition: splits joint graphs, as AOTAutograd's ``partition_fn``; repeated modules are then not shared.
 
     Raises ModelFileError for what is wrong with the file, CaptureError for a model that cannot be traced, OptionError
     for an optimizer that is not known.
@@ -90,12 +94,17 @@ def capture(
 
         return capture_mlir(spec, train=train, optimizer=optimizer, dtype=dtype, dynamic=dynamic, device=device)
     wanted = optimizer_name(optimizer if optimizer is not None else spec.optimizer) if train else "none"
-    traced = trace(spec, train=train, dtype=dtype, dynamic=dynamic)
+    traced = trace(
+        spec, train=train, dtype=dtype, dynamic=dynamic, share_repeated=partition is None, partition=partition
+    )
     state = model_state(traced.backend.model, train=train, optimizer=wanted, master_weights=master_weights)
     return Captured(
         name=spec.name,
         train=train,
-        frames=tuple(_on_device(CapturedFrame(*frame), device) for frame in traced.backend.frames),
+        frames=tuple(
+            _on_device(CapturedFrame(*frame, _again(frame, remake, device)), device)
+            for frame, remake in zip(traced.backend.frames, traced.backend.imports, strict=True)
+        ),
         state=state,
         inputs=tuple(input_specs(traced.args, traced.kwargs)),
         optimizer="" if wanted == "none" else wanted,
@@ -124,11 +133,12 @@ def trace(
     decompositions: Mapping[Any, Callable[..., Any]] | None = None,
     share_repeated: bool = True,
     writes_inputs: bool = True,
+    partition: Callable[..., Any] | None = None,
 ) -> Traced:
     """Build ``spec``'s model without weights and run one step of it through a collecting backend.
 
     decompositions: None takes Inductor's. share_repeated: trace repeated modules once. writes_inputs: mutated inputs
-    are written inside the graphs, not returned first.
+    are written inside the graphs, not returned first. partition: splits joint graphs; None: torch's minimum cut.
     """
     weightless = Weightless()
     with quiet(), weightless.building():
@@ -141,7 +151,7 @@ def trace(
             model = model.to(target_dtype)
             args, kwargs = convert(args, target_dtype), convert(kwargs, target_dtype)
     model.train(train)
-    backend = CollectingBackend(model, weightless, train, decompositions, writes_inputs)
+    backend = CollectingBackend(model, weightless, train, decompositions, writes_inputs, partition=partition)
     step = _step(spec, model, targets, backend, dynamic)
     sharing = repeated_regions() if share_repeated else without_repeated_regions()
     with quiet(), errors_of_tracing(spec), sharing, weightless.tracing(), _one_of_a_kind():
@@ -153,6 +163,18 @@ def trace(
             remedy="Dynamo found no tensor operation that it can trace; see torch.compile's notes on graph breaks.",
         )
     return Traced(backend, args, kwargs)
+
+
+def _again(
+    frame: tuple[Graph, Graph, Graph | None, dict[str, str]],
+    remake: Callable[[Any, Any], tuple[Graph, Graph]],
+    device: str,
+) -> Callable[[Any, Any], CapturedFrame]:
+    def split_again(forward: Any, backward: Any) -> CapturedFrame:
+        first, second = remake(forward, backward)
+        return _on_device(CapturedFrame(frame[0], first, second, frame[3]), device)
+
+    return split_again
 
 
 def _on_device(frame: CapturedFrame, device: str) -> CapturedFrame:

@@ -56,6 +56,12 @@ class CollectingBackend:
     graph_breaks: list[GraphBreak] = field(default_factory=list)
     regions: RegionReport = field(default_factory=RegionReport)
     sizes: dict[str, int] = field(default_factory=dict)
+    #: Splits joint graphs; None: torch's minimum cut.
+    partition: Callable[..., Any] | None = None
+    #: For each of ``frames``: (forward module, backward module) -> (forward, backward) as IR, for another split.
+    imports: list[Callable[[torch.fx.GraphModule, torch.fx.GraphModule], tuple[Graph, Graph]]] = field(
+        default_factory=list
+    )
 
     def __post_init__(self) -> None:
         self.paths: dict[int, tuple[str, str]] = {}
@@ -89,6 +95,15 @@ class CollectingBackend:
             assert module is not None
             forward = self._import(module, f"inference_{index}", "inference", roles, paths, names)
         self.frames.append((dynamo, forward, backward, names))
+
+        def import_split(first: torch.fx.GraphModule, second: torch.fx.GraphModule) -> tuple[Graph, Graph]:
+            saved = len(_outputs(first)) - found.outputs
+            return (
+                self._import(first, f"forward_{index}", "forward", roles, paths, names, saved),
+                self._import(second, f"backward_{index}", "backward", roles, paths, names, forward=first),
+            )
+
+        self.imports.append(import_split)
         self.modules.append(found)
         return self.weightless.runner(running)
 
@@ -117,7 +132,8 @@ class CollectingBackend:
                 found.outputs = total - torch_internals.saved_outputs(total)
             return module.forward
 
-        torch_internals.compile_fx(gm, example_inputs, keep)
+        with torch_internals.joint_partitioner(self.partition):
+            torch_internals.compile_fx(gm, example_inputs, keep)
 
     def _decomposed(self, gm: torch.fx.GraphModule, example_inputs: Sequence[Any], found: AotGraphs) -> None:
         from torch._dynamo.backends.common import aot_autograd
@@ -132,7 +148,8 @@ class CollectingBackend:
 
         def partition(joint: torch.fx.GraphModule, inputs: Any, *, num_fwd_outputs: int, **kwargs: Any) -> Any:
             found.outputs = num_fwd_outputs  # repeated modules are partitioned first, the whole graph last
-            return min_cut_rematerialization_partition(joint, inputs, num_fwd_outputs=num_fwd_outputs, **kwargs)
+            split = self.partition or min_cut_rematerialization_partition
+            return split(joint, inputs, num_fwd_outputs=num_fwd_outputs, **kwargs)
 
         backend = aot_autograd(
             fw_compiler=keep("forward"),

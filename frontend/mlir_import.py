@@ -120,7 +120,7 @@ class _Reader:
         found = _TENSOR.fullmatch(kind)
         sizes = [size.strip() for size in found[1].split(",")] if found and found[1].strip() else []
         if found is None or found[2] not in _DTYPES:
-            raise self.error(f"type {kind} has no form here", location)
+            raise self.error(f"type {kind} is not of the torch dialect", location, "Lower the module no further.")
         if "?" in sizes:
             raise self.error(f"type {kind} has an unknown size", location, "Export with static sizes.")
         with self.fake_mode:

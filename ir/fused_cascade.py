@@ -27,13 +27,14 @@ class TensorView:
 
     ``ranks`` are the cascade tensor's ranks in its own order, each a rank symbol. ``index`` has one expression for each
     dimension of the operand, affine in ``ranks`` with whole coefficients; a dimension that is not walked is a number.
-    Every coordinate is inside the operand.
+    Every coordinate is inside the operand as long as each rank is below its size in ``sizes``.
     """
 
     tensor: str
     position: int
     ranks: tuple[sympy.Symbol, ...]
     index: tuple[sympy.Expr, ...]
+    sizes: tuple[Size, ...] = ()
 
 
 @dataclass(frozen=True)

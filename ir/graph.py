@@ -15,7 +15,11 @@ from typing import Any, TypeAlias
 
 import sympy
 
+from .fused_cascade import FusedCascade
 from .types import Type
+
+#: Op of a node that runs a fused cascade: ``effcc.cascade.default(@name, operands...)``, a tuple of its results.
+CASCADE_OP = "effcc.cascade.default"
 
 
 @dataclass(frozen=True)
@@ -121,7 +125,8 @@ class Repeat:
 @dataclass(frozen=True, eq=False)
 class Graph:
     """``phase`` is inference, forward, backward or joint. ``outputs`` are arguments in return order; of a forward graph
-    the last ``saved`` ones are kept for the backward."""
+    the last ``saved`` ones are kept for the backward. ``cascades`` are the fused cascades that ``effcc.cascade`` nodes
+    name with their first argument, ``Symbol("@name")``; a name is not that of a subgraph as well."""
 
     name: str
     phase: str
@@ -131,6 +136,7 @@ class Graph:
     subgraphs: Mapping[str, Graph] = field(default_factory=dict)
     aliases: tuple[Alias, ...] = ()
     repeats: tuple[Repeat, ...] = ()
+    cascades: Mapping[str, FusedCascade] = field(default_factory=dict)
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Graph):
@@ -142,6 +148,7 @@ class Graph:
             and dict(self.subgraphs) == dict(other.subgraphs)
             and self.aliases == other.aliases
             and self.repeats == other.repeats
+            and dict(self.cascades) == dict(other.cascades)
         )
 
     def __hash__(self) -> int:

@@ -13,6 +13,8 @@ from typing import Any
 import sympy
 
 from .expression_parser import ExpressionParser
+from .fused_cascade import FusedCascade
+from .fused_cascade_text import read_fused_cascade
 from .graph import Alias, Argument, Graph, Location, Node, Ref, Repeat, Symbol
 from .scanner import Scanner
 from .types import DTYPES, NoneType, OpaqueType, ScalarType, Size, TensorType, TupleType, Type
@@ -72,6 +74,7 @@ class _Parser:
         subgraphs: dict[str, Graph] = {}
         nodes: list[Node] = []
         aliases: list[Alias] = []
+        cascades: dict[str, FusedCascade] = {}
         while True:
             if scanner.peek("%"):
                 nodes.append(self.node())
@@ -81,6 +84,12 @@ class _Parser:
                 break
             elif scanner.word("repeat"):
                 repeats.append(self.repeat())
+            elif scanner.word("cascade"):
+                start = scanner.skip()
+                key = self.at_name()
+                if key in cascades or key in subgraphs:
+                    scanner.fail(f"there are two of the name @{key}", start)
+                cascades[key] = self.cascade()
             elif scanner.peek("graph"):
                 start = scanner.skip()
                 key, subgraph = self.graph()
@@ -88,7 +97,7 @@ class _Parser:
                     scanner.fail(f"there are two subgraphs called @{key}", start)
                 subgraphs[key] = subgraph
             else:
-                scanner.fail("expected '%name = op(...)', 'alias', 'repeat', 'graph' or 'return'")
+                scanner.fail("expected '%name = op(...)', 'alias', 'repeat', 'cascade', 'graph' or 'return'")
         scanner.expect("(", "after return")
         outputs = self.arguments(")")
         scanner.expect("}", "to close the graph")
@@ -99,7 +108,18 @@ class _Parser:
             subgraphs=subgraphs,
             aliases=tuple(aliases),
             repeats=tuple(repeats),
+            cascades=cascades,
         )
+
+    def cascade(self) -> FusedCascade:
+        def types() -> tuple[Type, ...]:
+            self.scanner.expect("(", "before the types")
+            return self.tuple_type().items
+
+        def word() -> str:
+            return self.either(_WORD, "a name")
+
+        return read_fused_cascade(self.scanner, types, self.size, word, self.count)
 
     def node(self) -> Node:
         scanner = self.scanner

@@ -8,15 +8,14 @@ from collections.abc import Iterator
 import sympy
 
 from .expressions import print_expression, print_float
+from .fused_cascade_text import fused_cascade_lines
 from .graph import Alias, Argument, Graph, Location, Node, Ref, Repeat, Symbol
 from .text import quote
-from .types import NoneType, OpaqueType, ScalarType, TensorType, TupleType, Type
+from .type_text import PLAIN_WORD, plain, print_type
 
 PLAIN_NAME = re.compile(r"[A-Za-z0-9_.]+\Z")
 PLAIN_OP = re.compile(r"[A-Za-z_][A-Za-z0-9_.]*\Z")
 PLAIN_FILE = re.compile(r"(?!in\Z)[A-Za-z0-9_./+-]+\Z")
-PLAIN_WORD = re.compile(r"[A-Za-z_][A-Za-z0-9_]*\Z")
-PLAIN_DEVICE = re.compile(r"[a-z]+(:[0-9]+)?\Z")
 #: Symbols printed bare. All others are ``symbol("...")``.
 PLAIN_SYMBOL = re.compile(
     r"(torch(\.[A-Za-z_][A-Za-z0-9_]*)+|device\([a-z]+(:[0-9]+)?\)|@[A-Za-z0-9_.]+|dict|slice|list)\Z"
@@ -33,7 +32,7 @@ def _graph_lines(graph: Graph, indent: str, key: str | None) -> Iterator[str]:
     header = f"{indent}graph {_at(graph.name)}"
     if key is not None and key != graph.name:
         header += f" as {_at(key)}"
-    header += f" phase={_plain(graph.phase, PLAIN_WORD)}"
+    header += f" phase={plain(graph.phase, PLAIN_WORD)}"
     if graph.saved:
         header += f" saved={graph.saved}"
     yield header + " {"
@@ -42,6 +41,8 @@ def _graph_lines(graph: Graph, indent: str, key: str | None) -> Iterator[str]:
         yield inner + print_repeat(repeat)
     for name, subgraph in graph.subgraphs.items():
         yield from _graph_lines(subgraph, inner, name)
+    for name, fused in graph.cascades.items():
+        yield from (inner + line for line in fused_cascade_lines(_at(name), fused))
     for node in graph.nodes:
         yield inner + print_node(node)
     for alias in graph.aliases:
@@ -53,11 +54,11 @@ def _graph_lines(graph: Graph, indent: str, key: str | None) -> Iterator[str]:
 def print_node(node: Node) -> str:
     """One line, without indent: ``%name: type = op(arguments)  attributes``."""
     arguments = [print_argument(argument) for argument in node.args]
-    arguments += [f"{_plain(name, PLAIN_WORD)}={print_argument(value)}" for name, value in node.kwargs]
+    arguments += [f"{plain(name, PLAIN_WORD)}={print_argument(value)}" for name, value in node.kwargs]
     type_text = "" if node.type is None else f": {print_type(node.type)}"
-    parts = [f"{print_name(node.name)}{type_text} = {_plain(node.op, PLAIN_OP)}({', '.join(arguments)})"]
+    parts = [f"{print_name(node.name)}{type_text} = {plain(node.op, PLAIN_OP)}({', '.join(arguments)})"]
     if node.role:
-        parts.append(f"role({_plain(node.role, PLAIN_WORD)})")
+        parts.append(f"role({plain(node.role, PLAIN_WORD)})")
     if node.location != Location():
         parts.append(print_location(node.location))
     if node.forward:
@@ -73,12 +74,12 @@ def print_location(location: Location) -> str:
     """``loc(model.py:88 "h = self.up(x)" in layers.3.mlp)``; unknown parts are left out."""
     parts = []
     if location.file or location.line:
-        file = _plain(location.file, PLAIN_FILE) if location.file else ""
+        file = plain(location.file, PLAIN_FILE) if location.file else ""
         parts.append(f"{file}:{location.line}")
     if location.source:
         parts.append(quote(location.source))
     if location.module:
-        parts.append(f"in {_plain(location.module, PLAIN_NAME)}")
+        parts.append(f"in {plain(location.module, PLAIN_NAME)}")
     return f"loc({' '.join(parts)})"
 
 
@@ -92,7 +93,7 @@ def print_repeat(repeat: Repeat) -> str:
 
 
 def print_name(name: str) -> str:
-    return "%" + _plain(name, PLAIN_NAME)
+    return "%" + plain(name, PLAIN_NAME)
 
 
 def print_argument(argument: Argument) -> str:
@@ -114,29 +115,5 @@ def print_argument(argument: Argument) -> str:
     raise TypeError(f"an argument of class {type(argument).__name__} has no text form: {argument!r}")
 
 
-def print_type(value: Type) -> str:
-    """``bf16[8,s0]``, with ``{strides}`` if not contiguous, ``@device`` if not cpu; ``int(s0)``; ``(f32[2], none)``."""
-    if isinstance(value, TensorType):
-        text = f"{value.dtype}[{','.join(map(print_expression, value.shape))}]"
-        if value.stride is not None:
-            text += "{" + ",".join(map(print_expression, value.stride)) + "}"
-        return text if value.device == "cpu" else f"{text}@{_plain(value.device, PLAIN_DEVICE)}"
-    if isinstance(value, ScalarType):
-        kind = _plain(value.kind, PLAIN_WORD)
-        return kind if value.value is None else f"{kind}({print_expression(value.value)})"
-    if isinstance(value, TupleType):
-        items = ", ".join(map(print_type, value.items))
-        return f"({items},)" if len(value.items) == 1 else f"({items})"
-    if isinstance(value, NoneType):
-        return "none"
-    if isinstance(value, OpaqueType):
-        return f"opaque({quote(value.name)})"
-    raise TypeError(f"a type of class {type(value).__name__} has no text form: {value!r}")
-
-
-def _plain(text: str, pattern: re.Pattern[str]) -> str:
-    return text if pattern.match(text) else quote(text)
-
-
 def _at(name: str) -> str:
-    return "@" + _plain(name, PLAIN_NAME)
+    return "@" + plain(name, PLAIN_NAME)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import sympy
 
 from .expressions import ExpressionError, canonical
-from .graph import Argument, Graph, Node, Ref, Symbol
+from .graph import CASCADE_OP, Argument, Graph, Node, Ref, Symbol
 from .printer import print_alias, print_repeat, print_type
 from .types import DTYPES, NoneType, OpaqueType, ScalarType, Size, TensorType, TupleType, Type
 
@@ -166,7 +166,7 @@ def calls_match_their_subgraph(graph: Graph) -> Iterator[Problem]:
     for index, node in enumerate(graph.nodes):
         for argument in (*node.args, *(value for _, value in node.kwargs)):
             for name in _subgraph_names(argument):
-                if name not in graph.subgraphs:
+                if name not in graph.subgraphs and name not in graph.cascades:
                     yield Problem(index, f"%{node.name} uses @{name}, which is no subgraph here", "define the subgraph")
         if node.op != "call":
             continue
@@ -176,6 +176,28 @@ def calls_match_their_subgraph(graph: Graph) -> Iterator[Problem]:
             continue
         subgraph = graph.subgraphs[target.text[1:]]
         yield from _call_problems(index, node, subgraph, table)
+
+
+def cascades_match_their_nodes(graph: Graph) -> Iterator[Problem]:
+    for name in graph.cascades:
+        if name in graph.subgraphs:
+            yield Problem(None, f"@{name} is a subgraph and a cascade", "give one of them another name")
+    table = graph.by_name()
+    for index, node in enumerate(graph.nodes):
+        if node.op != CASCADE_OP:
+            continue
+        target = node.args[0] if node.args else None
+        if not isinstance(target, Symbol) or target.text[1:] not in graph.cascades or node.kwargs:
+            yield Problem(index, f"%{node.name} names no cascade of this graph", f"write {CASCADE_OP}(@name, %values...)")
+            continue
+        fused, operands = graph.cascades[target.text[1:]], node.args[1:]
+        given = [table[item.name].type if isinstance(item, Ref) else None for item in operands]
+        if len(given) != len(fused.operands) or not all(map(_compatible, given, fused.operands)):
+            yield Problem(
+                index, f"%{node.name} has other operands than {target.text}", "pass values of the operands' types"
+            )
+        elif node.type != TupleType(fused.results):
+            yield Problem(index, f"%{node.name} has another type than {target.text}", "it is the tuple of the results")
 
 
 def _call_problems(index: int, node: Node, subgraph: Graph, table: dict[str, Node]) -> Iterator[Problem]:
@@ -269,6 +291,7 @@ RULES: tuple[Rule, ...] = (
     arguments_are_sound,
     getitems_are_in_range,
     calls_match_their_subgraph,
+    cascades_match_their_nodes,
     aliases_name_values,
     repeats_name_subgraphs,
     regions_are_monotone,

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import sympy
 
 from .expressions import canonical, print_expression, symbol
+from .fused_cascade_text import fused_cascade_lines
 from .graph import Argument, Graph, Node, Ref, Symbol
 from .printer import print_argument, print_type
 from .types import ScalarType, TensorType, TupleType, Type
@@ -74,6 +75,7 @@ def _hashes(graph: Graph) -> tuple[str, tuple[str, ...]]:
 
 def _hash_graph(graph: Graph) -> tuple[str, tuple[str, ...]]:
     digests = {name: _hashes(subgraph)[0] for name, subgraph in graph.subgraphs.items()}
+    digests |= {name: _digest("\n".join(fused_cascade_lines("@", fused))) for name, fused in graph.cascades.items()}
     position = {node.name: index for index, node in enumerate(graph.nodes)}
     describe = _Describer(lambda name: f"%{position[name]}", digests)
     hashes = tuple(_digest(describe.node(node, strides=node.op == "input"))[:OP_DIGITS] for node in graph.nodes)
@@ -156,7 +158,7 @@ class Run:
 def local_tokens(graph: Graph, barrier: Callable[[Node], bool]) -> list[int]:
     """A number for each node, equal for nodes with equal op, plain arguments and type (strides and device too); which
     values they read is left to the caller. Inputs and nodes for which ``barrier`` holds get a number of their own."""
-    describe = _Describer(lambda name: "%", {name: f"@{name}" for name in graph.subgraphs})
+    describe = _Describer(lambda name: "%", {name: f"@{name}" for name in (*graph.subgraphs, *graph.cascades)})
     numbers: dict[str, int] = {}
     tokens = []
     for index, node in enumerate(graph.nodes):

@@ -81,7 +81,7 @@ TRANSPARENT_HIGHER_ORDER = frozenset(
 )
 
 #: Namespaces whose functional ops are known to have no effect besides their result.
-PURE_NAMESPACES = frozenset({"aten", "prims", "prim", "quantized_decomposed", "math", "_operator"})
+PURE_NAMESPACES = frozenset({"aten", "prims", "prim", "quantized_decomposed", "math", "_operator", "effcc"})
 
 #: Python operators that change their first operand. The others only compute (with sizes, mostly).
 OPERATOR_WRITES = frozenset(

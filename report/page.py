@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import jinja2
 
 from .. import __version__
+from ..budget_planning import ParetoPoint
 from ..cli_explain import why
 from ..formatting import bytes_text, count_text, seconds_text
 from ..ir.plan import Plan
@@ -15,6 +17,7 @@ from ..ir.plan_file import PlanFile
 from ..passes.dump import PassRecord, read_records
 from ..summary import Summary, device_of, summarize
 from .charts import by_module, by_role, memory_chart, schedule_chart
+from .pareto import pareto_chart
 
 #: IR and generated code beyond this many characters is cut: the page must stay small. ``effcc inspect`` shows all.
 TEXT_LIMIT = 1_500_000
@@ -31,10 +34,15 @@ class Listing:
     cut: bool
 
 
-def render_report(loaded: PlanFile, dumps: Path | None = None, measured: dict[str, float] | None = None) -> str:
+def render_report(
+    loaded: PlanFile,
+    dumps: Path | None = None,
+    measured: dict[str, float] | None = None,
+    pareto: Sequence[ParetoPoint] = (),
+) -> str:
     """The page for a plan file; ``dumps`` adds the list of passes, ``measured`` figures beside the predicted ones.
 
-    ``measured`` may hold ``seconds`` and ``peak`` (bytes).
+    ``measured`` may hold ``seconds`` and ``peak`` (bytes). ``pareto``: points of time against memory to draw.
     """
     plan = loaded.plan
     summary = summarize(plan)
@@ -52,6 +60,7 @@ def render_report(loaded: PlanFile, dumps: Path | None = None, measured: dict[st
             ("by module", memory_chart(plan, by_module, summary.capacity, "Memory over time by module")),
         ],
         schedule=schedule_chart(plan),
+        pareto=pareto_chart(pareto, plan.budget),
         groups=[
             (group, why(group.seconds, group.flop, group.bytes_moved, group.bound, device, plan.dtype, group.count))
             for group in summary.groups[:ROWS]

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from . import scratch
+from .peak_meter import PeakMeter
 from .reports import GraphReport
 
 
@@ -16,7 +17,12 @@ class CompiledGraph:
     """Runs one captured graph. Takes a list of arguments and clears it; returns the list of outputs."""
 
     def __init__(
-        self, source: str, namespace: Mapping[str, Any], report: GraphReport, finish: Callable[[], None] | None = None
+        self,
+        source: str,
+        namespace: Mapping[str, Any],
+        report: GraphReport,
+        meter: PeakMeter,
+        finish: Callable[[], None] | None = None,
     ) -> None:
         # AOTAutograd then hands the arguments over in a list that may be emptied while the graph runs. It is an
         # attribute of the instance because ``functools.wraps`` copies only those.
@@ -24,6 +30,7 @@ class CompiledGraph:
         self.source = source
         self.report = report
         self.run = load_host_module(source, namespace, f"<effcc {report.name}>")
+        self.meter = meter
         self.finish = finish
         self.lock = threading.Lock()
         self.kept: list[Any] = []
@@ -34,9 +41,13 @@ class CompiledGraph:
                 if self.finish is not None:
                     self.finish()
                     self.finish = None
+        first, self.report.started = not self.report.started, True
         begin = time.perf_counter()
         try:
-            outputs = self.run(args)
+            if first:
+                outputs, self.report.measured_peak = self.meter.run(self.run, args)
+            else:
+                outputs = self.run(args)
         finally:
             # Between graphs the memory may be wanted by the loss or the optimizer.
             scratch.release()

@@ -43,7 +43,9 @@ class GraphReport:
     phase: str
     regions: list[RegionReport] = field(default_factory=list)
     fallbacks: list[FallbackReport] = field(default_factory=list)
+    #: The most bytes held during the first run: the step's inputs (parameters among them) and what the graph allocates.
     measured_peak: int | None = None
+    started: bool = False
     #: From the captured graph to its host module, and what the first run then waited for kernels.
     compile_seconds: float = 0.0
     wait_seconds: float = 0.0

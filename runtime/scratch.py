@@ -1,7 +1,8 @@
 """Scratch arenas: memory for values that live and die inside one region, kept from region to region.
 
 Fresh memory costs a page fault for every 4 KiB on first touch, which at training sizes is a sixth of a step; an arena
-pays it once a graph. An arena belongs to one running region at a time (threads take different ones); sizes are in bytes.
+pays it once a graph. An arena belongs to one running region at a time (threads take different ones); sizes are in
+bytes.
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import random
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -124,3 +125,29 @@ def test_reduce_overhead_on_cuda(train: bool) -> None:
                 wanted.square().sum().backward()
                 for left, right in zip(model.parameters(), plain.parameters(), strict=True):
                     assert_close(left.grad, right.grad, rtol=1e-4, atol=1e-5)
+
+
+# What a run tells
+
+
+def test_the_first_run_measures_its_peak() -> None:
+    """Known bytes: three square matrices of the product, of which one is freed before the last is made."""
+    size = random.randrange(32, 96)
+    matrix = size * size * 8
+    compiled = torch.compile(lambda x: (x @ x) @ x, backend="effcc")
+    x = rows(size, size)
+    compiled(x)
+    (report,) = effcc.reports()
+    assert report.measured_peak == 3 * matrix  # the input, the product, the result
+    report.measured_peak = None
+    compiled(x)
+    assert report.measured_peak is None, "later runs measure nothing"
+
+
+def test_nothing_is_measured_while_the_user_profiles() -> None:
+    compiled = torch.compile(lambda x: (x @ x).sum(), backend="effcc")
+    with torch.profiler.profile() as profile:
+        compiled(rows(8, 8))
+    (report,) = effcc.reports()
+    assert report.measured_peak is None and report.runs == 1
+    assert any("mm" in event.name for event in profile.events())

@@ -1,6 +1,6 @@
-"""The C++ that every generated kernel starts with: vector loads of any element type, fast functions, the matrix product."""
+"""The C++ that every generated kernel starts with: vector loads of any element type, fast functions, matrix products."""
 
-PRELUDE = r"""
+INCLUDES = r"""
 #include <ATen/cpu/vec/functional.h>
 #include <ATen/cpu/vec/vec.h>
 #include <ATen/native/CPUBlas.h>
@@ -13,8 +13,10 @@ PRELUDE = r"""
 #include <cstring>
 #include <limits>
 #include <type_traits>
+"""
 
-namespace {
+#: Once for each element type computed in, ``scalar_t``, in a namespace of its own.
+PRELUDE = r"""
 using Vec = at::vec::Vectorized<scalar_t>;
 constexpr int64_t VL = Vec::size();
 constexpr scalar_t INF = std::numeric_limits<scalar_t>::infinity();
@@ -225,5 +227,4 @@ inline void transposed(int64_t rows, int64_t columns, const T* from, int64_t ld_
         for (int64_t x = i; x < std::min(i + B, rows); ++x)
           to[y * ld_to + x] = static_cast<scalar_t>(from[x * ld_from + y]);
 }
-}  // namespace
 """

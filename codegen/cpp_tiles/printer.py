@@ -1,12 +1,14 @@
 """Tile programs to C++: one function a program, OpenMP over the grid.
 
-The function is ``extern "C" void NAME(void** tensors, const int64_t* numbers, char* scratch)``. ``numbers`` are the sizes
+The function is ``extern "C" void NAME(void** tensors, const int64_t* numbers, char* scratch, int64_t
+scratch_bytes)``. ``numbers`` are the sizes
 (``Kernel.sizes``), then each tensor's strides in elements; ``scratch`` has ``Kernel.scratch`` bytes for each thread.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import sympy
@@ -31,47 +33,53 @@ from .bounds import base, bound, loop_ends
 from .frame import Frame, reused
 from .names import CPP_TYPES, count, inside, origin, pointer, size_name, stride, tensor
 from .nest import NestWriter, groups
-from .prelude import PRELUDE
+from .prelude import INCLUDES, PRELUDE
 
-
-@dataclass(frozen=True)
-class Kernel:
-    """The C++ of a launch list's programs, and what each function is to be called with."""
-
-    source: str
-    functions: tuple[Function, ...]
+#: Stands for the function's name, which its text decides.
+_NAME = "KERNEL_NAME"
 
 
 @dataclass(frozen=True)
 class Function:
-    """``sizes``: ranks and constants whose values are passed, in order. ``scratch``: bytes a thread needs."""
+    """One program's C++. ``sizes``: ranks and constants whose values are passed, in order. ``scratch``: bytes a thread
+    needs. Equal texts have equal names."""
 
     program: Program
+    name: str
+    text: str
     sizes: tuple[str, ...]
     scratch: int
 
 
-def print_kernel(
-    programs: Sequence[Program],
-    sizes: Mapping[str, int],
-    shapes: Mapping[str, Sequence[int]],
-    comment: str = "",
-    brgemm: bool = True,
-) -> Kernel:
-    """The C++ source of a launch list. ``shapes`` gives each tensor's shape; ``comment`` stands on top."""
-    compute = programs[0].compute
-    lines = [f"// {line}".rstrip() for line in comment.splitlines()]
-    lines.append(f"#define USE_BRGEMM {int(brgemm)}")
-    lines.append(f"#define COMPUTES_F32 {int(compute == 'f32')}")
-    lines.append("#include <cstdint>")
-    lines.append(f"using scalar_t = {CPP_TYPES[compute]};")
-    lines.append(PRELUDE)
-    functions = []
-    for program in programs:
-        writer = _ProgramWriter(program, sizes, shapes)
-        lines += writer.lines()
-        functions.append(Function(program, writer.sizes, writer.scratch))
-    return Kernel("\n".join(lines) + "\n", tuple(functions))
+def print_function(
+    program: Program, sizes: Mapping[str, int], shapes: Mapping[str, Sequence[int]], comment: str = ""
+) -> Function:
+    """The C++ of one program. ``shapes`` gives each tensor's shape; ``comment`` stands on top."""
+    writer = _ProgramWriter(program, sizes, shapes)
+    lines = [f"// {line}".rstrip() for line in comment.splitlines()] + writer.lines()
+    text = "\n".join(lines)
+    name = f"{program.name}_{hashlib.sha256(text.encode()).hexdigest()[:12]}"
+    return Function(program, name, text.replace(_NAME, name), writer.sizes, writer.scratch)
+
+
+def print_source(functions: Iterable[Function], brgemm: bool = True) -> str:
+    """One C++ source with all functions. ``brgemm``: single-precision products by oneDNN's micro-kernels."""
+    by_type: dict[str, dict[str, Function]] = {}
+    for function in functions:
+        by_type.setdefault(function.program.compute, {})[function.name] = function
+    lines = [INCLUDES, f"#define USE_BRGEMM {int(brgemm)}"]
+    for compute, members in sorted(by_type.items()):
+        lines += [
+            "#undef COMPUTES_F32",
+            f"#define COMPUTES_F32 {int(compute == 'f32')}",
+            f"namespace effcc_{compute} {{",
+            f"namespace {{\nusing scalar_t = {CPP_TYPES[compute]};",
+            PRELUDE,
+            "}  // namespace",
+            *(function.text for function in members.values()),
+            f"}}  // namespace effcc_{compute}",
+        ]
+    return "\n".join(lines) + "\n"
 
 
 class _ProgramWriter:
@@ -108,7 +116,8 @@ class _ProgramWriter:
         while len(body) == 1 and isinstance(body[0], Loop) and body[0].kind == GRID:
             grid.append(body[0])
             body = body[0].body
-        lines = [f'extern "C" void {self.program.name}(void** tensors, const int64_t* numbers, char* scratch) {{']
+        head = "void** tensors, const int64_t* numbers, char* scratch, int64_t scratch_bytes"
+        lines = [f'extern "C" void {_NAME}({head}) {{']
         setup = self._arguments()
         inner = self._body(body, frozenset())
         allocations, self.scratch = self._allocate(body)
@@ -131,7 +140,7 @@ class _ProgramWriter:
             [
                 "#pragma omp parallel if (blocks > 1)",
                 "{",
-                f"  char* at = scratch + static_cast<int64_t>(omp_get_thread_num()) * {self.scratch};",
+                f"  char* at = scratch + static_cast<int64_t>(omp_get_thread_num()) * scratch_bytes;",
                 "  (void)at;",
                 "  const WithoutSubnormals normal_only;",
                 "  (void)normal_only;",
@@ -332,4 +341,4 @@ def _indented(lines: Sequence[str]) -> list[str]:
     return [f"  {line}" for line in lines]
 
 
-__all__ = ["Function", "Kernel", "inside", "print_kernel"]
+__all__ = ["Function", "inside", "print_function", "print_source"]

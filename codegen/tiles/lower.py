@@ -29,6 +29,7 @@ from ...ir.tile import (
     walk,
 )
 from ...ir.tile import expressions as expressions_of
+from ...ir.tile_verifier import verify_program
 from .body import Body, Layout, Names, Shared, held_states, state_statements
 from .dataflow import dataflow, following
 from .errors import NotLowerable
@@ -104,7 +105,10 @@ class _Lowering:
         body: tuple[Statement, ...] = (*self.shared.statements, *inside, *stores)
         for s in reversed(self.roles.grid):
             body = (Loop(GRID, s, self.roles.steps[s], body),)
-        return Program(self.name, self.tensors(body), body, self.settings.compute, tuple(self.names.alias.items()))
+        alias = tuple(self.names.alias.items())
+        program = Program(self.name, self.tensors(body), body, self.settings.compute, alias)
+        verify_program(program)
+        return program
 
     # The streamed loop ------------------------------------------------------------------------------------------------
 

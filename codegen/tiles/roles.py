@@ -89,12 +89,17 @@ def choose_roles(
     held = max([math.prod(sizes[s.name] for s in whole if s in root.indices) for root in kernel.roots] + [1])
     row, column = _lengths(caches, item_bytes, held, depth or 64)
     for s in tiled:
-        steps[s] = min(row, sizes[s.name])
+        steps[s] = _step(row, sizes[s.name])
     _keep_threads_busy(steps, tiled, sizes)
     for s in kernel.streamed:
         last = s == kernel.streamed[-1]
-        steps[s] = 1 if recurrent or (nested and last) or not last else min(column, sizes[s.name])
+        steps[s] = 1 if recurrent or (nested and last) or not last else _step(column, sizes[s.name])
     return Roles(tuple(grid), kernel.streamed, steps)
+
+
+def _step(longest: int, size: int) -> int:
+    """A tile length for a rank: a power of two, so that nearby sizes have the same kernel."""
+    return min(longest, 1 << (size - 1).bit_length()) if size > 1 else 1
 
 
 def _lengths(caches: Caches, item_bytes: int, held: int, depth: int) -> tuple[int, int]:

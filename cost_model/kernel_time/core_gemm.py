@@ -70,9 +70,9 @@ BOUNDS: dict[str, tuple[float, float]] = {
     "hiding": (0.0, 300.0),
     "round_us": (0.0, 10.0),
     "call_share": (0.0, 1.3),
-    "cache": (0.05, 1.5),
+    "cache": (0.3, 1.0),
     "exponent": (1.5, 8.0),
-    "traffic": (0.5, 2.0),
+    "traffic": (0.8, 1.25),
 }
 
 

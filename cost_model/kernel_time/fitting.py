@@ -32,6 +32,7 @@ _QUICK_ROWS = 400
 #: Trees of an expert, and of one that only serves to choose.
 _ROUNDS = 120
 _QUICK_ROUNDS = 60
+_QUICK_TREE_ROWS = 6000
 #: Rows shorter than this (seconds) are the host's time, not the kernel's.
 HOST_TIME = 1.2e-4
 #: Rows of this length (seconds) have weight 1; shorter ones less, longer ones more.
@@ -100,6 +101,7 @@ def fit_constants(
     hosts: Sequence[float],
     seed: int,
     most: int,
+    loss: str = "cauchy",
 ) -> Constants:
     """The constants that fit the groups' rows best, in log seconds with a robust loss."""
     optimize = extra("scipy.optimize")
@@ -129,7 +131,15 @@ def fit_constants(
     first = np.array([asdict(start)[name] for name in names])
     low, high = (np.array([bounds[name][side] for name in names]) for side in (0, 1))
     answer = optimize.least_squares(
-        residuals, first, bounds=(low, high), loss="soft_l1", f_scale=0.1, x_scale=np.maximum(np.abs(first), 0.1)
+        residuals,
+        first,
+        bounds=(low, high),
+        loss=loss,
+        f_scale=0.1,
+        x_scale=np.maximum(np.abs(first), 0.1),
+        ftol=1e-4,
+        xtol=1e-4,
+        max_nfev=40,
     )
     return replace(start, **{name: float(f"{value:.4g}") for name, value in zip(names, answer.x, strict=True)})
 
@@ -158,25 +168,28 @@ def fit_trees(features: Array, target: Array, weight: Array, seed: int, *, quick
         "seed": seed,
     }
     rounds = _QUICK_ROUNDS if quick else _ROUNDS
+    if quick and len(target) > _QUICK_TREE_ROWS:
+        kept = np.random.default_rng(seed).choice(len(target), _QUICK_TREE_ROWS, replace=False)
+        features, target, weight = features[kept], target[kept], weight[kept]
     booster = lightgbm.train(parameters, lightgbm.Dataset(features, target, weight=weight), rounds)
     return from_lightgbm(booster.dump_model())
 
 
 def fit_core(
-    groups: Sequence[Group], shares: dict[str, float], seed: int, *, quick: bool = False
+    groups: Sequence[Group], shares: dict[str, float], seed: int, *, quick: bool = False, loss: str = "cauchy"
 ) -> GemmConstants | MemoryConstants:
-    """The constants of a family's analytic core."""
+    """The constants of a family's analytic core; ``loss`` is one of scipy's, the default hardly moved by outliers."""
     family = groups[0][0].family
     gemm = family in GEMM_FAMILIES
     tiles = [tile_set(rows) if gemm else () for rows, _ in groups]
     hosts = [host_seconds(rows) for rows, _ in groups]
     most = _QUICK_ROWS if quick else _FIT_ROWS
     if gemm:
-        return fit_constants(GemmConstants(), core_gemm.BOUNDS, groups, shares, tiles, hosts, seed, most)
+        return fit_constants(GemmConstants(), core_gemm.BOUNDS, groups, shares, tiles, hosts, seed, most, loss)
     bounds = dict(core_memory.BOUNDS)
     if family == "pointwise":
         bounds = {"call_share": bounds["call_share"]}
-    return fit_constants(MemoryConstants(), bounds, groups, shares, tiles, hosts, seed, most)
+    return fit_constants(MemoryConstants(), bounds, groups, shares, tiles, hosts, seed, most, loss)
 
 
 def fit_family(

@@ -104,10 +104,13 @@ def predict_family(rows: Rows, gpu: Gpu, model: FamilyModel) -> Prediction:
     share = bandwidth_share(gpu, model.shares)
     distances = np.array([distance(gpu, expert.gpu) for expert in model.experts])
     nearest = model.experts[int(distances.argmin())]
+    # libraries choose tiles by generation
+    generation = [abs(gpu.capability - expert.gpu.capability) for expert in model.experts]
+    tiles = model.experts[int(np.lexsort((distances, generation))[0])].tiles
     learned = [number for number, expert in enumerate(model.experts) if expert.trees is not None]
     own = [number for number in learned if distances[number] < SAME_DEVICE]
     host = nearest.host if own else float(np.median([expert.host for expert in model.experts]))
-    described = describe(rows, gpu, model.constants, share, host, nearest.tiles)
+    described = describe(rows, gpu, model.constants, share, host, tiles)
     if own:
         weights, chosen = np.ones(1), own[:1]
     else:

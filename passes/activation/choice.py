@@ -39,6 +39,8 @@ class ActivationChoice:
     #: Bytes below which no choice could bring the simulated peak.
     floor_bound: int | None = None
     rows: tuple[Row, ...] = field(default=())
+    #: Names of the ops that run again in the backward.
+    recomputed: frozenset[str] = frozenset()
 
     @property
     def gap(self) -> float | None:
@@ -77,6 +79,7 @@ def describe(
         bound=None if bound is None else bound - plain.seconds,
         floor_bound=floor_bound,
         rows=rows_of(problem, chosen, plain),
+        recomputed=frozenset(problem.ops[index].name for index in chosen.simulation.recomputed),
     )
 
 

@@ -89,8 +89,7 @@ class ActivationSearch:
     def bound(self, limit: int) -> float:
         """No choice within ``limit`` bytes costs less than these seconds: the Lagrangian dual of the memory constraint
         at the moment when all that is saved lives, which the cuts' lower hull is the graph of."""
-        base = min(c.peak - sum(self.problem.values[v].bytes for v in c.saved) for c in [*self.steps, *self.cuts_evaluated])
-        room = limit - max(base, 0)
+        room = limit - self._base
         hull = self.cuts
         if room >= hull[0].weight:
             return hull[0].seconds
@@ -99,3 +98,19 @@ class ActivationSearch:
                 share = (left.weight - room) / (left.weight - right.weight)
                 return left.seconds + share * (right.seconds - left.seconds)
         return hull[-1].seconds
+
+    @functools.cached_property
+    def _base(self) -> int:
+        """Bytes besides what is saved when the fastest choice is at its peak; of all choices the least."""
+        first = self.cuts_evaluated[0].simulation
+        moment = first.entries[first.peak_entry]
+        found = []
+        for candidate in [*self.steps, *self.cuts_evaluated]:
+            run = candidate.simulation
+            saved = sum(self.problem.values[v].bytes for v in candidate.saved)
+            found += [
+                size - saved
+                for entry, size in zip(run.entries, run.memory, strict=True)
+                if entry.op == moment.op and entry.backward == moment.backward
+            ]
+        return max(0, min(found))

@@ -105,7 +105,7 @@ class Simulator:
         written: list[tuple[int, ...]] = []
         # Forward.
         keep = used | frozenset(problem.forward_outputs)
-        forward = _Phase(problem, [op for op in self.forward_ops if op.index in needed_forward], keep, self.given)
+        forward = Phase(problem, [op for op in self.forward_ops if op.index in needed_forward], keep, self.given)
         for op in forward.ops:
             if forward.stored(op):
                 entries.append(Entry(op.index, False, False))
@@ -114,7 +114,7 @@ class Simulator:
         # Backward: the order of its ops, with recomputation at first need.
         ready = set(used) | self.given
         order = [op for op in problem.ops if op.index in again]
-        backward = _Phase(problem, [*order, *self.backward_ops], frozenset(problem.backward_outputs), self.given | used)
+        backward = Phase(problem, [*order, *self.backward_ops], frozenset(problem.backward_outputs), self.given | used)
         done: set[int] = set()
         marks: list[int] = []
         for op in self.backward_ops:
@@ -131,7 +131,7 @@ class Simulator:
             marks.append(len(entries) - 1)
         return self._measure(entries, touched, written, marks, again, used)
 
-    def _missing(self, sources: Iterable[int], ready: set[int], done: set[int], phase: _Phase) -> list[int]:
+    def _missing(self, sources: Iterable[int], ready: set[int], done: set[int], phase: Phase) -> list[int]:
         """Ops to run again, in order, so that ``sources`` are at hand."""
         found: list[int] = []
         stack = [(v, False) for v in reversed([*sources])]
@@ -262,7 +262,7 @@ class Simulator:
         return saving
 
 
-class _Phase:
+class Phase:
     """Which results lie in memory in one phase, and what the ops that make them read."""
 
     def __init__(self, problem: JointProblem, ops: list[Op], kept: frozenset[int], given: frozenset[int]) -> None:

@@ -23,8 +23,10 @@ from ..rewrite_cascade import Rewriting, rewrite, without_unread
 from .components import Component, Space, components
 from .emit import Tensor, elements
 from .extract import Extracted, Surroundings, extract
-from .group import Group, Traffic
+from .group import Group, Rest, Traffic
 from .guards import prepare
+from .nested_sums import merge_nested_sums
+from .partial_sums import Part, with_partial_sums
 from .program import PRECISION
 from .raise_graph import Raised
 from .ranks import unify_ranks
@@ -91,9 +93,10 @@ class _Candidate:
     component: Component
     stages: list[Stage]
     space: Space
-    tensors: Mapping[str, Tensor]
+    tensors: dict[str, Tensor]
     extracted: list[Extracted] = field(default_factory=list)
     traffic: list[Traffic] = field(default_factory=list)
+    parts: list[list[Part]] = field(default_factory=list)
 
 
 def choose(raised: Raised, choice: Choice | None = None) -> Chosen:
@@ -167,7 +170,7 @@ class _Chooser:
         if before < choice.gain * least and _most_passes_over(Cascade(tuple(core)), component.pair) == 1:
             raise _Refusal(f"{work / 1e9:.3g} GFLOP to {moved / 1e6:.3g} MB: computing, not memory, takes the time")
 
-    def _prepared(self, component: Component) -> tuple[Component, Space, Mapping[str, Tensor]]:
+    def _prepared(self, component: Component) -> tuple[Component, Space, dict[str, Tensor]]:
         """The component with sums opened and contractions exchanged (attention's delta), in ranks that only its own
         tensors tie together."""
         core = set(component.core)
@@ -193,13 +196,21 @@ class _Chooser:
 
     def _evaluate(self, candidate: _Candidate) -> dict[str, Level]:
         """Extract and rewrite every stage. What must be put off to a later stage, if anything must."""
-        candidate.extracted, candidate.traffic = [], []
+        candidate.extracted, candidate.traffic, candidate.parts = [], [], []
         around = self._surroundings(candidate)
         for stage in candidate.stages:
             _refuse_exact_comparisons(stage, candidate.tensors)
             wanted = self._wanted(stage, candidate)
-            extracted = extract(stage.einsums, wanted, around)
+            merged = merge_nested_sums(stage.einsums, wanted)
+            einsums, wanted, parts = with_partial_sums(merged, wanted, candidate.space)
+            for part in parts:
+                self._add_part(part, candidate)
+            extracted = extract(einsums, wanted, around)
             rewriting = rewritten(extracted.fused.cascade)
+            lost = [name for name in wanted if extracted.names[name] not in rewriting.cascade.definitions]
+            if lost:
+                extracted = extract(einsums, wanted, around, lost)
+                rewriting = rewritten(extracted.fused.cascade)
             late = _late(extracted, rewriting, candidate.component)
             if late:
                 # What is wide is computed again where it is read, unless it is a result.
@@ -209,8 +220,16 @@ class _Chooser:
                     raise _Refusal(f"{', '.join(sorted(late))} needs another pass over what is computed again")
                 return dict.fromkeys(put_off, (stage.level[0], stage.level[1] + 1))
             candidate.extracted.append(extracted)
+            candidate.parts.append(parts)
             candidate.traffic.append(traffic(stage, wanted, candidate.space, candidate.tensors))
         return {}
+
+    def _add_part(self, part: Part, candidate: _Candidate) -> None:
+        """Note the tensor of a partial sum: in float32 at least, whatever the sum is rounded to."""
+        whole = candidate.tensors[part.whole]
+        sizes = tuple(candidate.space.sizes[symbol.name] for symbol in part.indices)
+        dtype = "f32" if whole.dtype in ("bf16", "f16") else whole.dtype
+        candidate.tensors[part.part] = Tensor(part.part, (), dtype, sizes, (1,) * len(sizes), False)
 
     def _wanted(self, stage: Stage, candidate: _Candidate) -> list[str]:
         """Tensors of the stage that something outside needs, in order."""
@@ -264,7 +283,8 @@ class _Chooser:
 
     def _groups(self, candidate: _Candidate) -> list[Group]:
         groups = []
-        for stage, extracted, moved in zip(candidate.stages, candidate.extracted, candidate.traffic, strict=True):
+        for number, stage in enumerate(candidate.stages):
+            extracted, moved = candidate.extracted[number], candidate.traffic[number]
             fused = extracted.fused
             kept = [frozenset(view.ranks) for view in fused.outputs]
             wide = [extracted.names[e.output] for e in stage.einsums if e.output in candidate.component.wide and e.output in extracted.names]
@@ -289,6 +309,14 @@ class _Chooser:
                     traffic=moved,
                     rounded=_rounded(stage, candidate.tensors),
                     location=location or Location(),
+                    rests=tuple(
+                        Rest(
+                            self.value_name(candidate.tensors[part.whole]),
+                            self.value_name(candidate.tensors[part.part]),
+                            part.count,
+                        )
+                        for part in candidate.parts[number]
+                    ),
                 )
             )
         return groups

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,7 +15,6 @@ from ...ir.fused_cascade import FusedCascade, TensorView
 from ...ir.types import Size, TensorType
 from .affine import join
 from .emit import Tensor
-from .nested_sums import merge_nested_sums
 from .ranks import canonical_ranks, rename_ranks, unify_ranks
 
 
@@ -40,9 +39,18 @@ class Surroundings:
     order: Mapping[str, int]
 
 
-def extract(einsums: Sequence[Einsum], wanted: Sequence[str], around: Surroundings) -> Extracted:
-    """The Einsums as a fused cascade that gives the ``wanted`` tensors."""
-    einsums = merge_nested_sums(einsums, wanted)
+def extract(
+    einsums: Sequence[Einsum], wanted: Sequence[str], around: Surroundings, copied: Collection[str] = ()
+) -> Extracted:
+    """The Einsums as a fused cascade that gives the ``wanted`` tensors.
+
+    Of those in ``copied``, which other Einsums read, the output is a copy: rewriting drops what is read only.
+    """
+    einsums = list(einsums)
+    copies = {name: f"{name}_out" for name in copied}
+    for einsum in [einsum for einsum in einsums if einsum.output in copies]:
+        body = access(einsum.output, einsum.indices)
+        einsums.append(Einsum(copies[einsum.output], einsum.indices, body, line=einsum.line))
     bindings = _Bindings(einsums, around)
     bound = [bindings.bind(einsum) for einsum in einsums]
     sizes = {rank(name): size for name, size in around.sizes.items()}
@@ -50,23 +58,27 @@ def extract(einsums: Sequence[Einsum], wanted: Sequence[str], around: Surroundin
     ranks = canonical_ranks(bound)
     names = _canonical_names(bound, bindings.inputs)
     final = [_rename(rename_ranks(einsum, ranks), names) for einsum in bound]
-    operands, inputs = bindings.views(bound, names, ranks)
+    operands, inputs, extra = bindings.views(bound, names, ranks)
+    origin = {copy: name for name, copy in copies.items()}
     results = []
     outputs = []
     for position, name in enumerate(wanted):
-        einsum = next(einsum for einsum in final if einsum.output == names[name])
+        own = names[copies.get(name, name)]
+        einsum = next(einsum for einsum in final if einsum.output == own)
         results.append(around.type_of(name))
-        outputs.append(TensorView(names[name], position, einsum.kept, _dims(einsum.kept, around.tensors[name])))
+        tensor = around.tensors[name]
+        outputs.append(TensorView(own, position, einsum.kept, _dims(einsum.kept, tensor), tensor.sizes))
     fused = FusedCascade(
         Cascade(tuple(replace(einsum, line=number) for number, einsum in enumerate(final, start=1))),
-        {ranks[old].name: size for old, size in rank_sizes.items() if old in ranks},
+        {ranks[old].name: size for old, size in rank_sizes.items() if old in ranks} | extra,
         tuple(around.type_of(name) for name in operands),
         tuple(results),
         inputs,
         tuple(outputs),
-        {names[einsum.output]: around.tensors[einsum.output].dtype for einsum in einsums},
+        {names[e.output]: around.tensors[origin.get(e.output, e.output)].dtype for e in einsums},
     )
-    return Extracted(fused, tuple(operands), tuple(wanted), {einsum.output: names[einsum.output] for einsum in einsums})
+    made = {einsum.output: names[einsum.output] for einsum in einsums if einsum.output not in origin}
+    return Extracted(fused, tuple(operands), tuple(wanted), made)
 
 
 def _dims(index: Sequence[sympy.Expr], tensor: Tensor) -> tuple[sympy.Expr, ...]:
@@ -146,18 +158,28 @@ class _Bindings:
 
     def views(
         self, einsums: Sequence[Einsum], names: Mapping[str, str], ranks: Mapping[sympy.Symbol, sympy.Symbol]
-    ) -> tuple[list[str], tuple[TensorView, ...]]:
-        """The operands in order of their place in the graph, and where each input lies in them."""
-        used = {tensor_name(item) for einsum in einsums for item in einsum.reads}
-        inputs = {name: entry for name, entry in self.inputs.items() if name in used}
+    ) -> tuple[list[str], tuple[TensorView, ...], dict[str, Size]]:
+        """The operands in order of their place in the graph, where each input lies in them, and sizes of ranks that
+        only these views have. Views have the ranks that their tensor is first read with, if it is read as a whole."""
+        read: dict[str, AppliedUndef] = {}
+        for item in (item for einsum in einsums for item in einsum.reads):
+            read.setdefault(tensor_name(item), item)
+        inputs = {name: entry for name, entry in self.inputs.items() if name in read}
         operands = sorted({entry[0] for entry in inputs.values()}, key=lambda name: self.around.order[name])
         views = []
+        extra: dict[str, Size] = {}
         for name, (tensor, own, index) in inputs.items():
-            # The tensor's own ranks may be read under other names; here they only have to be consistent.
-            places = {symbol: rank(f"i{number}") for number, symbol in enumerate(own)}
+            args = read[name].args
+            plain = all(at.is_Symbol and is_rank(at) for at in args) and len(set(args)) == len(args)
+            sizes = tuple(self._size(symbol) for symbol in own)
+            if plain:
+                places = {symbol: ranks[at] for symbol, at in zip(own, args, strict=True)}
+            else:
+                places = {symbol: rank(f"i{len(extra) + number}") for number, symbol in enumerate(own)}
+                extra.update({places[symbol].name: size for symbol, size in zip(own, sizes, strict=True)})
             at = _dims([part.xreplace(places) for part in index], self.around.tensors[tensor])
-            views.append(TensorView(names[name], operands.index(tensor), tuple(places.values()), at))
-        return operands, tuple(sorted(views, key=lambda view: (view.position, view.tensor)))
+            views.append(TensorView(names[name], operands.index(tensor), tuple(places.values()), at, sizes))
+        return operands, tuple(sorted(views, key=lambda view: (view.position, view.tensor))), extra
 
 
 def _canonical_names(einsums: Sequence[Einsum], inputs: Mapping[str, Any]) -> dict[str, str]:

@@ -25,6 +25,15 @@ class Traffic:
 
 
 @dataclass(frozen=True)
+class Rest:
+    """Graph value ``value`` is result ``result`` of the kernel, summed over its first ``count`` dimensions."""
+
+    value: str
+    result: str
+    count: int
+
+
+@dataclass(frozen=True)
 class Group:
     """``fused`` is the kernel's whole description; equal layers have equal ``fused``.
 
@@ -32,7 +41,8 @@ class Group:
     are the graph nodes that only this group needed. ``rewriting`` is ``rewrite(fused.cascade)``. ``grid`` are the ranks
     that every output keeps: their coordinates are independent. ``streamed`` are the ranks that the wide tensors have
     beyond the grid: a kernel loops over tiles of them. ``wide`` are the tensors that are never in memory. ``rounded``
-    are graph values that eager rounds to a narrower element type, and the kernel does not.
+    are graph values that eager rounds to a narrower element type, and the kernel does not. ``rests`` are small sums that
+    the kernel leaves to be done.
     """
 
     name: str
@@ -47,3 +57,4 @@ class Group:
     traffic: Traffic
     rounded: tuple[str, ...] = ()
     location: Location = Location()
+    rests: tuple[Rest, ...] = ()

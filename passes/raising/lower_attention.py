@@ -67,7 +67,7 @@ def lower_attention(program: Program, call: Call) -> Value:
 
 @lowers("_scaled_dot_product_flash_attention_for_cpu")
 def lower_flash(program: Program, call: Call) -> Any:
-    """(output, logsumexp of the scores). The op gives zeros for a row that is masked altogether."""
+    """(output, logsumexp of the scores). For a row that is masked altogether the op gives zeros for both."""
     query, key, value, mask = call.value(0), call.value(1), call.value(2), call.optional(-1, "attn_mask")
     if call.number(3, "dropout_p", 0.0) != 0:
         raise NotRaised("attention with dropout")
@@ -80,6 +80,8 @@ def lower_flash(program: Program, call: Call) -> Any:
         some = program.map(lambda m: 1 - _is_minus_infinity(m), largest, dtype="b1")
         weights = program.map(lambda w, s: Where(s, w, ZERO), weights, some)
     lse = program.map(lambda m, t: m + sympy.log(t), largest, total)
+    if mask is not None:
+        lse = program.map(lambda l, s: Where(s, l, ZERO), lse, some)
     return program.contract(weights, value), program.reshape(lse, lse.shape[:-1])
 
 
@@ -94,10 +96,10 @@ def lower_flash_backward(program: Program, call: Call) -> Any:
     gradient, query, key, value = (call.value(at) for at in range(4))
     output, lse = call.value(4), call.value(5)
     mask = call.optional(-1, "attn_mask")
-    if call.number(6, "dropout_p", 0.0) != 0 or mask is not None:
-        raise NotRaised("attention's gradient with dropout or a mask")
+    if call.number(6, "dropout_p", 0.0) != 0:
+        raise NotRaised("attention's gradient with dropout")
     scale = _scale(call, query, -1)
-    whole = scores(program, query, key, None, call.flag(7, "is_causal"), scale)
+    whole = scores(program, query, key, mask, call.flag(7, "is_causal"), scale)
     weights = program.map(lambda s, l: sympy.exp(s - l), whole, program.unsqueeze(lse, -1))
     of_weights = program.contract(gradient, program.transpose(value))
     delta = program.reduce("sum", program.map(lambda g, o: g * o, gradient, output), [-1], True)

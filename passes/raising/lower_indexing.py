@@ -16,7 +16,7 @@ from .lower_pointwise import ZERO
 from .program import INTEGERS, NotRaised, Program
 from .registry import lowers
 from .sizes import equal
-from .steps import Value
+from .steps import Map, Value
 
 
 def is_index(value: Value) -> Value:
@@ -173,4 +173,10 @@ def lower_index_put(program: Program, call: Call) -> Value:
 
     terms = program.generate(chosen, [rows, *index.shape, *columns], value.dtype, *parts)
     total = program.reduce("sum", terms, list(range(1, 1 + index.ndim)))
-    return program.map(lambda x, s: x + s, value, total)
+    return total if _is_zero(value) else program.map(lambda x, s: x + s, value, total)
+
+
+def _is_zero(value: Value) -> bool:
+    """Whether a value is 0 everywhere, as what gradients are added to is."""
+    step = value.step
+    return isinstance(step, Map) and not step.operands and step.function([], [ZERO] * value.ndim) == 0

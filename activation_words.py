@@ -1,0 +1,82 @@
+"""What was chosen for activations, in words and as rows, for messages, reports and plans."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import msgspec
+
+from .formatting import bytes_text, seconds_text
+from .ir.plan import Plan, Solver
+from .passes.activation.choice import ActivationChoice, Row
+
+
+def sentence(choice: ActivationChoice) -> str:
+    """The choice in one line: what is kept, what it costs, and how far that may be from the best."""
+    if choice.rule == "keep":
+        return f"Activations: {bytes_text(choice.saved_bytes)} kept, all that torch's minimum cut keeps."
+    line = (
+        f"Activations: {bytes_text(choice.saved_bytes)} kept instead of {bytes_text(choice.plain_saved_bytes)}; "
+        f"recomputing the rest takes {seconds_text(max(choice.seconds, 0.0))}, {100 * choice.price:.1f} % of the step"
+    )
+    if choice.gap is not None:
+        line += f" (at most {100 * choice.gap:.2f} % of it could be saved)"
+    return line + "."
+
+
+def rows_in_words(rows: Iterable[Row]) -> list[str]:
+    found = []
+    for row in rows:
+        times = f"{row.count} x " if row.count > 1 else ""
+        where = f" in {row.module}" if row.module else ""
+        cost = f", {seconds_text(row.seconds)}" if row.seconds else ""
+        found.append(f"{row.fate} {times}{row.what}{where}: {bytes_text(row.bytes)}{cost}")
+    return found
+
+
+def choice_figures(choice: ActivationChoice) -> dict[str, Any]:
+    """The choice as figures: bytes, seconds, shares of the step."""
+    return {
+        "rule": choice.rule,
+        "saved_bytes": choice.saved_bytes,
+        "plain_saved_bytes": choice.plain_saved_bytes,
+        "seconds": choice.seconds,
+        "price": choice.price,
+        "gap": choice.gap,
+        "floor_bound": choice.floor_bound,
+        "rows": [
+            {"fate": r.fate, "what": r.what, "module": r.module, "bytes": r.bytes, "count": r.count, "seconds": r.seconds}
+            for r in choice.rows
+        ],
+    }
+
+
+def with_choices(plan: Plan, choices: Sequence[ActivationChoice]) -> Plan:
+    """The plan with notes on what was chosen, and how it was decided."""
+    planned = [choice for choice in choices if choice.rule != "keep"]
+    if not planned:
+        return plan
+    notes: list[str] = []
+    solvers: list[Solver] = []
+    for choice in planned:
+        notes.append(sentence(choice))
+        notes += rows_in_words([row for row in choice.rows if row.fate != "keep"][:12])
+        if choice.bound is not None:
+            solvers.append(
+                Solver(
+                    name="minimum cuts, GSCIP, simulator",
+                    problem="activations: seconds of a step",
+                    value=choice.step_seconds + choice.seconds,
+                    bound=choice.step_seconds + min(choice.bound, choice.seconds),
+                )
+            )
+    again = frozenset(name for choice in planned for name in choice.recomputed)
+    steps = tuple(
+        msgspec.structs.replace(step, kind="recompute")
+        if step.phase == "backward" and step.kind in ("kernel", "library") and len(step.ops) > 1 and step.ops[1] in again
+        else step
+        for step in plan.steps
+    )
+    plan = msgspec.structs.replace(plan, steps=steps)
+    return msgspec.structs.replace(plan, notes=(*plan.notes, *notes), solvers=(*plan.solvers, *solvers))

@@ -1,0 +1,254 @@
+"""``effcc plan --memory-budget`` and ``--pareto``: activations planned on captured joint graphs, for any device.
+
+The joint graphs pass here while the model is captured. A first plan keeps what torch keeps; where it is over the
+budget, the graph that saves most has to do with as much less, and the plan is made again, until it fits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from . import torch_internals
+from .cost_model.devices import Device
+from .cost_model.tensors import Bindings
+from .errors import BudgetError, EffccError
+from .formatting import bytes_text
+from .frontend.fx_import import from_fx
+from .ir.plan import Plan
+from .joint_split import split_saving, values_saved
+from .passes.activation.candidates import Candidate
+from .passes.activation.choice import ActivationChoice, describe
+from .passes.activation.problem import joint_problem
+from .passes.activation.search import ActivationSearch
+
+if TYPE_CHECKING:
+    import torch.fx as fx
+
+    from .frontend.capture import Captured, CapturedFrame
+
+#: How often the plan is made again.
+ROUNDS = 12
+#: How often more is kept where there is room left, and the share of the budget that makes it worthwhile.
+LOOSENINGS, WORTHWHILE = 3, 0.01
+#: Points of a Pareto curve.
+POINTS = 16
+
+
+@dataclass
+class JointGraph:
+    """One joint graph with its choices. ``limit``: bytes that its simulated peak may reach, None while all is kept."""
+
+    module: fx.GraphModule
+    search: ActivationSearch
+    outputs: int
+    static: list[int]
+    limit: int | None = None
+    chosen: Candidate | None = None
+
+    def split(self) -> tuple[fx.GraphModule, fx.GraphModule]:
+        assert self.chosen is not None
+        return split_saving(self.module, self.search.problem, self.chosen.saved, self.outputs, self.static)
+
+    @property
+    def saved_bytes(self) -> int:
+        kept = self.chosen or self.search.plain
+        return sum(self.search.problem.values[v].bytes for v in kept.saved)
+
+
+@dataclass
+class BudgetPlanner:
+    """Collects the joint graphs of a capture (as its ``partition``), and plans them within a budget."""
+
+    device: Device
+    bindings: Bindings = field(default_factory=dict)
+    graphs: list[JointGraph | None] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def partition(
+        self,
+        gm: fx.GraphModule,
+        joint_inputs: Any,
+        *,
+        num_fwd_outputs: int,
+        static_lifetime_input_indices: Sequence[int] | None = None,
+        **others: Any,
+    ) -> tuple[fx.GraphModule, fx.GraphModule]:
+        """AOTAutograd's ``partition_fn``: torch's split, with the joint graph remembered."""
+        static = list(static_lifetime_input_indices or [])
+        plannable = torch_internals.prepare_joint(gm)
+        joint = torch_internals.copy_graph(gm)
+        split = torch_internals.minimum_cut_partition(
+            gm, joint_inputs, num_fwd_outputs=num_fwd_outputs, static_lifetime_input_indices=static, **others
+        )
+        if not plannable:
+            self.notes.append("activations are saved as torch chooses: the model has checkpoints or effects of its own")
+            self.graphs.append(None)
+            return split
+        try:
+            problem = joint_problem(
+                from_fx(joint, "joint", "joint", roles=self._roles(joint)),
+                self.device,
+                num_fwd_outputs,
+                bindings=self.bindings,
+                backward_only=torch_internals.backward_only_nodes(joint),
+            )
+        except EffccError as error:
+            self.notes.append(f"activations are saved as torch chooses: {error.message}")
+            self.graphs.append(None)
+            return split
+        search = ActivationSearch(problem, values_saved(split[0], problem, num_fwd_outputs))
+        self.graphs.append(JointGraph(joint, search, num_fwd_outputs, static))
+        return split
+
+    def _roles(self, joint: fx.GraphModule) -> list[str]:
+        inputs = joint.graph.find_nodes(op="placeholder")
+        return ["input" if torch_internals.is_primal(node) else "tangent" for node in inputs]
+
+    def plan(self, captured: Captured, budget: int, make: Callable[[Captured], Plan]) -> tuple[Captured, Plan]:
+        """The plan within ``budget`` bytes and the capture that it is of.
+
+        ``make`` plans a capture. Raises BudgetError with the least budget that works and a bound below which none can.
+        """
+        made = make(captured)
+        least: tuple[int, Plan] = (made.peak.get("device", 0), made)
+        for _ in range(ROUNDS):
+            over = made.peak.get("device", 0) - budget
+            if over <= 0:
+                return self._loosen(captured, made, budget, make)
+            if not self._tighten(over):
+                break
+            captured = self._split_again(captured)
+            made = make(captured)
+            least = min(least, (made.peak.get("device", 0), made), key=lambda item: item[0])
+        raise floor_error(least[1], budget, self._bound(least[1]))
+
+    def _loosen(
+        self, captured: Captured, made: Plan, budget: int, make: Callable[[Captured], Plan]
+    ) -> tuple[Captured, Plan]:
+        """Where the plan needs less than the simulation said, let the graph keep as much more."""
+        for _ in range(LOOSENINGS):
+            slack = budget - made.peak.get("device", 0)
+            graph = max(
+                (g for g in self.graphs if g is not None and g.chosen is not None and g.limit is not None),
+                key=lambda g: -g.saved_bytes,
+                default=None,
+            )
+            if graph is None or graph.limit is None or slack < budget * WORTHWHILE:
+                break
+            before = graph.limit, graph.chosen
+            graph.limit += slack
+            graph.chosen = graph.search.within(graph.limit)
+            if graph.chosen is None or (before[1] is not None and graph.chosen.saved == before[1].saved):
+                graph.limit, graph.chosen = before
+                break
+            other = self._split_again(captured)
+            plan = make(other)
+            if plan.peak.get("device", 0) > budget or plan.seconds >= made.seconds:
+                graph.limit, graph.chosen = before
+                make(captured)
+                break
+            captured, made = other, plan
+        return captured, made
+
+    def _tighten(self, over: int) -> bool:
+        """Take ``over`` bytes from the graph that saves most and can do with less."""
+        for graph in sorted(filter(None, self.graphs), key=lambda g: -g.saved_bytes):
+            current = graph.chosen or graph.search.plain
+            if current.saved == graph.search.least.saved:
+                continue
+            limit = current.peak - over
+            found = graph.search.within(limit) or graph.search.least
+            if found.saved == current.saved:
+                found = graph.search.least
+            graph.limit, graph.chosen = limit, found
+            return True
+        return False
+
+    def _split_again(self, captured: Captured) -> Captured:
+        training = [i for i, frame in enumerate(captured.frames) if frame.backward is not None]
+        frames: list[CapturedFrame] = list(captured.frames)
+        for index, graph in zip(training, self.graphs, strict=True):
+            again = frames[index].split_again
+            if graph is not None and graph.chosen is not None and again is not None:
+                frames[index] = replace(again(*graph.split()), split_again=again)
+        return replace(captured, frames=tuple(frames))
+
+    def _bound(self, plan: Plan) -> int:
+        """A peak that no choice can be below: the simulation's bound, with what the plan holds all along in place of
+        what the joint graph does."""
+        graphs = [graph for graph in self.graphs if graph is not None]
+        if len(graphs) != 1:
+            return 0
+        last = len(plan.steps)
+        held = sum(
+            buffer.bytes
+            for buffer in plan.buffers
+            if buffer.tier == "device" and buffer.lower == 0 and buffer.upper >= last and buffer.role != "output"
+        )
+        return graphs[0].search.floor_bound - graphs[0].search.problem.constant + held
+
+    def choices(self, budget: int | None) -> list[ActivationChoice]:
+        """What was chosen for each joint graph."""
+        found = []
+        for graph in filter(None, self.graphs):
+            search = graph.search
+            chosen = graph.chosen or search.plain
+            rule = "keep" if graph.chosen is None else "planned"
+            bound = search.bound(graph.limit) if graph.limit is not None else None
+            found.append(
+                describe(search.problem, chosen, search.plain, rule, budget, bound, search.floor_bound)
+            )
+        return found
+
+
+def floor_error(plan: Plan, budget: int, bound: int) -> BudgetError:
+    from .summary import summarize
+
+    peak = plan.peak.get("device", 0)
+    held = "; ".join(f"{bytes_text(h.bytes)} {h.role} {h.what}" for h in summarize(plan).holders[:3])
+    proven = f" No choice of what is kept gets below {bytes_text(bound)}." if bound else ""
+    return BudgetError(
+        f"the step needs {bytes_text(peak)} whatever is recomputed, more than the memory budget of "
+        f"{bytes_text(budget)}.{proven}",
+        where=f"the peak on {plan.device}, where most is held by: {held}",
+        remedy=f"The least budget that works is {peak} bytes ({bytes_text(peak)}). A smaller batch or a narrower dtype "
+        "needs less.",
+    )
+
+
+class ParetoPoint(msgspec.Struct, frozen=True):
+    """Peak in bytes and predicted seconds of a step; ``bound``: no choice within that peak is faster."""
+
+    peak: int
+    seconds: float
+    bound: float
+    saved_bytes: int
+
+
+def pareto_curve(planner: BudgetPlanner, plan: Plan) -> list[ParetoPoint]:
+    """Time against memory of the model's largest joint graph, from keeping all to the floor. ``plan`` keeps all; what
+    it counts beyond the simulation is added to every point."""
+    graphs = [graph for graph in planner.graphs if graph is not None]
+    if not graphs:
+        return []
+    search = max(graphs, key=lambda graph: graph.saved_bytes).search
+    offset = plan.peak.get("device", 0) - search.plain.peak
+    top, low = search.plain.peak, search.least.peak
+    found: dict[frozenset[int], ParetoPoint] = {}
+    for index in range(POINTS):
+        limit = top - (top - low) * index // (POINTS - 1)
+        chosen = search.within(limit)
+        if chosen is None or chosen.saved in found:
+            continue
+        extra = chosen.seconds - search.plain.seconds
+        found[chosen.saved] = ParetoPoint(
+            chosen.peak + offset,
+            plan.seconds + extra,
+            plan.seconds + min(extra, search.bound(limit) - search.plain.seconds),
+            sum(search.problem.values[v].bytes for v in chosen.saved),
+        )
+    return list(found.values())

@@ -1,0 +1,209 @@
+"""``memory_budget``: kept by the allocator's own count, with equal gradients, monotone, and a floor that works."""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Callable
+from typing import Any
+
+import effcc
+import pytest
+import torch
+from effcc.measuring import peak_of
+from models import Tower
+from torch import nn
+from torch.testing import assert_close
+
+pytestmark = pytest.mark.usefixtures("clean_compiler")
+
+Step = Callable[[], torch.Tensor]
+
+
+def held(*tensors: torch.Tensor) -> int:
+    """Bytes of the distinct storages."""
+    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+
+
+def state_of(optimizer: torch.optim.Optimizer | None) -> list[torch.Tensor]:
+    entries = optimizer.state.values() if optimizer is not None else ()
+    return [value for entry in entries for value in entry.values() if isinstance(value, torch.Tensor)]
+
+
+def measured_peak(
+    model: nn.Module, inputs: dict[str, torch.Tensor], step: Step, optimizer: torch.optim.Optimizer | None = None
+) -> int:
+    """Most bytes the allocator held during a step: what it says, and what was there before."""
+    step()
+    model.zero_grad(set_to_none=True)
+    extra = peak_of(step, torch.device("cpu"))
+    model.zero_grad(set_to_none=True)
+    return extra + held(*model.parameters(), *model.buffers(), *inputs.values(), *state_of(optimizer))
+
+
+def step_of(
+    model: nn.Module,
+    inputs: dict[str, torch.Tensor],
+    budget: int | str | None,
+    optimizer: torch.optim.Optimizer | None = None,
+) -> Step:
+    """A training step of the compiled model; without an optimizer the gradients are left to be looked at."""
+    torch._dynamo.reset()
+    options = {} if budget is None else {"memory_budget": budget}
+    compiled = torch.compile(model, backend="effcc", options=options)
+
+    def step() -> torch.Tensor:
+        model.zero_grad(set_to_none=True)
+        torch.manual_seed(3)
+        loss = compiled(**inputs).square().mean()
+        loss.backward()
+        if optimizer is not None:
+            optimizer.step()
+            model.zero_grad(set_to_none=True)
+        return loss.detach()
+
+    return step
+
+
+def tower(dropout: float = 0.0, rows: int = 512) -> tuple[Tower, dict[str, torch.Tensor]]:
+    torch.manual_seed(0)
+    return Tower(width=32, depth=4, dropout=dropout), {"x": torch.randn(rows, 32)}
+
+
+def floor_in(error: BaseException) -> int:
+    """The least budget that an error's remedy names."""
+    found = re.search(r"Give it at least (\d+) bytes", str(error))
+    assert found is not None, str(error)
+    return int(found[1])
+
+
+def gradients(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def refused(model: nn.Module, inputs: dict[str, torch.Tensor], budget: int) -> BaseException:
+    with pytest.raises(Exception, match="more than the budget") as caught:
+        step_of(model, inputs, budget)()
+    return caught.value
+
+
+def test_budgets_down_to_the_floor_are_kept_by_the_allocator() -> None:
+    model, inputs = tower()
+    eager = copy.deepcopy(model)
+    eager(**inputs).square().mean().backward()
+    wanted = gradients(eager)
+    plain = measured_peak(model, inputs, step_of(model, inputs, None))
+    floor = floor_in(refused(model, inputs, 1 << 14))
+    assert floor < 0.8 * plain, "recomputation saves memory here"
+    peaks: list[int] = []
+    prices: list[float] = []
+    for share in (1.0, 0.66, 0.33, 0.0):
+        budget = int(floor + share * (plain - floor))
+        step = step_of(model, inputs, budget)
+        effcc.reset_reports()
+        step()
+        for name, gradient in gradients(model).items():
+            assert_close(gradient, wanted[name], rtol=1e-5, atol=1e-7)
+        choice = effcc.reports()[-1].activation
+        assert choice is not None
+        prices.append(choice.seconds)
+        peaks.append(measured_peak(model, inputs, step))
+        assert peaks[-1] <= budget, f"share {share}"
+    assert peaks == sorted(peaks, reverse=True), "a smaller budget never has a larger peak"
+    assert prices == sorted(prices), "nor a shorter predicted time"
+
+
+def test_dropout_is_replayed_bit_for_bit() -> None:
+    model, inputs = tower(dropout=0.3)
+    step = step_of(model, inputs, None)
+    loss = step()
+    wanted = gradients(model)
+    plain = measured_peak(model, inputs, step)
+    step = step_of(model, inputs, int(0.8 * plain))
+    assert torch.equal(step(), loss)
+    for name, gradient in gradients(model).items():
+        assert_close(gradient, wanted[name], rtol=1e-6, atol=1e-8)
+    choice = effcc.reports()[-1].activation
+    assert choice is not None and choice.recomputed, "some of the forward runs again"
+    assert measured_peak(model, inputs, step) <= int(0.8 * plain)
+
+
+def test_optimizer_state_counts_before_it_is_there() -> None:
+    model, inputs = tower(rows=256)
+    optimizer = torch.optim.AdamW(model.parameters())
+    plain = measured_peak(model, inputs, step_of(model, inputs, None, optimizer), optimizer)
+    for fresh in (True, False):
+        if fresh:
+            optimizer = torch.optim.AdamW(model.parameters())
+        budget = int(0.85 * plain)
+        assert measured_peak(model, inputs, step_of(model, inputs, budget, optimizer), optimizer) <= budget
+
+
+def test_an_optimizer_that_does_not_fit_is_named() -> None:
+    model, inputs = tower(rows=4)
+    optimizer = torch.optim.AdamW(model.parameters())
+    state = 2 * sum(p.nbytes for p in model.parameters())
+    with pytest.raises(Exception, match="the optimizer's step needs") as caught:
+        step_of(model, inputs, state, optimizer)()
+    assert "optimizer state" in str(caught.value)
+
+
+def test_the_error_names_what_holds_the_floor() -> None:
+    model, inputs = tower()
+    text = str(refused(model, inputs, 1 << 14))
+    assert "most of it is" in text and "models.py" in text
+
+
+def test_a_budget_that_is_large_enough_changes_nothing() -> None:
+    model, inputs = tower()
+    step_of(model, inputs, None)()
+    plain = effcc.reports()[-1].plan
+    effcc.reset_reports()
+    step_of(model, inputs, "1GiB")()
+    report = effcc.reports()[-1]
+    assert report.activation is not None and report.activation.rule == "keep"
+    assert plain is not None and report.plan is not None
+    assert [s.name for s in report.plan.steps] == [s.name for s in plain.steps]
+
+
+def test_only_the_last_attempt_is_reported() -> None:
+    model, inputs = tower()
+    floor = floor_in(refused(model, inputs, 1 << 14))
+    effcc.reset_reports()
+    step_of(model, inputs, floor)()
+    assert [report.phase for report in effcc.reports()] == ["forward", "backward"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["llama", "gpt2", "vit", "resnet"])
+def test_real_models(name: str) -> None:
+    from models import build, loss_of
+
+    sample = build(name, "bench")
+    model, inputs = sample.model, sample.inputs
+
+    def step_with(options: dict[str, Any]) -> Step:
+        torch._dynamo.reset()
+        compiled = torch.compile(model, backend="effcc", options=options)
+
+        def step() -> torch.Tensor:
+            model.zero_grad(set_to_none=True)
+            loss = loss_of(compiled(**inputs), sample.target)
+            loss.backward()
+            return loss.detach()
+
+        return step
+
+    step = step_with({})
+    step()
+    wanted = gradients(model)
+    plain = measured_peak(model, inputs, step)
+    with pytest.raises(Exception, match="more than the budget") as caught:
+        step_with({"memory_budget": plain // 10})()
+    floor = floor_in(caught.value)
+    for budget in ((plain + floor) // 2, floor):
+        step = step_with({"memory_budget": budget})
+        step()
+        for key, gradient in gradients(model).items():
+            assert_close(gradient, wanted[key], rtol=1e-3, atol=1e-5)
+        assert measured_peak(model, inputs, step) <= budget
