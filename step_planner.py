@@ -105,7 +105,7 @@ def move_to_scratch(result: CompiledGraph, function: str, code: CompiledSegment,
     if found is None:
         return
     call, runner = found
-    arena = pool("cpu")
+    arena = pool("cpu", result)
     call.__globals__["_effcc_scratch"] = arena
     arena.reserve(layout.height)
     result.replace(function, types.MethodType(use_scratch(call, code.source, layout, arena), runner))

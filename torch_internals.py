@@ -239,6 +239,25 @@ def divert_cpp_kernels(current: Callable[[], Any]) -> None:
 
     AsyncCompile.cpp_pybinding, AsyncCompile.wait = cpp_pybinding, wait
     AsyncCompile._effcc_diverted = True
+    comment_cpp_calls()
+
+
+def comment_cpp_calls() -> None:
+    """From now on, wrappers say before each call of a C++ kernel which ops it computes, as they do for Triton kernels
+    and library calls. (``# Topologically Sorted Source Nodes: [mul, sum_1], Original ATen: [...]``)"""
+    from torch._inductor.codegen.cpp import CppScheduling
+    from torch._inductor.utils import get_kernel_metadata
+    from torch._inductor.virtualized import V
+
+    plain = CppScheduling.codegen_comment
+
+    @functools.wraps(plain)
+    def codegen_comment(self: Any, node_schedule: Any, kernel_name: Any = None) -> None:
+        wrapper = V.graph.wrapper_code
+        wrapper.make_comment(get_kernel_metadata(node_schedule, wrapper)[0])
+        plain(self, node_schedule, kernel_name)
+
+    CppScheduling.codegen_comment = codegen_comment
 
 
 def load_cpp_kernel(argument_types: list[str], source: str) -> Any:
@@ -508,9 +527,20 @@ def peak_growth(run: Callable[[], Any]) -> tuple[Any, int | None]:
         records = _autograd._disable_profiler_legacy()
     highest = 0
     for thread in records:
+        event: Any
         running = 0
         for event in thread:
             if event.kind() == "memory_alloc":
                 running += event.cpu_memory_usage()
                 highest = max(highest, running)
     return result, highest
+
+
+def knapsack_partition(
+    gm: torch.fx.GraphModule, joint_inputs: Any, budget: float, **kwargs: Any
+) -> tuple[torch.fx.GraphModule, torch.fx.GraphModule]:
+    """Torch's choice for its relative ``activation_memory_budget``, 0 to 1, by its default solver. It rewrites ``gm``."""
+    import torch._functorch.config as functorch_config
+
+    with functorch_config.patch(activation_memory_budget=budget):
+        return minimum_cut_partition(gm, joint_inputs, **kwargs)

@@ -187,13 +187,15 @@ def prepare_cascade(
     wide: frozenset[str] = frozenset(),
     comment: str | None = None,
     caches: Caches | None = None,
+    crossing: bool = True,
 ) -> CascadeKernel:
     """The kernel of a cascade (rewritten first, if it is not yet), not compiled yet.
 
     ``sizes``: every rank and named constant. ``dtypes``: tensor -> element type (inputs; outputs that are not float32, or
     float64 if an input is), or one for all. ``outputs``: wanted tensors, the cascade's outputs by default. ``units``:
     tensor -> the dimension of stride 1, by default the last. ``shapes``: of inputs with indices other than plain ranks.
-    ``wide``: tensors never to be stored. ``caches`` bound the tiles (this machine's by default). Raises ``NotLowerable`` with the reason.
+    ``wide``: tensors never to be stored. ``caches`` bound the tiles (this machine's
+    by default). ``crossing``: gradients along two ranks in one kernel, where there are heads enough for all threads. Raises ``NotLowerable`` with the reason.
     """
     rewriting = cascade if isinstance(cascade, Rewriting) else rewrite(cascade)
     text = print_cascade(rewriting.cascade)
@@ -203,11 +205,15 @@ def prepare_cascade(
     given = {name: dtypes if isinstance(dtypes, str) else dtypes.get(name) for name in rewriting.cascade.tensors}
     key = (
         text, wanted, tuple(sorted(sizes.items())), tuple(sorted((k, v or "") for k, v in given.items())),
-        tuple(sorted((units or {}).items())), tuple(sorted((k, tuple(v)) for k, v in (shapes or {}).items())), wide, caches,
+        tuple(sorted((units or {}).items())), tuple(sorted((k, tuple(v)) for k, v in (shapes or {}).items())), wide, caches, crossing,
     )  # fmt: skip
     if key not in _prepared:
         infos = _infos(rewriting.cascade, sizes, given, units or {}, shapes or {}, wanted)
-        _prepared[key] = _prepare(rewriting, wanted, sizes, infos, wide, comment or text, caches)
+        compute = "f64" if any(info.dtype == "f64" for info in infos.values()) else "f32"
+        operands = {name: Operand(info.dtype, info.unit) for name, info in infos.items()}
+        limits = caches or Caches.of_this_machine()
+        settings = Settings(sizes, operands, compute, wide, limits, crossing)
+        _prepared[key] = _prepare(rewriting, wanted, infos, settings, comment or text)
     return _prepared[key]
 
 
@@ -247,17 +253,9 @@ def _extent(name: str, index: object, sizes: Mapping[str, int]) -> int:
 
 
 def _prepare(
-    rewriting: Rewriting,
-    wanted: Sequence[str],
-    sizes: Mapping[str, int],
-    infos: Mapping[str, TensorInfo],
-    wide: frozenset[str],
-    comment: str,
-    caches: Caches | None,
+    rewriting: Rewriting, wanted: Sequence[str], infos: Mapping[str, TensorInfo], settings: Settings, comment: str
 ) -> CascadeKernel:
-    compute = "f64" if any(info.dtype == "f64" for info in infos.values()) else "f32"
-    operands = {name: Operand(info.dtype, info.unit) for name, info in infos.items()}
-    settings = Settings(sizes, operands, compute, wide, caches or Caches.of_this_machine())
+    sizes = settings.sizes
     programs = lower(rewriting.cascade, rewriting.monoids, wanted, settings)
     full = dict(sizes)
     shapes: dict[str, Sequence[int]] = {name: info.shape for name, info in infos.items()}

@@ -11,6 +11,7 @@ from typing import Any
 
 import sympy
 import torch
+from torch.fx.traceback import NodeSource
 
 from ..errors import ExportError
 from ..ir.graph import Argument, Graph, Node, Ref, Symbol
@@ -124,7 +125,9 @@ class _Exporter:
         return made
 
     def describe(self, node: Node, made: torch.fx.Node) -> None:
-        """Metadata as AOTAutograd leaves it: values, source lines, module path."""
+        """Metadata as AOTAutograd leaves it: values, source lines, module path; and the names that comments in generated code have."""
+        if made.op == "call_function":
+            made.meta["from_node"] = [NodeSource(made, "effcc")]
         if self.fakes is not None and node.type is not None:
             made.meta["val"] = self.part(node, made) if node.op == "getitem" else self.fakes.of(node.type)
         location = node.location

@@ -11,11 +11,14 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+import msgspec
+
 from ..cost_model.region_memory import RegionBuffer, RegionKernel, RegionMemory
 from ..ir.types import DTYPES, SHORT_DTYPE
 
 #: Inductor rounds allocations inside its wrappers up to nothing; torch's CPU allocator aligns to 64 bytes without cost.
 _ALLOCATORS = re.compile(r"empty_strided(_\w+)?$")
+_COMMENT = re.compile(r"\s*# (?:Topologically Sorted|Unsorted) Source Nodes: \[(.*?)\], Original ATen:")
 
 
 @dataclass
@@ -47,13 +50,27 @@ def wrapper_memory(
     call = _call_function(source)
     if call is None:
         return None
-    reader = _Reader(dict(input_bytes), result_bytes, dict(symbols or {}))
+    reader = _Reader(dict(input_bytes), result_bytes, dict(symbols or {}), _named_ops(source))
     try:
         for statement in _flat(call.body):
             reader.read(statement, list(inputs), list(outputs))
     except _NotUnderstood:
         return None
     return reader.memory()
+
+
+def _named_ops(source: str) -> dict[int, tuple[str, ...]]:
+    """Line -> the ops that the comment above it names."""
+    found: dict[int, tuple[str, ...]] = {}
+    ops: tuple[str, ...] = ()
+    for number, line in enumerate(source.splitlines(), start=1):
+        comment = _COMMENT.match(line)
+        if comment:
+            ops = tuple(name.strip() for name in comment[1].split(",") if name.strip())
+        elif ops and not line.lstrip().startswith("#"):
+            found[number] = ops
+            ops = ()
+    return found
 
 
 class _NotUnderstood(Exception):
@@ -81,8 +98,14 @@ def _flat(statements: Sequence[ast.stmt]) -> list[ast.stmt]:
 
 
 class _Reader:
-    def __init__(self, input_bytes: dict[str, int], result_bytes: ResultBytes, symbols: dict[str, int]) -> None:
-        self.input_bytes, self.result_bytes, self.symbols = input_bytes, result_bytes, symbols
+    def __init__(
+        self,
+        input_bytes: dict[str, int],
+        result_bytes: ResultBytes,
+        symbols: dict[str, int],
+        named: dict[int, tuple[str, ...]],
+    ) -> None:
+        self.input_bytes, self.result_bytes, self.symbols, self.named = input_bytes, result_bytes, symbols, named
         self.owner: dict[str, _Storage] = {}
         self.storages: list[_Storage] = []
         self.kernels: list[RegionKernel] = []
@@ -172,7 +195,10 @@ class _Reader:
         if isinstance(node, ast.Call) and (size := self.workspace(name, node)):
             self.storages.append(_Storage(f"{name} workspace", size, position, position))
         library = name.startswith(("extern_kernels", "torch.ops", "aten", "inductor_ops"))
-        self.kernels.append(RegionKernel(name=name, kind="library" if library else "kernel"))
+        ops = self.named.get(node.lineno, ())
+        # A library call computes the last of them; the others made its operands, which are in memory.
+        ops = ops[-1:] if library else ops
+        self.kernels.append(RegionKernel(name=name, kind="library" if library else "kernel", ops=ops))
 
     def workspace(self, name: str, node: ast.Call) -> int:
         """Bytes that a library op holds for itself: a convolution on CPU reorders its weight to oneDNN blocks, and its
@@ -244,7 +270,15 @@ class _Reader:
             )
             for storage in self.storages
         ]
-        return RegionMemory(kernels=tuple(self.kernels), buffers=tuple(buffers))
+        # Views of what a library call returned carry its name along.
+        calls = {op for kernel in self.kernels if kernel.kind == "library" for op in kernel.ops}
+        kernels = [
+            kernel
+            if kernel.kind == "library"
+            else msgspec.structs.replace(kernel, ops=tuple(op for op in kernel.ops if op not in calls))
+            for kernel in self.kernels
+        ]
+        return RegionMemory(kernels=tuple(kernels), buffers=tuple(buffers))
 
 
 #: Op, position of its weight, and how many more times the weight it holds while it runs.

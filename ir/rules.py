@@ -9,7 +9,8 @@ import sympy
 
 from .expressions import ExpressionError, canonical
 from .graph import CASCADE_OP, Argument, Graph, Node, Ref, Symbol
-from .printer import print_alias, print_repeat, print_type
+from .printer import print_alias, print_repeat
+from .type_text import print_type
 from .types import DTYPES, NoneType, OpaqueType, ScalarType, Size, TensorType, TupleType, Type
 
 PHASES = ("inference", "forward", "backward", "joint")

@@ -16,7 +16,8 @@ import sympy
 from .expressions import canonical, print_expression, symbol
 from .fused_cascade_text import fused_cascade_lines
 from .graph import Argument, Graph, Node, Ref, Symbol
-from .printer import print_argument, print_type
+from .printer import print_argument
+from .type_text import print_type
 from .types import ScalarType, TensorType, TupleType, Type
 
 #: Hexadecimal digits of an op's hash.

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from ..cost_model.devices import Device
 from ..cost_model.fusion import Kernel, group_kernels, kernel_of
@@ -211,31 +211,31 @@ class _Flattener:
         groups: tuple[Kernel, ...] | None,
         kept: set[int],
     ) -> list[Cost]:
-        """One cost a kernel: of its ops where they are known, else an equal share of the region's."""
+        """One cost a kernel: of its ops where they are known, else an equal share of what no kernel names."""
         if groups is not None:
             return [kernel_cost(kernel, graph, self.device, table, storages) for kernel in groups]
         by_name = {node.name: node for node in unit.nodes}
-        costs: list[Cost] = []
-        if all(launch.ops for launch in memory.kernels):
-            for launch in memory.kernels:
-                members = tuple(by_name[name] for name in launch.ops if name in by_name)
-                if not members:
-                    costs.append(Cost())
-                    continue
-                kernel = kernel_of(members, storages, kept | _read_outside(members, unit, storages))
-                costs.append(kernel_cost(kernel, graph, self.device, table, storages))
-        else:
-            kernels = group_kernels(unit.nodes, graph, table, storages, kept)
+        members = [tuple(by_name[name] for name in launch.ops if name in by_name) for launch in memory.kernels]
+        named = {node.name for nodes in members for node in nodes}
+        rest = [node for node in unit.nodes if node.name not in named]
+        share = Cost()
+        if unnamed := members.count(()):
+            kernels = group_kernels(rest, graph, table, storages, kept | _read_outside(rest, unit, storages))
             whole = total(kernel_cost(kernel, graph, self.device, table, storages) for kernel in kernels)
-            count = max(1, len(memory.kernels))
-            share = Cost(
-                whole.flop // count,
-                whole.bytes // count,
-                whole.seconds / count,
-                whole.bound,
-                whole.matmul_flop // count,
+            share = replace(
+                whole,
+                flop=whole.flop // unnamed,
+                bytes=whole.bytes // unnamed,
+                seconds=whole.seconds / unnamed,
+                matmul_flop=whole.matmul_flop // unnamed,
             )
-            costs = [share] * len(memory.kernels)
+        costs = []
+        for nodes in members:
+            if nodes:
+                kernel = kernel_of(nodes, storages, kept | _read_outside(nodes, unit, storages))
+                costs.append(kernel_cost(kernel, graph, self.device, table, storages))
+            else:
+                costs.append(share)
         return [
             cost
             if launch.seconds is None

@@ -55,6 +55,7 @@ def rebuild(graph: Graph, nodes: Iterable[Node], values: Mapping[str, Argument] 
         outputs=outputs,
         aliases=_aliases(graph.aliases, {node.name for node in kept}, values),
         subgraphs=subgraphs if len(subgraphs) != len(graph.subgraphs) else graph.subgraphs,
+        cascades={name: fused for name, fused in graph.cascades.items() if name in called},
         repeats=_repeats(graph.repeats, kept),
     )
 

@@ -8,6 +8,8 @@ bytes.
 from __future__ import annotations
 
 import threading
+import weakref
+from typing import Any
 
 import torch
 
@@ -48,15 +50,19 @@ class ScratchPool:
             self.free.clear()
 
 
-_pools: dict[str, ScratchPool] = {}
+_pools: weakref.WeakKeyDictionary[Any, ScratchPool] = weakref.WeakKeyDictionary()
 
 
-def pool(device: str) -> ScratchPool:
-    """The pool of a device (``cpu``, ``cuda:0``)."""
-    return _pools.setdefault(device, ScratchPool(device))
+def pool(device: str, owner: Any) -> ScratchPool:
+    """The pool of one compiled graph on a device (``cpu``, ``cuda:0``). Graphs do not share: the arenas of one with
+    large regions would raise the peak of another."""
+    found = _pools.get(owner)
+    if found is None:
+        found = _pools[owner] = ScratchPool(device)
+    return found
 
 
 def release() -> None:
     """Free all arenas that are not in use."""
-    for each in _pools.values():
+    for each in list(_pools.values()):
         each.release()

@@ -62,6 +62,7 @@ def case(
     given: Mapping[str, NDArray[np.generic]] | None = None,
     shapes: Mapping[str, Sequence[int]] | None = None,
     caches: Caches | None = SMALL_CACHES,
+    crossing: bool = True,
 ) -> Case:
     """Standard normal inputs, but for those ``given``."""
     cascade = parse_cascade(text)
@@ -78,6 +79,11 @@ def case(
         for name, array in inputs.items()
     }
     kernel = prepare_cascade(
-        cascade, sizes, dtypes, shapes={name: array.shape for name, array in inputs.items()}, caches=caches
+        cascade,
+        sizes,
+        dtypes,
+        shapes={name: array.shape for name, array in inputs.items()},
+        caches=caches,
+        crossing=crossing,
     )
     return Case(cascade, kernel, inputs, dict(sizes), dtype)

@@ -19,7 +19,7 @@ _ROUNDING = 64
 def base(frame: Frame, item: AppliedUndef) -> str:
     """Where the tile that an access reads begins in memory."""
     name = tensor_name(item)
-    origins = {s: origin(s) if s in frame.steps else "0" for s in ranks_of(item)}
+    origins = {s: origin(s) if s in frame.walked else "0" for s in ranks_of(item)}
     terms = [tensor(name)]
     for position, index in enumerate(item.args):
         at = integer(index, origins)
@@ -106,9 +106,9 @@ def _difference(frame: Frame, condition: sympy.Expr) -> tuple[sympy.Expr | None,
     if not isinstance(condition, tuple(COMPARISONS.values())):
         return None, []
     difference = sympy.expand(condition.args[0] - condition.args[1])
-    own = [s for s in ranks_of(difference) if s in frame.steps and not frame.is_point(s)]
+    own = [s for s in ranks_of(difference) if s in frame.walked and not frame.is_point(s)]
     inside = {s for each in accesses(difference) for s in ranks_of(each)}
-    if not own or inside & set(own) or any(s not in frame.steps for s in ranks_of(difference)):
+    if not own or inside & set(own) or any(s not in frame.walked for s in ranks_of(difference)):
         return None, []
     if any(not difference.coeff(s).is_number for s in own):
         return None, []

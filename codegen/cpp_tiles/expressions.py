@@ -178,7 +178,7 @@ class Emitter:
         if not in_memory and name in self.frame.values:
             terms = []
             for rank, step in zip(self.frame.values[name], self.frame.strides(name), strict=True):
-                i = inside(rank)
+                i = self.frame.coordinate(rank) if self.frame.is_part(name, rank) else inside(rank)
                 terms.append(i if step == "1" else f"{i} * ({step})")
             along = dict(zip(self.frame.values[name], self.frame.strides(name), strict=True)).get(self.vector, "0")
             return " + ".join([pointer(name), *terms]), f"({along})" if along not in ("0", "1") else along

@@ -12,20 +12,15 @@ from ...ir.cascade import accesses, is_rank, ranks_of, tensor_name
 from ...ir.tile import (
     MAKERS,
     Cases,
-    Dot,
-    Load,
     Loop,
     Map,
     Program,
-    Reduce,
-    Skip,
-    State,
     Statement,
     Tensor,
     expressions,
     walk,
 )
-from .names import count, inside, origin, size_name
+from .names import count, inside, origin, pointer, size_name
 
 #: A row of this many elements or more gets a few more, so that rows do not fall onto the same cache sets.
 _PADDED, _PADDING = 64, 16
@@ -42,11 +37,25 @@ class Frame:
     steps: dict[sympy.Symbol, int] = field(default_factory=dict)
     tensors: dict[str, Tensor] = field(default_factory=dict)
     values: dict[str, tuple[sympy.Symbol, ...]] = field(default_factory=dict)
+    #: Ranks whose loops are open where the printer is, and those that are open where a value is first made. A value has a
+    #: whole dimension for a rank that is walked only later; a statement inside that loop means the loop's part of it.
+    walked: set[sympy.Symbol] = field(default_factory=set)
+    made_in: dict[str, frozenset[sympy.Symbol]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.steps = {loop.rank: loop.step for loop in self.program.loops}
         self.tensors = {item.name: item for item in self.program.tensors}
         self.values = self.program.values
+        self._note_scopes(self.program.body, frozenset())
+
+    def _note_scopes(self, body: Sequence[Statement], walked: frozenset[sympy.Symbol]) -> None:
+        for item in body:
+            if isinstance(item, Loop):
+                self._note_scopes(item.body, walked | {item.rank})
+            elif isinstance(item, Cases):
+                self._note_scopes((*item.full, *item.partial), walked)
+            elif isinstance(item, MAKERS):
+                self.made_in.setdefault(tensor_name(item.target), walked)
 
     # Ranks ------------------------------------------------------------------------------------------------------------
 
@@ -55,29 +64,39 @@ class Frame:
 
     def coordinate(self, rank: sympy.Symbol) -> str:
         """The rank's coordinate in the whole, inside the loops of a nest."""
-        if rank not in self.steps:
+        if rank not in self.walked:
             return inside(rank)
         return origin(rank) if self.is_point(rank) else f"({origin(rank)} + {inside(rank)})"
 
     def length(self, rank: sympy.Symbol) -> str:
         """How many coordinates a tile has."""
-        return count(rank) if rank in self.steps else size_name(rank.name)
+        return count(rank) if rank in self.walked else size_name(rank.name)
 
-    def extent(self, rank: sympy.Symbol) -> str:
+    def extent(self, name: str, rank: sympy.Symbol) -> str:
         """How many coordinates a value has room for."""
-        return str(self.steps[rank]) if rank in self.steps else size_name(rank.name)
+        return str(self.steps[rank]) if rank in self.made_in[name] else size_name(rank.name)
 
-    def room(self, rank: sympy.Symbol) -> int:
-        if rank in self.steps:
-            return self.steps[rank]
-        aliases = dict(self.program.alias)
-        return self.sizes[aliases.get(rank, rank).name]
+    def room(self, name: str, rank: sympy.Symbol) -> int:
+        return self.steps[rank] if rank in self.made_in[name] else self.size(rank)
+
+    def is_part(self, name: str, rank: sympy.Symbol) -> bool:
+        """Whether a value's dimension is whole, and the printer inside a loop that walks it."""
+        return rank in self.walked and rank not in self.made_in[name]
+
+    def start(self, name: str) -> str:
+        """Where the part of a value begins that the open loops mean."""
+        parts = [
+            f"{origin(rank)} * ({step})"
+            for rank, step in zip(self.values[name], self.strides(name), strict=True)
+            if self.is_part(name, rank)
+        ]
+        return " + ".join([pointer(name), *parts])
 
     # Values -----------------------------------------------------------------------------------------------------------
 
     def padding(self, name: str) -> int:
         ranks = self.values[name]
-        return _PADDING if len(ranks) == 2 and self.room(ranks[-1]) >= _PADDED else 0
+        return _PADDING if len(ranks) == 2 and self.room(name, ranks[-1]) >= _PADDED else 0
 
     def strides(self, name: str) -> list[str]:
         """Elements between neighbours in each dimension of a value."""
@@ -85,7 +104,7 @@ class Frame:
         found, step = [], "1"
         for position in reversed(range(len(ranks))):
             found.append(step)
-            extent = self.extent(ranks[position])
+            extent = self.extent(name, ranks[position])
             if position == len(ranks) - 1 and self.padding(name):
                 extent = f"({extent} + {self.padding(name)})"
             step = extent if step == "1" else f"{step} * {extent}"
@@ -94,7 +113,7 @@ class Frame:
     def elements(self, name: str) -> str:
         """How many elements a value takes, as C++."""
         ranks = self.values[name]
-        parts = [self.extent(rank) for rank in ranks]
+        parts = [self.extent(name, rank) for rank in ranks]
         if self.padding(name):
             parts[-1] = f"({parts[-1]} + {self.padding(name)})"
         return " * ".join(parts) or "1"
@@ -102,9 +121,10 @@ class Frame:
     def bytes(self, name: str, item_bytes: int) -> int:
         total = 1
         for rank in self.values[name]:
-            total *= self.room(rank)
+            total *= self.room(name, rank)
         if self.padding(name):
-            total = total // self.room(self.values[name][-1]) * (self.room(self.values[name][-1]) + self.padding(name))
+            last = self.room(name, self.values[name][-1])
+            total = total // last * (last + self.padding(name))
         return -(-total * item_bytes // 64) * 64
 
     # Tensors ----------------------------------------------------------------------------------------------------------
@@ -163,11 +183,9 @@ def reused(body: Sequence[Statement], frame: Frame, outer: frozenset[str]) -> di
                 other = tensor_name(each)
                 if other in outer or other not in frame.values or last[other] != position or other in found.values():
                     continue
-                if tuple(each.args) == tuple(item.target.args) and frame.padding(other) == frame.padding(name):
+                same = frame.made_in[other] >= frame.made_in[name] and frame.padding(other) == frame.padding(name)
+                if tuple(each.args) == tuple(item.target.args) and same:
                     found[name] = other
                     break
         first.add(name)
     return found
-
-
-__all__ = ["Cases", "Dot", "Frame", "Load", "Loop", "Reduce", "Skip", "State", "last_reads", "reused"]

@@ -22,6 +22,7 @@ from ...ir.tile import (
     Dot,
     Load,
     Loop,
+    Map,
     Program,
     Skip,
     Statement,
@@ -119,7 +120,8 @@ class _ProgramWriter:
         head = "void** tensors, const int64_t* numbers, char* scratch, int64_t scratch_bytes"
         lines = [f'extern "C" void {_NAME}({head}) {{']
         setup = self._arguments()
-        inner = self._body(body, frozenset())
+        self.frame.walked = {g.rank for g in grid}
+        inner = self._body(body)
         allocations, self.scratch = self._allocate(body)
         blocks = [
             f"const int64_t blocks_{g.rank.name} = ({size_name(g.rank.name)} + {g.step - 1}) / {g.step};" for g in grid
@@ -217,7 +219,7 @@ class _ProgramWriter:
 
     # Statements -------------------------------------------------------------------------------------------------------
 
-    def _body(self, body: Sequence[Statement], outer: frozenset[str]) -> list[str]:
+    def _body(self, body: Sequence[Statement]) -> list[str]:
         lines: list[str] = []
         waiting: list[Statement] = []
 
@@ -230,30 +232,38 @@ class _ProgramWriter:
             if isinstance(item, Load) and self._is_transposition(item):
                 flush()
                 lines.append(self._transpose(item))
+            elif isinstance(item, Map) and self._is_turned(item):
+                flush()
+                lines.append(self._turn(item))
             elif isinstance(item, Loop | Cases | Skip | Dot):
                 flush()
-                lines += self._compound(item, outer)
+                lines += self._compound(item)
             else:
                 waiting.append(item)
         flush()
         return lines
 
-    def _compound(self, item: Loop | Cases | Skip | Dot, outer: frozenset[str]) -> list[str]:
+    def _compound(self, item: Loop | Cases | Skip | Dot) -> list[str]:
         if isinstance(item, Dot):
             return [self._dot(item)]
         if isinstance(item, Skip):
             return [f"if (!({bound(self.frame, item.condition, certain=False)})) continue;"]
         if isinstance(item, Cases):
             head = f"if ({bound(self.frame, item.condition, certain=True)}) {{"
-            full, partial = self._body(item.full, outer), self._body(item.partial, outer)
+            full, partial = self._body(item.full), self._body(item.partial)
             return [head, *_indented(full), "} else {", *_indented(partial), "}"]
         rank = item.rank
         o = origin(rank)
+        self.frame.walked.add(rank)
         first, last, lines = loop_ends(self.frame, item)
+        self.frame.walked.discard(rank)
         lines.append(f"for (int64_t {o} = {first}; {o} < {last}; {o} += {item.step}) {{")
         if item.step > 1:
             lines.append(f"  const int64_t {count(rank)} = std::min<int64_t>({item.step}, {last} - {o});")
-        return ["{", *_indented([*lines, *_indented(self._body(item.body, outer)), "}"]), "}"]
+        self.frame.walked.add(rank)
+        inner = self._body(item.body)
+        self.frame.walked.discard(rank)
+        return ["{", *_indented([*lines, *_indented(inner), "}"]), "}"]
 
     def _is_transposition(self, item: Load) -> bool:
         """A whole tile of two dimensions, from memory where the first dimension's elements are neighbours."""
@@ -268,6 +278,21 @@ class _ProgramWriter:
             and target[1] in source.args
             and sum(target[0] in ranks_of(index) for index in source.args) == 1
             and not self.frame.can_leave(source)
+        )
+
+    def _is_turned(self, item: Map) -> bool:
+        """A value of two dimensions, the other way round."""
+        body = item.body
+        if not isinstance(body, AppliedUndef) or tensor_name(body) not in self.frame.values or len(body.args) != 2:
+            return False
+        return tuple(body.args) == self.frame.values[tensor_name(body)] == tuple(reversed(item.target.args))
+
+    def _turn(self, item: Map) -> str:
+        source, target = tensor_name(item.body), tensor_name(item.target)
+        rows, columns = (self.frame.length(s) for s in item.body.args)
+        return (
+            f"transposed({rows}, {columns}, static_cast<const scalar_t*>({self.frame.start(source)}), "
+            f"{self.frame.strides(source)[0]}, {self.frame.start(target)}, {self.frame.strides(target)[0]});"
         )
 
     def _transpose(self, item: Load) -> str:
@@ -291,7 +316,7 @@ class _ProgramWriter:
         ldc = self._leading(target, len(rows))
         return (
             f"product({', '.join(lengths)}, {lda}, {ldb}, {ldc}, {str(item.accumulate).lower()}, "
-            f"{left}, {right}, {pointer(target)});"
+            f"{left}, {right}, {self.frame.start(target)});"
         )
 
     def _flat(self, ranks: tuple[sympy.Symbol, ...]) -> str:
@@ -313,7 +338,7 @@ class _ProgramWriter:
             last_row = split
             while last_row + 1 < len(ranks) and self._same_side(ranks[last_row + 1], row, item):
                 last_row += 1
-            return pointer(name), f"({self.frame.strides(name)[last_row]})"
+            return self.frame.start(name), f"({self.frame.strides(name)[last_row]})"
         position = next(p for p, index in enumerate(item.args) if index == row)
         return base(self.frame, item), stride(name, position)
 

@@ -228,13 +228,16 @@ class Body:
             for operand, ranks in ((split.left, split.rows), (split.right, split.columns)) if split else ():
                 if isinstance(operand, AppliedUndef) or not ranks_of(operand) & frozenset(self.roles.streamed):
                     continue
-                if operand not in self.shared_values and self.reads_values(operand):
+                if operand not in self.shared_values and self.reads_values(operand) and self._is_tile(operand):
                     self._add(operand, sources)
         while True:
             found = self._costly_twice(sources)
             if found is None:
                 break
             self._add(found, sources)
+
+    def _is_tile(self, e: sympy.Expr) -> bool:
+        return len(self.layout.order(self._dimensions(e))) > 1 or not self.kernel.crossed
 
     def _add(self, e: sympy.Expr, sources: list[sympy.Expr]) -> None:
         target = self.layout.value(self.names.value("Shared"), self._dimensions(e))
@@ -358,6 +361,6 @@ def held_states(launches: Launches, kernel: Kernel) -> frozenset[str]:
     return frozenset(found)
 
 
-def state_statements(kernel: Kernel, layout: Layout) -> list[Statement]:
+def state_statements(roots: Iterable[Value], layout: Layout) -> list[Statement]:
     """The roots' states before the first step."""
-    return [State(layout.value(root.name, root.indices), root.initial) for root in kernel.roots]
+    return [State(layout.value(root.name, root.indices), root.initial) for root in roots]

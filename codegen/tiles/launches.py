@@ -42,6 +42,8 @@ class Kernel:
     inner: set[str] = field(default_factory=set)
     anchor: frozenset[sympy.Symbol] = frozenset()
     reads: set[str] = field(default_factory=set)
+    #: Two loops over the same tiles at once: roots that stream the first rank keep the second one whole.
+    crossed: bool = False
 
     @property
     def names(self) -> set[str]:
@@ -86,7 +88,63 @@ class Launches:
 
     @cached_property
     def kernels(self) -> tuple[Kernel, ...]:
-        return tuple(sorted(self._kernels, key=lambda kernel: kernel.level))
+        return tuple(sorted(self._joined(), key=lambda kernel: kernel.level))
+
+    def _joined(self) -> list[Kernel]:
+        """The kernels, where one has moved into a later one that computes the same inner values in the same loop."""
+        found = list(self._kernels)
+        for early in sorted(self._kernels, key=lambda kernel: kernel.level):
+            readers = [k for k in found if k is not early and k.reads & early.stored]
+            for late in found:
+                fits = late.level > early.level and early.roots and set(late.streamed) == set(early.streamed)
+                if fits and early.inner & late.inner and all(k.level > late.level for k in readers):
+                    late.roots = self._ordered([*early.roots, *(r for r in late.roots if r.name not in early.names)])
+                    late.finals = [*early.finals, *late.finals]
+                    late.stored |= early.stored
+                    late.inner |= early.inner
+                    late.anchor |= early.anchor
+                    late.reads |= early.reads
+                    found.remove(early)
+                    break
+        return found
+
+    def crossed(self, first: Kernel, second: Kernel) -> Kernel | None:
+        """One kernel for two that walk the same inner values, each along the rank that the other one keeps.
+
+        Gradients do: that of the queries sums over keys, that of the keys over queries. The first one's results are kept
+        whole while all tiles go by; nothing is computed twice. Only plain sums are, which may come in any order.
+        """
+        if len(first.streamed) != 1 or len(second.streamed) != 1 or first.streamed == second.streamed:
+            return None
+        outer, inner = first.streamed[0], second.streamed[0]
+        plain = all(
+            r.reduction == "sum" and not r.is_state and len(r.reduced) == 1 for r in (*first.roots, *second.roots)
+        )
+        kept = all(inner in r.indices for r in first.roots) and all(outer in r.indices for r in second.roots)
+        maps = any(self.flow.values[name].is_map for name in first.reads | second.reads)
+        if first.finals or second.finals or not plain or not kept or maps or first.inner != second.inner:
+            return None
+        if first.reads & second.stored or second.reads & first.stored or not first.inner:
+            return None
+        if any(
+            k.level <= max(first.level, second.level) and k.reads & (first.stored | second.stored) for k in self.kernels
+        ):
+            return None
+        return Kernel(
+            (outer, inner),
+            max(first.level, second.level),
+            self._ordered([*first.roots, *second.roots]),
+            [],
+            first.stored | second.stored,
+            first.inner | second.inner,
+            first.anchor & second.anchor,
+            first.reads | second.reads,
+            crossed=True,
+        )
+
+    def _ordered(self, roots: list[Value]) -> list[Value]:
+        order = list(self.flow.values)
+        return sorted(roots, key=lambda root: order.index(root.name))
 
     @property
     def buffers(self) -> tuple[str, ...]:
@@ -120,9 +178,7 @@ class Launches:
         if kernel is None:
             kernel = Kernel(unit.streamed, unit.level, anchor=unit.anchor)
             self._kernels.append(kernel)
-        order = list(self.flow.values)
-        kernel.roots += [each for each in unit.values if each.name not in kernel.names]
-        kernel.roots.sort(key=lambda root: order.index(root.name))
+        kernel.roots = self._ordered([*kernel.roots, *(v for v in unit.values if v.name not in kernel.names)])
         kernel.inner |= unit.inner
         kernel.reads |= unit.reads
         kernel.anchor = kernel.anchor | unit.anchor if kernel.inner else kernel.anchor & unit.anchor

@@ -5,7 +5,7 @@ lower: Cascade, monoids, sizes, how inputs lie in memory -> [Program]. Raises ``
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import sympy
@@ -31,11 +31,11 @@ from ...ir.tile import (
 from ...ir.tile import expressions as expressions_of
 from ...ir.tile_verifier import verify_program
 from .body import Body, Layout, Names, Shared, held_states, state_statements
-from .dataflow import dataflow, following
+from .dataflow import Value, dataflow, following
 from .errors import NotLowerable
 from .launches import Kernel, Launches, substituted
 from .predicates import certain_part, conditions, decidable, limit, where_false, where_true
-from .roles import Caches, Roles, choose_roles
+from .roles import Caches, Roles, choose_roles, crossing_pays
 
 #: Index variables are compared as floating-point numbers: exact below this.
 LARGEST_INDEX = {"f32": 1 << 24, "f64": 1 << 53}
@@ -58,6 +58,7 @@ class Settings:
     compute: str = "f32"
     wide: frozenset[str] = frozenset()
     caches: Caches = field(default_factory=Caches.of_this_machine)
+    crossing: bool = True
 
 
 def lower(
@@ -69,10 +70,29 @@ def lower(
             raise NotLowerable(f"rank {rank_name} is too long for exact comparisons in {settings.compute}")
     flow = dataflow(cascade, monoids)
     launches = Launches(flow, outputs, settings.sizes, settings.wide)
+    kernels = list(launches.kernels)
+    if settings.crossing:
+        _cross(launches, kernels, settings)
     return [
         _Lowering(launches, kernel, settings, cascade, f"{name}_{number}").program()
-        for number, kernel in enumerate(launches.kernels)
+        for number, kernel in enumerate(kernels)
     ]
+
+
+def _cross(launches: Launches, kernels: list[Kernel], settings: Settings) -> None:
+    """Put pairs of kernels that walk the same tiles in two directions together, where that keeps all threads busy."""
+    item_bytes = 8 if settings.compute == "f64" else 4
+    for first in list(kernels):
+        for second in list(kernels):
+            if first not in kernels or second not in kernels:
+                continue
+            # The one with fewer results keeps them whole.
+            if sum(len(r.indices) for r in first.roots) > sum(len(r.indices) for r in second.roots):
+                continue
+            both = launches.crossed(first, second)
+            if both is not None and crossing_pays(both, settings.sizes, item_bytes):
+                kernels[max(kernels.index(first), kernels.index(second))] = both
+                kernels.remove(first if first in kernels else second)
 
 
 class _Lowering:
@@ -88,7 +108,7 @@ class _Lowering:
         kept = [s for value in (*kernel.roots, *kernel.finals) for s in value.indices]
         self.layout = Layout(self.roles, [s for s in dict.fromkeys(kept) if s not in self.roles.grid])
         self.shared = Shared()
-        self.memory = {name: self.unit(name) for name in (*launches.flow.inputs, *launches.flow.values)}
+        self.memory = {name: self.unit(name) for name in (*launches.flow.inputs, *sorted(kernel.reads))}
         self.held = held_states(launches, kernel)
 
     def unit(self, name: str) -> int | None:
@@ -124,9 +144,28 @@ class _Lowering:
             steps = [Cases(certain, tuple(full), tuple(steps))]
         skips = [Skip(c) for c in masks if all(self.vanishes(name, where_false(e, c)) for name, e in raw.items())]
         body: tuple[Statement, ...] = (*skips, *steps)
+        if self.kernel.crossed:
+            return self.crossed(body)
         for s in reversed(self.roles.streamed):
             body = (Loop(SEQUENTIAL, s, self.roles.steps[s], body),)
-        return [*state_statements(self.kernel, self.layout), *body]
+        return [*state_statements(self.kernel.roots, self.layout), *body]
+
+    def crossed(self, body: tuple[Statement, ...]) -> list[Statement]:
+        """Two loops: what sums over the inner rank lives for one round of it, what sums over the outer one throughout."""
+        outer, inner = self.roles.streamed
+        whole = [root for root in self.kernel.roots if outer in root.reduced]
+        short = [root for root in self.kernel.roots if inner in root.reduced]
+        body = (Loop(SEQUENTIAL, inner, self.roles.steps[inner], body),)
+        body = (*state_statements(short, self.layout), *body, *self.stores(short))
+        body = (Loop(SEQUENTIAL, outer, self.roles.steps[outer], body),)
+        return [*state_statements(whole, self.layout), *body, *self.stores(whole)]
+
+    def stores(self, roots: Sequence[Value]) -> list[Statement]:
+        return [
+            Store(access(root.name, root.indices), self.layout.value(root.name, root.indices))
+            for root in roots
+            if root.name in self.kernel.stored
+        ]
 
     def is_known(self, condition: sympy.Expr) -> bool:
         """Whether tile bounds can decide a condition; what it reads besides ranks must be in memory."""
@@ -155,10 +194,7 @@ class _Lowering:
     # The end ----------------------------------------------------------------------------------------------------------
 
     def epilogue(self) -> list[Statement]:
-        found: list[Statement] = []
-        for root in self.kernel.roots:
-            if root.name in self.kernel.stored:
-                found.append(Store(access(root.name, root.indices), self.layout.value(root.name, root.indices)))
+        found = [] if self.kernel.crossed else self.stores(self.kernel.roots)
         for value in self.kernel.finals:
             target = access(value.name, value.indices)
             if self.kernel.roots:

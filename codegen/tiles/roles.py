@@ -19,6 +19,8 @@ from ...ir.cascade import accesses, ranks_of, tensor_name
 from .launches import WHOLE, Kernel, Launches
 from .operands import split_product
 
+#: Bytes of results that a thread may keep whole while tiles go by.
+_LARGEST_WHOLE = 8 << 20
 _SYSFS = Path("/sys/devices/system/cpu/cpu0/cache")
 
 
@@ -78,6 +80,8 @@ def choose_roles(
     item_bytes: int,
 ) -> Roles:
     """``units``: input -> the position of the dimension whose elements are neighbours."""
+    if kernel.crossed:
+        return _crossed_roles(kernel, sizes, caches, item_bytes)
     kept = _kept(kernel)
     rows, columns, depth = _sides(launches, kernel)
     grid = _grid(kernel, kept, sizes)
@@ -95,6 +99,28 @@ def choose_roles(
         last = s == kernel.streamed[-1]
         steps[s] = 1 if recurrent or (nested and last) or not last else _step(column, sizes[s.name])
     return Roles(tuple(grid), kernel.streamed, steps)
+
+
+def _crossed_roles(kernel: Kernel, sizes: Mapping[str, int], caches: Caches, item_bytes: int) -> Roles:
+    """Tiles of both streamed ranks; four of them and two operands in the second-level cache."""
+    grid = [s for s in _kept(kernel) if s in kernel.anchor and s not in kernel.streamed]
+    room = caches.second * 3 // 4 // item_bytes
+    row, column = next(((r, c) for r, c in ((128, 256), (64, 256), (64, 128), (32, 64)) if 4 * r * c <= room), (16, 64))
+    steps = {s: 1 for s in grid}
+    first, second = kernel.streamed
+    steps[first], steps[second] = _step(row, sizes[first.name]), _step(column, sizes[second.name])
+    return Roles(tuple(grid), kernel.streamed, steps)
+
+
+def crossing_pays(kernel: Kernel, sizes: Mapping[str, int], item_bytes: int) -> bool:
+    """Whether the independent coordinates keep all threads busy, and what is kept whole is no burden."""
+    roles = _crossed_roles(kernel, sizes, Caches(), item_bytes)
+    blocks = math.prod(sizes[s.name] for s in roles.grid)
+    inner = kernel.streamed[1]
+    whole = sum(
+        math.prod(sizes[s.name] for s in r.indices if s not in roles.grid) for r in kernel.roots if inner in r.indices
+    )
+    return blocks >= threads() and whole * item_bytes <= _LARGEST_WHOLE
 
 
 def _step(longest: int, size: int) -> int:

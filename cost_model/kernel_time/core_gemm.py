@@ -1,6 +1,6 @@
 """Analytic time of an f32 matrix product on a GPU: tiles, waves, occupancy, pipes and the memory tiers.
 
-A product is cut into tiles of (rows × columns) of the result, each computed by one thread block over the whole depth.
+A product is cut into tiles of (rows x columns) of the result, each computed by one thread block over the whole depth.
 The tiles are dealt to the units; the unit with the most decides. Their arithmetic runs at the rate that the board's
 power sustains and that issue slots leave to multiply-adds. The memory traffic counts how often a wave of resident tiles
 has to read the operands again, and whether the last-level cache still holds them. All figures are of the device's
@@ -34,7 +34,7 @@ TILES: dict[Tile, tuple[int, int]] = {
 }
 #: Registers of one unit (all CUDA devices of capability 5.0 and later).
 REGISTERS = 65536
-#: Share of issue slots that multiply-adds take in an 8 × 8 micro-tile: 64 of them beside the wide shared-memory loads,
+#: Share of issue slots that multiply-adds take in an 8 x 8 micro-tile: 64 of them beside the wide shared-memory loads,
 #: addressing, copies and barriers. It binds where lanes take one instruction each cycle.
 FMA_SHARE = 0.80
 
@@ -43,7 +43,8 @@ FMA_SHARE = 0.80
 class GemmConstants:
     """What is fitted: the clock that power sustains (``clock_gain · (base / boost) ** clock_power``, at most 1), the
     shares of the pipe that tiles of each size reach, threads in flight that hide half of the latency, seconds (1e-6) of
-    a round of blocks, the share of the host's time of a call that adds to a kernel's, the cache's useful share, and the exponent that joins arithmetic and memory time."""
+    a round of blocks, the share of the host's time of a call that adds to a kernel's, the cache's useful share, the
+    exponent that joins arithmetic and memory time, and what counted traffic is multiplied by."""
 
     clock_gain: float = 2.4
     clock_power: float = 1.6
@@ -93,7 +94,7 @@ class GemmTime:
 def sustained_rate(gpu: Gpu, constants: GemmConstants) -> float:
     """f32 operations a second that dense arithmetic sustains on the whole device."""
     clock = min(1.0, constants.clock_gain * gpu.clock_ratio**constants.clock_power)
-    return gpu.peak * min(clock, 1.0, FMA_SHARE / gpu.lanes_to_issue)
+    return float(gpu.peak * min(clock, FMA_SHARE / gpu.lanes_to_issue))
 
 
 def gemm_time(
@@ -107,7 +108,7 @@ def gemm_time(
     tiles: tuple[Tile, ...],
     constants: GemmConstants,
 ) -> GemmTime:
-    """Time of ``batch`` products (rows × depth) @ (depth × columns) with the fastest of the ``tiles`` that the library
+    """Time of ``batch`` products (rows x depth) @ (depth x columns) with the fastest of the ``tiles`` that the library
     uses on such devices; ``host`` is the seconds that the host takes to call it."""
     best: GemmTime | None = None
     for tile in tiles:

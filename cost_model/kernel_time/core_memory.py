@@ -1,9 +1,9 @@
 """Analytic time of kernels that memory bounds: pointwise ops, softmax, layer norm and other reductions over rows.
 
-Time is traffic over bandwidth, tier by tier, beside the arithmetic and the fixed work of each block. A pointwise op reads and writes
-each element once. A reduction over rows that do not fit registers sweeps over its row again: from the caches when the
-rows in flight on all units fit them, else from device memory. All figures are of the device's description, none of its
-name; the few constants are fitted to measurements.
+Time is traffic over bandwidth, tier by tier, beside the arithmetic and the fixed work of each block. A pointwise op
+reads and writes each element once. A reduction over rows that do not fit registers sweeps over its row again: from the
+caches when the rows in flight on all units fit them, else from device memory. All figures are of the device's
+description, none of its name; the few constants are fitted to measurements.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ Array = npt.NDArray[np.float64]
 
 #: Width up to which softmax keeps a row in a warp's registers (PyTorch's persistent softmax kernel).
 WARP_ROW = 1024
-#: Threads of a layer-norm block (PyTorch's vectorized layer norm: 32 × 4).
+#: Threads of a layer-norm block (PyTorch's vectorized layer norm: 32 x 4).
 NORM_THREADS = 128
 #: An element loaded alone costs about as much as this many of a vector of four.
 _SINGLE = 2.0

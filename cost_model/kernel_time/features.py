@@ -1,7 +1,7 @@
 """Analytic time and features of kernels: the numbers that the learned residual reads.
 
-Features are ratios and clipped logarithms, saturated where time has become proportional to size, so that what is learned
-on small kernels carries over to large ones: beyond the clip the analytic core alone scales.
+Features are ratios and clipped logarithms, saturated where time has become proportional to size, so that what is
+learned on small kernels carries over to large ones: beyond the clip the analytic core alone scales.
 """
 
 from __future__ import annotations
@@ -13,15 +13,15 @@ import numpy.typing as npt
 
 from . import core_memory
 from .core_gemm import GemmConstants, Tile, gemm_time
-from .core_memory import MemoryConstants, norm_time, pointwise_time, softmax_time, softmax_threads
+from .core_memory import MemoryConstants, norm_time, pointwise_time, softmax_threads, softmax_time
 from .gpus import Gpu
 from .rows import GEMM_FAMILIES, Rows
 
 Array = npt.NDArray[np.float64]
 
 GEMM_FEATURES = (
-    "log_rows log_depth log_columns compute_over_memory fill edge log_area operands_over_cache right_over_cache alignment "
-    "waves edge_128 edge_64 edge_64x128 edge_128x64 edge_32x128 edge_128x32 round_128 round_64 call_share"
+    "log_rows log_depth log_columns compute_over_memory fill edge log_area operands_over_cache right_over_cache "
+    "alignment waves edge_128 edge_64 edge_64x128 edge_128x64 edge_32x128 edge_128x32 round_128 round_64 call_share"
 ).split()
 ROW_FEATURES = "block part_step full_steps alignment pressure waves call_share over_cache log_width".split()
 POINTWISE_FEATURES = "operands waves call_share over_cache".split()
@@ -42,11 +42,11 @@ class Described:
 
 
 def bandwidth_class(gpu: Gpu) -> str:
-    """Devices whose memory reaches alike a share of its published bandwidth: stacked memory, its first generation,
-    and graphics memory (which these boards run with error correction in line)."""
+    """Devices whose memory reaches alike a share of its published bandwidth: stacked memory and graphics memory (which
+    server boards run with error correction in line), each with its earlier generations apart."""
     if gpu.memory_kind != "hbm":
-        return "gddr"
-    return "hbm" if gpu.capability >= 7 else "hbm_first"
+        return "gddr" if gpu.capability >= 8 else "gddr_early"
+    return "hbm" if gpu.capability >= 7 else "hbm_early"
 
 
 def describe(
@@ -57,7 +57,7 @@ def describe(
     host: float,
     tiles: tuple[Tile, ...] = (),
 ) -> Described:
-    """Analytic time and features of the rows of one family on one device, where the host takes ``host`` seconds a call."""
+    """Analytic time and features of rows of one family on one device, whose host takes ``host`` seconds a call."""
     if isinstance(constants, GemmConstants):
         return _describe_gemm(rows, gpu, constants, bandwidth_share, host, tiles)
     batch, width = rows.sizes["B"], rows.sizes["H"]

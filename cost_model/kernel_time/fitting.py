@@ -126,7 +126,7 @@ def fit_constants(
             (np.log(describe(rows, gpu, constants, share, host, tile).seconds) - log) * weight
             for rows, gpu, host, tile, share, log, weight in samples
         ]
-        return np.concatenate(parts) * np.sqrt(most)
+        return np.asarray(np.concatenate(parts) * np.sqrt(most))
 
     first = np.array([asdict(start)[name] for name in names])
     low, high = (np.array([bounds[name][side] for name in names]) for side in (0, 1))

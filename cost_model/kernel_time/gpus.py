@@ -27,8 +27,8 @@ class Gpu(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     """Published figures of one GPU.
 
     ``units`` streaming multiprocessors, each with ``lanes`` f32 lanes under ``schedulers`` schedulers that issue
-    ``issue`` instructions a cycle; ``threads`` resident threads a unit, ``l1_kb`` its first-level cache for global loads. Clocks in MHz, bandwidth in GB/s (1e9), caches in
-    MiB, power in W.
+    ``issue`` instructions a cycle; ``threads`` resident threads a unit, ``l1_kb``
+    its first-level cache for global loads. Clocks in MHz, bandwidth in GB/s (1e9), caches in MiB or KiB, power in W.
     """
 
     title: str

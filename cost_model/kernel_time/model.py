@@ -1,8 +1,8 @@
 """The kernel-time model: an analytic core, experts learned on measured devices, and bands.
 
-Each measured device has an expert for each family: trees that correct the analytic core. A device that was measured uses
-its own; another one a mixture, weighted by likeness of the published figures and shrunk to the bare core the less any is
-like it. The rate, tile set and experts all follow from figures; names play no part.
+Each measured device has an expert for each family: trees that correct the analytic core. A device that was measured
+uses its own; another one a mixture, weighted by likeness of the published figures and shrunk to the bare core the less
+any is like it. The rate, tile set and experts all follow from figures; names play no part.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ class FamilyModel:
 
 @dataclass(frozen=True)
 class Prediction:
-    """Seconds of each kernel; the features that few-shot adaptation compares rows by; whether the device was measured."""
+    """Seconds of each kernel; the features that adaptation compares rows by; whether the device was measured."""
 
     seconds: Array
     core: Array
@@ -105,7 +105,7 @@ def predict_family(rows: Rows, gpu: Gpu, model: FamilyModel) -> Prediction:
     distances = np.array([distance(gpu, expert.gpu) for expert in model.experts])
     nearest = model.experts[int(distances.argmin())]
     # libraries choose tiles by generation
-    generation = [abs(gpu.capability - expert.gpu.capability) for expert in model.experts]
+    generation = np.array([abs(gpu.capability - expert.gpu.capability) for expert in model.experts])
     tiles = model.experts[int(np.lexsort((distances, generation))[0])].tiles
     learned = [number for number, expert in enumerate(model.experts) if expert.trees is not None]
     own = [number for number in learned if distances[number] < SAME_DEVICE]
@@ -126,7 +126,8 @@ def predict_family(rows: Rows, gpu: Gpu, model: FamilyModel) -> Prediction:
 
 
 def bandwidth_share(gpu: Gpu, shares: dict[str, float]) -> float:
-    """Share of the published bandwidth that streams reach on this class of device."""
+    """Share of the published bandwidth that streams reach on this class of device; of a class that was not measured, the
+    mean of those that were."""
     kind = bandwidth_class(gpu)
     if kind in shares:
         return shares[kind]

@@ -10,7 +10,7 @@ from __future__ import annotations
 import csv
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -34,8 +34,9 @@ GEMM_FAMILIES = ("bmm", "linear")
 #: Pointwise ops of two full-size operands, and of one (``addu`` and its like take a scalar beside the tensor).
 _BINARY = "add sub mul div pow maximum minimum where atan2 fmod remainder eq ne lt le gt ge"
 _UNARY = (
-    "addu subu mulu divu powu relu gelu tanh sigmoid silu exp log sqrt rsqrt neg abs sin cos erf clone copy cast dropout "
-    "leaky_relu elu softplus hardtanh hardswish mish reciprocal square cos floor ceil round sign clamp tanhu gelutanh"
+    "addu subu mulu divu powu relu gelu tanh sigmoid silu exp log sqrt rsqrt neg abs sin cos erf clone copy cast "
+    "dropout leaky_relu elu softplus hardtanh hardswish mish reciprocal square floor ceil round sign clamp "
+    "tanhu gelutanh"
 )
 OPERANDS = {**dict.fromkeys(_BINARY.split(), 2), **dict.fromkeys(_UNARY.split(), 1)}
 _FAMILY_OF = {name: family for family, names in FAMILIES.items() for name in names} | dict.fromkeys(
@@ -85,7 +86,7 @@ class Rows:
             {name: values[picked] for name, values in self.sizes.items()},
             None if self.seconds is None else self.seconds[picked],
             self.index[picked],
-            [self.kernels[i] for i in picked] if self.kernels else (),
+            [self.kernels[int(i)] for i in picked] if self.kernels else (),
         )
 
 
@@ -97,7 +98,7 @@ class Table:
     lines: list[list[str]]
     groups: list[Rows]
 
-    def with_columns(self, columns: dict[str, Sequence[str]]) -> str:
+    def with_columns(self, columns: Mapping[str, Sequence[str]]) -> str:
         """The CSV with further columns at its end (columns of these names that it had are replaced)."""
         keep = [i for i, name in enumerate(self.header) if name not in columns]
         out = io.StringIO()

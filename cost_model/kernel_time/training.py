@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from ...errors import KernelDataError
 from . import gpus
-from .adaptation import Points, Scales, posterior
+from .adaptation import Scales, posterior
 from .features import describe
 from .fitting import (
     HOST_TIME,
@@ -38,13 +38,14 @@ from .rows import FAMILIES, GEMM_FAMILIES, Rows, read
 Array = npt.NDArray[np.float64]
 Log = Callable[[str], None]
 
-#: A group is set aside when the other devices' model is off by more than this (mean absolute log) on its rows ...
+#: A group is set aside when the other devices' model is off by more than this (mean absolute log) on its rows,
+#: and that model is no worse for missing it.
 _ODD = 0.5
-#: ... and leaving it out lowers the error on the other devices by this much (mean log).
-_HARM = 0.1
 _MIXTURES = [Mixture(reach, core) for reach in (0.5, 0.8, 1.2, 2.0) for core in (0.1, 0.5, 1.5)]
 #: Upper ends (predicted seconds) of the bins that have bands of their own.
 BINS = (2e-4, 1e-3, math.inf)
+#: 95 % quantiles of Student's t by degrees of freedom.
+_STUDENT_95 = {1: 6.314, 2: 2.920, 3: 2.353, 4: 2.132, 5: 2.015, 6: 1.943, 7: 1.895, 8: 1.860}
 _SOURCE = "latencies of f32 kernels, PyTorch 2.1: sitar-lab/NeuSight scripts/asplos/data (MIT)"
 #: Times that ten rows are drawn from each left-out device to learn how few-shot adaptation behaves.
 _DRAWS = 6
@@ -139,12 +140,12 @@ def train(groups: Sequence[Group], seed: int = 0, log: Log = lambda text: None) 
 
 def set_aside(groups: Sequence[Group], shares: dict[str, float], seed: int) -> list[str]:
     """Devices whose rows of a family contradict the others: the core fitted to the others is far off on them, and the
-    others are predicted better without them (each in its turn left out as well). Such rows were measured with another
-    library or under other conditions."""
+    others, each left out in its turn, are predicted better without them. Such rows were measured with another library
+    or under other conditions. Fits are plain least squares here, so that harm shows."""
     numbers = range(len(groups))
 
     def fit(without: frozenset[int]) -> Callable[[int], float]:
-        constants = fit_core([groups[i] for i in numbers if i not in without], shares, seed, quick=True)
+        constants = fit_core([groups[i] for i in numbers if i not in without], shares, seed, quick=True, loss="linear")
 
         def error(number: int) -> float:
             rows, gpu = groups[number]
@@ -160,7 +161,7 @@ def set_aside(groups: Sequence[Group], shares: dict[str, float], seed: int) -> l
     odd = []
     for i in numbers:
         gain = np.mean([math.log(one[j](j) / two[frozenset({i, j})](j)) for j in numbers if j != i])
-        if one[i](i) > _ODD and gain > _HARM:
+        if one[i](i) > _ODD and gain > 0:
             odd.append(groups[i][0].device)
     return odd
 
@@ -213,7 +214,7 @@ def _bands(
     rest. ``unseen``: devices left out, each counted alike.
     """
     known: list[tuple[Array, Array]] = []
-    for (rows, gpu), expert in zip(groups, model.experts, strict=True):
+    for rows, gpu in groups:
         assert rows.seconds is not None
         prediction = predict_family(rows, gpu, model)
         target = np.log(rows.seconds / prediction.core)
@@ -225,7 +226,23 @@ def _bands(
             )
             known.append((prediction.core[held], target[held] - trees.predict(prediction.features[held])))
     unseen = [(run.prediction.seconds, run.residual) for run in runs]
-    return {kind: _quantiles(parts) for kind, parts in (("known", known), ("unseen", unseen or known))}
+    bands = {"known": _quantiles(known)}
+    bands["unseen"] = _between_devices(unseen) if len(runs) >= 3 else bands["known"]
+    return bands
+
+
+def _between_devices(parts: Sequence[tuple[Array, Array]]) -> list[tuple[float, float, float]]:
+    """Band for one more device: its median is drawn as the left-out devices' were (few, hence Student's t), and its
+    rows lie about it as theirs about theirs."""
+    centred = [(seconds, residual - np.median(residual)) for seconds, residual in parts]
+    medians = np.array([np.median(residual) for _, residual in parts])
+    count = len(medians)
+    reach = _STUDENT_95[min(count - 1, len(_STUDENT_95))] * float(medians.std(ddof=1)) * math.sqrt(1 + 1 / count)
+    middle = float(medians.mean())
+    return [
+        (end, middle - math.hypot(low, reach), middle + math.hypot(high, reach))
+        for end, low, high in _quantiles(centred)
+    ]
 
 
 def _quantiles(parts: Sequence[tuple[Array, Array]]) -> list[tuple[float, float, float]]:

@@ -17,8 +17,9 @@ import sympy
 from ...ir.cascade import Cascade, Equal, NotEqual, accesses, rank, ranks_of, tensor_name
 from ...ir.graph import Graph, Location
 from ...ir.types import TensorType
-from ..cascade_analysis import group_of, pass_table, rank_passes
+from ..cascade_analysis import group_of, rank_passes
 from ..contraction_exchange import exchange
+from ..effects import has_effect
 from ..rewrite_cascade import Rewriting, rewrite, without_unread
 from .components import Component, Space, components
 from .emit import Tensor, elements
@@ -33,6 +34,8 @@ from .ranks import unify_ranks
 from .stages import Level, Stage, Staging
 from .traffic import element_bytes, operations, traffic
 
+#: Rounds in which ops outside that need parts of a component's wide tensors are taken into it.
+_MAX_ABSORBED = 4
 #: A stage whose rewritten form still needs another pass is cut there, at most this many times.
 _MAX_CUTS = 3
 #: Exchange compares all sums of a component with each other; beyond this many Einsums it is not tried.
@@ -81,11 +84,6 @@ class Chosen:
 def rewritten(cascade: Cascade) -> Rewriting:
     """``rewrite``, once for all equal cascades: equal layers have equal ones."""
     return rewrite(cascade)
-
-
-@lru_cache(maxsize=512)
-def _passes(cascade: Cascade) -> dict[str, dict[str, int]]:
-    return pass_table(cascade)
 
 
 @dataclass
@@ -141,18 +139,61 @@ class _Chooser:
 
     def _candidate(self, component: Component) -> _Candidate:
         self._hopeless(component)
-        component, space, tensors = self._prepared(component)
+        for _ in range(_MAX_ABSORBED):
+            found = self._staged(*self._prepared(component))
+            leaks = self._leaks(found)
+            if not leaks:
+                self._decide(found)
+                return found
+            core = set(component.core) | leaks
+            component = replace(component, core=tuple(e.output for e in self.space.einsums if e.output in core))
+        raise _Refusal("too many ops outside of it need parts of its wide tensors")
+
+    def _staged(self, component: Component, space: Space, tensors: dict[str, Tensor]) -> _Candidate:
+        """The component's stages, cut until each is rewritten to one pass."""
         delays: dict[str, Level] = {}
         for _ in range(_MAX_CUTS):
             staging = Staging(self.graph, space, tensors, component, delays, self.needed)
             found = _Candidate(component, staging.run(), space, tensors)
             later = self._evaluate(found)
             if not later:
-                self._decide(found)
                 return found
             for name, level in later.items():
                 delays[name] = max(level, delays.get(name, level))
         raise _Refusal("after each cut into passes, another one was needed")
+
+    def _leaks(self, candidate: _Candidate) -> set[str]:
+        """Einsums outside of the component whose ops need an op of it that is no result (a column of a joined tensor):
+        they have to be done by it too."""
+        covered = {e.line for stage in candidate.stages for e in stage.einsums if e.output in stage.own}
+        names = [*(name for each in candidate.extracted for name in each.results)]
+        names += [part.whole for parts in candidate.parts for part in parts]
+        results = {self.value_name(candidate.tensors[name]) for name in names}
+        by_line: dict[int, set[str]] = {}
+        for einsum in candidate.space.einsums:
+            by_line.setdefault(einsum.line, set()).add(einsum.output)
+        operands = {self.value_name(candidate.tensors[n]) for each in candidate.extracted for n in each.operands}
+        waiting: list[tuple[str, int | None]] = [(name, None) for name in (*self.graph.output_names(), *operands)]
+        waiting += [(node.name, None) for node in self.graph.nodes if has_effect(node, self.graph)]
+        seen: set[tuple[str, int | None]] = set()
+        leaks: set[str] = set()
+        while waiting:
+            name, owner = waiting.pop()
+            at = self.position.get(name)
+            if at is None or name in results or (name, owner) in seen:
+                continue
+            seen.add((name, owner))
+            if at in covered:
+                if owner is None:
+                    raise _Refusal(f"%{name} is needed as such")
+                leaks |= by_line[owner]
+                continue
+            # An op that is only a view, or is written into its readers, hands the question on to its reader.
+            mine = at if at in by_line else owner
+            if self.raised.tensors.get(self.raised.tensor_of.get(name, ""), _NO_TENSOR).leaf:
+                mine = None
+            waiting += [(operand, mine) for operand in self.graph.nodes[at].operands()]
+        return leaks
 
     def _hopeless(self, component: Component) -> None:
         """Refuse at once what cannot gain enough even if all of its traffic were saved."""
@@ -201,7 +242,9 @@ class _Chooser:
         for stage in candidate.stages:
             _refuse_exact_comparisons(stage, candidate.tensors)
             wanted = self._wanted(stage, candidate)
-            merged = merge_nested_sums(stage.einsums, wanted)
+            sizes = {rank(name): size for name, size in candidate.space.sizes.items()}
+            named, _ = unify_ranks(stage.einsums, sizes, {einsum.output for einsum in stage.einsums})
+            merged = merge_nested_sums(named, wanted)
             einsums, wanted, parts = with_partial_sums(merged, wanted, candidate.space)
             for part in parts:
                 self._add_part(part, candidate)
@@ -251,7 +294,7 @@ class _Chooser:
 
     def _type(self, tensor: Tensor) -> TensorType:
         found = self.types.get(tensor.nodes[0]) if tensor.nodes else None
-        return found if isinstance(found, TensorType) else TensorType(tensor.dtype, tensor.sizes)
+        return found if isinstance(found, TensorType) else TensorType(tensor.dtype, tensor.shape)
 
     def _decide(self, candidate: _Candidate) -> None:
         """Raise ``_Refusal`` unless the component is worth it."""
@@ -265,8 +308,8 @@ class _Chooser:
         if before >= choice.gain * after:
             return
         wide = self._wide_bytes(candidate)
-        dependent = any(_most_passes(extracted.fused.cascade) > 1 for extracted in candidate.extracted)
-        if dependent and wide >= choice.wide_bytes and wide >= choice.memory_ratio * sum(t.compulsory for t in total):
+        core = [self.space.writer[name] for name in candidate.component.core if name in self.space.writer]
+        if _most_passes_over(Cascade(tuple(core)), candidate.component.pair) > 1 and wide >= choice.wide_bytes and wide >= choice.memory_ratio * sum(t.compulsory for t in total):
             return
         raise _Refusal(f"predicted {before * 1e3:.3g} ms as written, {after * 1e3:.3g} ms fused")
 
@@ -328,7 +371,10 @@ class _Chooser:
 
 
 class _Refusal(Exception):
-    pass
+    """A component stays as it is; the message says why."""
+
+
+_NO_TENSOR = Tensor("", (), "", (), (), False)
 
 
 def _refuse_exact_comparisons(stage: Stage, tensors: Mapping[str, Tensor]) -> None:
@@ -383,10 +429,6 @@ def _most_passes_over(cascade: Cascade, ranks: Collection[sympy.Symbol]) -> int:
     """Most passes over one of the ranks."""
     levels = [rank_passes(cascade, group_of(cascade, symbol)).einsum.values() for symbol in ranks]
     return max((level for found in levels for level in found), default=1)
-
-
-def _most_passes(cascade: Cascade) -> int:
-    return max((count for ranks in _passes(cascade).values() for count in ranks.values()), default=0)
 
 
 __all__ = ["Choice", "Chosen", "Rates", "Refused", "choose", "rank", "rewritten"]

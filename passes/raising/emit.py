@@ -42,6 +42,15 @@ class Tensor:
     dims: tuple[int, ...]
     leaf: bool
 
+    @property
+    def shape(self) -> tuple[Size, ...]:
+        """Sizes of the graph value's dimensions."""
+        found, at = [], 0
+        for count in self.dims:
+            found.append(product(self.sizes[at : at + count]))
+            at += count
+        return tuple(found)
+
 
 @dataclass(frozen=True)
 class Emitted:

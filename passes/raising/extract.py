@@ -70,7 +70,7 @@ def extract(
         outputs.append(TensorView(own, position, einsum.kept, _dims(einsum.kept, tensor), tensor.sizes))
     fused = FusedCascade(
         Cascade(tuple(replace(einsum, line=number) for number, einsum in enumerate(final, start=1))),
-        {ranks[old].name: size for old, size in rank_sizes.items() if old in ranks} | extra,
+        {new.name: rank_sizes[old] for old, new in ranks.items()} | extra,
         tuple(around.type_of(name) for name in operands),
         tuple(results),
         inputs,

@@ -188,6 +188,11 @@ def lower_select_scatter(program: Program, call: Call) -> Value:
 def _written(program: Program, value: Value, part: Value, dim: int, start: int, length: int) -> Value:
     """``part`` laid over ``value`` at ``start``."""
     size = value.shape[dim]
+    rest = int(size) - length
+    if start in (0, rest) and rest == 1:
+        column = program.slice(value, dim, length if start == 0 else 0, 1)
+        pieces = (part, column) if start == 0 else (column, part)
+        return program.window(pieces, dim, [0, int(pieces[0].shape[dim])], int(size), sympy.Integer(0))
     inside = program.window([part], dim, [start], int(size), sympy.Integer(0))
 
     def choose(e: Any, at: Any) -> sympy.Expr:

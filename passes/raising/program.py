@@ -11,6 +11,7 @@ import sympy
 
 from ...ir.types import Size
 from .axes import Axes
+from .joined import map_parts, reduce_parts, slice_parts
 from .sizes import equal, known_polynomial, product, simple
 from .steps import Expand, Leaf, Map, Permute, Reduce, Regroup, Slice, Value, View, Window
 
@@ -52,6 +53,9 @@ class Program:
     ) -> Value:
         """``function(elements, coordinates)`` in the given shape, to which the operands are broadcast."""
         shape = tuple(simple(size) for size in shape)
+        split = map_parts(self, function, shape, dtype, operands)
+        if split is not None:
+            return split
         axes = [self.axes.new(size) for size in shape]
         for operand in operands:
             offset = len(shape) - operand.ndim
@@ -77,6 +81,9 @@ class Program:
         dims = tuple(sorted(dim % value.ndim for dim in dims)) if dims else tuple(range(value.ndim))
         if kind in ("max", "min") and any(value.shape[dim] == 0 for dim in dims):
             raise NotRaised("the maximum of nothing")
+        split = reduce_parts(self, kind, value, dims, keepdim)
+        if split is not None:
+            return split
         if not any(value.axes[dim] for dim in dims):
             # A reduction over dimensions of size 1 changes nothing.
             kept = [1 if dim in dims else size for dim, size in enumerate(value.shape) if keepdim or dim not in dims]
@@ -132,6 +139,9 @@ class Program:
         dim = dim % value.ndim
         if equal(length, value.shape[dim]) and step == 1:
             return value
+        inside = slice_parts(self, value, dim, start, length) if step == 1 else None
+        if inside is not None:
+            return inside
         shape = [*value.shape]
         shape[dim] = length
         axes = [*value.axes]
@@ -173,13 +183,6 @@ class Program:
     def inner(self, left: Value, right: Value) -> Value:
         """The sum of products along the last dimension, the others broadcast."""
         return self.reduce("sum", self.map(lambda a, b: a * b, left, right), [-1])
-
-    def take(self, source: Value, dim: int, index: Value, where: Value | None = None) -> Value:
-        """``source`` with dimension ``dim`` (of size n) in front, replaced by the dimensions of ``index``.
-
-        As a sum over a predicate: ``sum[v] where(v == index, source[v], 0)``. ``where`` masks more.
-        """
-        raise NotImplementedError
 
     def cast(self, value: Value, dtype: str) -> Value:
         """Another element type, where that changes no number (or rounds it, which a kernel need not do)."""

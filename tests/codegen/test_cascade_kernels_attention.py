@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -10,7 +10,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from attention_cascades import BACKWARD, FORWARD, GROUPED
-from effcc.codegen.cascade_kernel import build, prepare_cascade
+from effcc.codegen.cascade_kernel import CascadeKernel, build, prepare_cascade
+from effcc.codegen.tiles import roles
 from effcc.ir.cascade import rank
 from effcc.ir.cascade_parser import parse_cascade
 from effcc.ir.tile import Cases, Skip, walk
@@ -21,10 +22,11 @@ TEXTS = {
     **FORWARD,
     "grouped": GROUPED,
     **{f"backward, {name}": text for name, text in BACKWARD.items()},
+    **{f"backward apart, {name}": text for name, text in BACKWARD.items()},
 }
 
 
-def attention_case(text: str, source: Any, dtype: str = "f64") -> Case:
+def attention_case(text: str, source: Any, dtype: str = "f64", crossing: bool = True) -> Case:
     """Fresh odd sizes of several tiles. ``L`` is the scores' true logsumexp, so that weights are at most 1."""
     generator = np.random.default_rng(source.randrange(2**32))
     n = source.randint(129, 190)
@@ -42,7 +44,7 @@ def attention_case(text: str, source: Any, dtype: str = "f64") -> Case:
     if "L[b,h,m]" in text:
         given |= saved(text, sizes, generator, given)
     shapes = {"Q": (2, 6, sizes["m"], 24)} if "h*R" in text else {}
-    return case(text, sizes, generator, dtype, given, shapes)
+    return case(text, sizes, generator, dtype, given, shapes, crossing=crossing)
 
 
 def saved(
@@ -64,9 +66,16 @@ def saved(
 
 
 @pytest.fixture(scope="module")
-def cases() -> Mapping[str, Case]:
+def monkeypatch_module() -> Iterator[pytest.MonkeyPatch]:
+    with pytest.MonkeyPatch.context() as patch:
+        yield patch
+
+
+@pytest.fixture(scope="module")
+def cases(monkeypatch_module: pytest.MonkeyPatch) -> Mapping[str, Case]:
     source = fresh_random()
-    found = {name: attention_case(text, source) for name, text in TEXTS.items()}
+    monkeypatch_module.setattr(roles, "threads", lambda: 2)
+    found = {name: attention_case(text, source, crossing="apart" not in name) for name, text in TEXTS.items()}
     build([each.kernel for each in found.values()])
     return found
 
@@ -74,9 +83,7 @@ def cases() -> Mapping[str, Case]:
 @pytest.fixture(scope="module")
 def narrow() -> Mapping[str, Case]:
     source = fresh_random()
-    found = {
-        f"{name}, {dtype}": attention_case(text, source, dtype) for name, text in TEXTS.items() for dtype in ("f32",)
-    }
+    found = {f"{name}, f32": attention_case(text, source, "f32") for name, text in TEXTS.items() if "apart" not in name}
     found |= {f"{name}, bf16": attention_case(TEXTS[name], source, "bf16") for name in ("vanilla", "causal")}
     build([each.kernel for each in found.values()])
     return found
@@ -87,7 +94,7 @@ def test_float64(name: str, cases: Mapping[str, Case]) -> None:
     assert cases[name].worst() < 1e-10
 
 
-@pytest.mark.parametrize("name", TEXTS)
+@pytest.mark.parametrize("name", [name for name in TEXTS if "apart" not in name])
 def test_float32(name: str, narrow: Mapping[str, Case]) -> None:
     """Within a few times the rounding of the scores, which are up to about 100 with ALiBi."""
     assert narrow[f"{name}, f32"].worst() < (2e-5 if "alibi" in name else 3e-6)
@@ -106,12 +113,15 @@ def test_one_launch_and_nothing_stored(name: str, cases: Mapping[str, Case]) -> 
     assert kernel.buffer_bytes == 0
 
 
-@pytest.mark.parametrize("name", [name for name in TEXTS if name.startswith("backward")])
-def test_gradients_are_two_launches(name: str, cases: Mapping[str, Case]) -> None:
-    """One streams keys (dQ), one streams queries (dK, dV)."""
-    programs = cases[name].kernel.programs
-    walked = [{loop.rank for loop in program.loops if loop.kind == "for"} for program in programs]
-    assert sorted(next(iter(ranks)).name for ranks in walked) == ["m", "n"]
+@pytest.mark.parametrize("name", BACKWARD)
+def test_launches_of_gradients(name: str, cases: Mapping[str, Case]) -> None:
+    """With heads enough one launch walks keys and queries at once; else one streams keys (dQ) and one queries (dK, dV)."""
+
+    def walked(kernel: CascadeKernel) -> list[list[str]]:
+        return [[loop.rank.name for loop in program.loops if loop.kind == "for"] for program in kernel.programs]
+
+    assert walked(cases[f"backward, {name}"].kernel) == [["n", "m"]]
+    assert sorted(walked(cases[f"backward apart, {name}"].kernel)) == [["m"], ["n"]]
 
 
 @pytest.mark.parametrize(

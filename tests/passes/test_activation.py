@@ -1,0 +1,95 @@
+"""Activation planning against brute force on random small joint graphs."""
+
+from __future__ import annotations
+
+from statistics import mean
+
+import pytest
+from effcc.passes.activation.candidates import evaluate
+from effcc.passes.activation.cut import PricedCuts
+from effcc.passes.activation.search import ActivationSearch
+from effcc.passes.activation.simulate import Simulator
+from fresh_seed import fresh_random
+from random_joints import every_choice, random_joint
+
+
+def test_a_priced_cut_is_the_best_of_all_choices() -> None:
+    rng = fresh_random()
+    for _ in range(60):
+        simulator = Simulator(random_joint(rng))
+        cuts = PricedCuts(simulator)
+        choices = list(every_choice(simulator))
+        values = simulator.problem.values
+        for price in (0.0, 0.01, 0.1, 1.0):
+            found = cuts.best(None, price)
+            worth = evaluate(simulator, found.saved)
+            cost = worth.seconds + price * sum(values[v].bytes for v in worth.saved)
+            best = min(c.seconds + price * sum(values[v].bytes for v in c.saved) for c in choices)
+            assert cost == pytest.approx(best, rel=1e-6, abs=1e-5), f"price {price}"
+
+
+def test_bounds_hold_and_choices_are_near_the_best() -> None:
+    rng = fresh_random()
+    excess: list[float] = []
+    floors: list[float] = []
+    for _ in range(60):
+        problem = random_joint(rng)
+        search = ActivationSearch(problem)
+        choices = list(every_choice(search.simulator))
+        least = min(c.peak for c in choices)
+        assert search.floor_bound <= least
+        assert search.least.peak >= least
+        floors.append(search.least.peak / least)
+        highest = max(c.peak for c in choices)
+        for share in (0.1, 0.4, 0.7):
+            limit = int(least + share * (highest - least))
+            best = min((c.seconds for c in choices if c.peak <= limit), default=0.0)
+            assert search.bound(limit) <= best + 1e-5, "the bound on the time holds"
+            found = search.within(limit)
+            if found is None:
+                assert search.least.peak > limit
+                continue
+            assert found.peak <= limit
+            assert found.seconds >= best - 1e-6
+            excess.append((found.seconds - best) / (problem.seconds + best))
+    assert mean(floors) < 1.05
+    assert mean(excess) < 0.06
+
+
+def test_a_smaller_budget_has_no_larger_peak_and_no_shorter_time() -> None:
+    rng = fresh_random()
+    for _ in range(20):
+        search = ActivationSearch(random_joint(rng, ops=10))
+        top = search.steps[0].peak
+        found = [search.within(limit) for limit in range(top, search.least.peak - 1, -max(1, top // 40))]
+        chosen = [candidate for candidate in found if candidate is not None]
+        peaks = [candidate.peak for candidate in chosen]
+        assert peaks == sorted(peaks, reverse=True)
+        times = [candidate.seconds for candidate in chosen]
+        assert times == sorted(times)
+
+
+def test_ops_that_may_not_run_again_are_never_run_again() -> None:
+    rng = fresh_random()
+    for _ in range(40):
+        search = ActivationSearch(random_joint(rng, ops=8, banned=0.4))
+        banned = {op.index for op in search.problem.ops if op.banned}
+        for candidate in (*search.steps, search.least):
+            assert not candidate.simulation.recomputed & banned
+
+
+def test_what_the_backward_reads_is_kept_or_made_before_it_is_read() -> None:
+    rng = fresh_random()
+    for _ in range(60):
+        simulator = Simulator(random_joint(rng, ops=8))
+        saved = frozenset(v for v in simulator.made_forward if rng.random() < 0.5)
+        run = simulator.run(saved)
+        at_hand = set(run.saved) | simulator.given
+        for entry in run.entries:
+            if entry.backward:
+                op = simulator.problem.ops[entry.op]
+                for v in op.reads:
+                    made_by = simulator.problem.values[v].op
+                    assert v in at_hand or simulator.problem.ops[made_by].inlined
+                at_hand.update(op.writes)
+        assert run.peak >= max(run.memory[i] for i in range(len(run.memory)))
