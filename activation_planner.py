@@ -16,8 +16,8 @@ import torch.fx as fx
 from . import torch_internals
 from .cost_model.devices import Device
 from .errors import EffccError
-from .held_elsewhere import Elsewhere
 from .frontend.fx_import import from_fx
+from .held_elsewhere import Elsewhere
 from .joint_split import split_saving, values_saved
 from .passes.activation.choice import ActivationChoice, describe
 from .passes.activation.problem import JointProblem, joint_problem
@@ -133,4 +133,3 @@ class ActivationPlanner:
         self.refused.append(self.choice.saved)
         self.excess = max(self.excess, peak - self.choice.simulated_peak)
         return True
-

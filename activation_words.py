@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 import msgspec
 
 from .formatting import bytes_text, seconds_text
-from .ir.plan import Plan, Solver
+from .ir.plan import Plan, Solver, Step
 from .passes.activation.choice import ActivationChoice, Row
 
 
@@ -45,10 +46,7 @@ def choice_figures(choice: ActivationChoice) -> dict[str, Any]:
         "price": choice.price,
         "gap": choice.gap,
         "floor_bound": choice.floor_bound,
-        "rows": [
-            {"fate": r.fate, "what": r.what, "module": r.module, "bytes": r.bytes, "count": r.count, "seconds": r.seconds}
-            for r in choice.rows
-        ],
+        "rows": [dataclasses.asdict(row) for row in choice.rows],
     }
 
 
@@ -73,10 +71,13 @@ def with_choices(plan: Plan, choices: Sequence[ActivationChoice]) -> Plan:
             )
     again = frozenset(name for choice in planned for name in choice.recomputed)
     steps = tuple(
-        msgspec.structs.replace(step, kind="recompute")
-        if step.phase == "backward" and step.kind in ("kernel", "library") and len(step.ops) > 1 and step.ops[1] in again
-        else step
-        for step in plan.steps
+        msgspec.structs.replace(step, kind="recompute") if _runs_again(step, again) else step for step in plan.steps
     )
     plan = msgspec.structs.replace(plan, steps=steps)
     return msgspec.structs.replace(plan, notes=(*plan.notes, *notes), solvers=(*plan.solvers, *solvers))
+
+
+def _runs_again(step: Step, again: frozenset[str]) -> bool:
+    """Whether a step of the backward ends in an op of the forward that runs again."""
+    made = step.phase == "backward" and step.kind in ("kernel", "library") and len(step.ops) > 1
+    return made and step.ops[1] in again

@@ -40,10 +40,12 @@ def effcc(
         load_device(settings.device)
     plan = matching_plan(settings.plan, gm, roles) if settings.plan is not None else None
     compilation = Compilation(settings, next(_numbers), roles, plan)
+    fusion = compilation.fusion if settings.cascades else None
     with (
         torch_internals.graph_settings(),
         torch_internals.cache_directory(code_directory(settings.chosen_cache())),
         torch_internals.inductor_settings(torch_internals.mode_options(mode)),
+        torch_internals.joint_pass(fusion, "effcc cascades"),
     ):
         if settings.memory_budget is not None:
             return compile_within_budget(gm, example_inputs, compilation)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -24,22 +25,22 @@ def compile_within_budget(
 
     Raises BudgetError where that is not possible, with the least budget that is and what holds it.
     """
-    budget = compilation.options.memory_budget
-    assert budget is not None
+    budget = budget_in_bytes(compilation.options.memory_budget, example_inputs)
+    options = dataclasses.replace(compilation.options, memory_budget=budget)
     name = compilation.options.device or cost_device(example_inputs, GraphReport("", ""))
     device = load_device(name)
     inputs = real_inputs(gm)
     elsewhere = held_elsewhere(inputs, device)
     if elsewhere.optimizer_step > budget:
         raise BudgetError(
-            f"the optimizer's step needs {bytes_text(elsewhere.optimizer_step)} ({elsewhere.optimizer_step} bytes), more "
-            f"than the budget of {bytes_text(budget)}: parameters, gradients, {elsewhere.words}",
+            f"the optimizer's step needs {bytes_text(elsewhere.optimizer_step)} ({elsewhere.optimizer_step} bytes), "
+            f"more than the budget of {bytes_text(budget)}: parameters, gradients, {elsewhere.words}",
             where="option 'memory_budget'",
             remedy=f"Give it at least {elsewhere.optimizer_step} bytes, or an optimizer with less state.",
         )
     planner = ActivationPlanner(budget, lambda: device, compilation.roles, elsewhere)
     for attempt in range(MOST_ATTEMPTS):
-        current = Compilation(compilation.options, compilation.number, compilation.roles, compilation.given_plan)
+        current = Compilation(options, compilation.number, compilation.roles, compilation.given_plan)
         current.activation = planner
         planner.exhausted = planner.exhausted or attempt + 1 == MOST_ATTEMPTS
         settings = {"allow_buffer_reuse": False} if planner.frugal else {}
@@ -55,3 +56,21 @@ def compile_within_budget(
                 raise
             forget(list(current.planner.members))
     raise AssertionError("the last attempt either fits or names the floor")
+
+
+def budget_in_bytes(given: int | str | None, example_inputs: Sequence[Any]) -> int:
+    """The option's value; ``"auto"`` is what is free on the device, and what this process holds there already."""
+    if isinstance(given, int):
+        return given
+    devices = [value.device for value in example_inputs if isinstance(value, torch.Tensor)]
+    device = next((device for device in devices if device.type == "cuda"), None)
+    if device is not None:
+        return int(torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device))
+    import psutil
+
+    own = {value.untyped_storage()._cdata: value.untyped_storage().nbytes() for value in _tensors(example_inputs)}
+    return int(psutil.virtual_memory().available + sum(own.values()))
+
+
+def _tensors(values: Sequence[Any]) -> list[torch.Tensor]:
+    return [value for value in values if isinstance(value, torch.Tensor)]

@@ -199,9 +199,7 @@ class BudgetPlanner:
             chosen = graph.chosen or search.plain
             rule = "keep" if graph.chosen is None else "planned"
             bound = search.bound(graph.limit) if graph.limit is not None else None
-            found.append(
-                describe(search.problem, chosen, search.plain, rule, budget, bound, search.floor_bound)
-            )
+            found.append(describe(search.problem, chosen, search.plain, rule, budget, bound, search.floor_bound))
         return found
 
 

@@ -13,7 +13,6 @@ import typer
 from .activation_words import choice_figures
 from .cli_support import JsonOption, check_writable, console, heading, print_json, quiet_torch, stage, write_text
 from .errors import OptionError
-from .options import parse_bytes
 from .summary import device_of
 
 if TYPE_CHECKING:
@@ -38,7 +37,7 @@ def plan_command(
         str, typer.Option("--device", "-d", help="A name from 'effcc devices', or a device file.")
     ] = "cpu",
     memory_budget: Annotated[
-        str | None, typer.Option("--memory-budget", metavar="SIZE", help="Most bytes on the device, such as 8GiB.")
+        str | None, typer.Option("--memory-budget", metavar="SIZE", help="Most bytes on the device: 8GiB, or auto (its memory).")
     ] = None,
     pareto: Annotated[
         bool, typer.Option("--pareto", help="Also time against memory: what each peak would cost. Needs --train.")
@@ -65,7 +64,7 @@ def plan_command(
     No weights are allocated, and the device need not be on this machine. The plan says whether the model fits, what
     holds the peak and what bounds the time.
     """
-    from .planning import PIPELINE, PlanRequest, plan_model
+    from .planning import PIPELINE, PlanRequest, budget_bytes, plan_model
 
     if emit not in (None, "mlir"):
         raise OptionError(f"--emit {emit!r} is not understood", remedy="the only form is mlir")
@@ -77,7 +76,7 @@ def plan_command(
         optimizer=optimizer,
         dtype=dtype,
         device=device,
-        memory_budget=parse_bytes(memory_budget, option="--memory-budget") if memory_budget else None,
+        memory_budget=budget_bytes(memory_budget, device, "--memory-budget"),
         pareto=pareto,
         dynamic=dynamic,
         pipeline=pipeline or PIPELINE,
@@ -173,7 +172,8 @@ def _print_pareto(planned: Planned) -> None:
 
     if not planned.pareto:
         return
-    rows = table("peak", "time", "more", "best possible", "kept", right=("peak", "time", "more", "best possible", "kept"))
+    columns = ("peak", "time", "more", "best possible", "kept")
+    rows = table(*columns, right=columns)
     rows.title = "Time against memory"
     fastest = min(point.seconds for point in planned.pareto) or 1.0
     for point in planned.pareto:

@@ -16,6 +16,7 @@ import torch
 from . import torch_internals
 from .activation_planner import ActivationPlanner, OverBudgetError
 from .captured_graph import CapturedGraph
+from .cascade_fusion import CascadeFusion
 from .codegen.host_module import constants_of, host_source
 from .codegen.kernel_batch import Collector
 from .codegen.region_compiler import CompiledSegments, compile_segments, cut_again, source_of
@@ -58,6 +59,7 @@ class Compilation:
     forward: torch.fx.GraphModule | None = None
     planner: StepPlanner = field(init=False)
     meter: PeakMeter = field(default_factory=PeakMeter)
+    fusion: CascadeFusion = field(default_factory=CascadeFusion)
     #: Whether a graph of the step came out of the cache.
     restored: bool = False
     #: Chooses what forwards save, where there is a budget.
@@ -218,7 +220,8 @@ class Compilation:
 
     def keep_budget(self) -> None:
         """Raises BudgetError when the step does not fit in the option ``memory_budget``."""
-        if self.options.memory_budget is None:
+        budget = self.options.memory_budget
+        if not isinstance(budget, int):
             return
         plan = self.plan()
         if plan is None:
@@ -230,7 +233,7 @@ class Compilation:
             )
         elsewhere = self.activation.elsewhere if self.activation is not None else Elsewhere()
         peak = plan.peak.get("device", 0) + elsewhere.bytes
-        if peak > self.options.memory_budget:
+        if peak > budget:
             if self.activation is not None and self.activation.exceeded(peak):
                 raise OverBudgetError(peak)
             held = ", ".join(
@@ -240,7 +243,7 @@ class Compilation:
             least = min(peak, self.activation.least or peak) if self.activation is not None else peak
             raise BudgetError(
                 f"the step needs {bytes_text(least)} ({least} bytes), more than the budget of "
-                f"{bytes_text(self.options.memory_budget)}; most of it is {held}",
+                f"{bytes_text(budget)}; most of it is {held}",
                 where="option 'memory_budget'",
                 remedy=f"Give it at least {least} bytes, or a smaller batch.",
             )

@@ -55,9 +55,7 @@ _graphs: dict[frozenset[int], _Graph] = {}
 
 def real_inputs(gm: torch.fx.GraphModule) -> list[Any]:
     """What Dynamo was called with, for each input of its graph, as far as it is known."""
-    return [
-        getattr(node.meta.get("grapharg"), "example", None) for node in gm.graph.find_nodes(op="placeholder")
-    ]
+    return [getattr(node.meta.get("grapharg"), "example", None) for node in gm.graph.find_nodes(op="placeholder")]
 
 
 def held_elsewhere(inputs: Sequence[Any], device: Device) -> Elsewhere:

@@ -42,8 +42,9 @@ def parse_bytes(value: int | str, *, option: str = "memory_budget") -> int:
 class Options:
     """What a user may set. All have defaults; see ``docs/options.md``."""
 
-    #: Most bytes that the process may hold on the device during a step. A plan over it is refused with its floor.
-    memory_budget: int | None = None
+    #: Most bytes that the process may hold on the device during a step; ``"auto"``: what is free there, with what the
+    #: process holds already. Values are recomputed to keep it; what cannot be kept is refused with its floor.
+    memory_budget: int | str | None = None
     #: Path of a plan made offline; its graph must be the captured one.
     plan: str | None = None
     #: Directory that receives ``NNN-pass.ir`` for every pass that changed something.
@@ -58,6 +59,8 @@ class Options:
     verify: bool = True
     #: Let Dynamo trace structurally equal modules once. The backend reads it while a frame is traced.
     repeated_modules: bool = True
+    #: Fuse dependent reductions (attention, losses) into one-pass kernels where the cost model says it pays.
+    cascades: bool = True
     #: GEMM library for float32 on CPU: ``"measure"`` times the candidates once per shape class, or a fixed one.
     gemm: str = "measure"
 
@@ -71,7 +74,7 @@ class Options:
 
 
 _CHOICES = {"fallback": ("eager", "error"), "gemm": ("measure", "onednn", "blas")}
-_TYPES: dict[str, tuple[type, ...]] = {"verify": (bool,), "repeated_modules": (bool,)}
+_TYPES: dict[str, tuple[type, ...]] = {"verify": (bool,), "repeated_modules": (bool,), "cascades": (bool,)}
 _TEXTS = ("plan", "dump_dir", "device", "cache_dir")
 
 
@@ -111,6 +114,6 @@ def parse_options(given: Mapping[str, Any] | Options | None) -> Options:
             if not isinstance(value, str | os.PathLike):
                 raise OptionError(f"option {key!r} must be a text, not {value!r}", where=f"option {key!r}")
             values[key] = os.fspath(value)
-    if values.get("memory_budget") is not None:
+    if values.get("memory_budget") not in (None, "auto"):
         values["memory_budget"] = parse_bytes(values["memory_budget"])
     return Options(**values)

@@ -25,8 +25,8 @@ from .summary import Summary, device_named, summarize
 if TYPE_CHECKING:
     import torch
 
-    from .frontend.capture import Captured
     from .budget_planning import BudgetPlanner, ParetoPoint
+    from .frontend.capture import Captured
     from .frontend.model_file import ModelSpec
     from .passes.activation.choice import ActivationChoice
     from .passes.flatten import RegionBuffers
@@ -114,7 +114,7 @@ def plan(
         optimizer: counts this optimizer's state, for instance ``"adamw"``; needs ``train``.
         dtype: converts floating-point parameters and inputs: f32, bf16, f16, f64.
         device: a name from ``effcc devices`` or the path of a device file.
-        memory_budget: most bytes on the device, as a number or a text such as ``"8GiB"``.
+        memory_budget: most bytes on the device, as a number or a text such as ``"8GiB"``; ``"auto"``: its memory.
         dynamic: keeps the inputs' sizes symbolic.
 
     Raises:
@@ -126,7 +126,7 @@ def plan(
         optimizer=optimizer,
         dtype=dtype,
         device=device,
-        memory_budget=None if memory_budget is None else parse_bytes(memory_budget),
+        memory_budget=budget_bytes(memory_budget, device),
         dynamic=dynamic,
     )
     if isinstance(model, str | Path):
@@ -223,6 +223,13 @@ def _ordered_memory(device: Device, sizes: Mapping[str, int]) -> RegionBuffers:
     return lambda region: ordered_memory(region, device, sizes)
 
 
+def budget_bytes(given: int | str | None, device: str, option: str = "memory_budget") -> int | None:
+    """A budget in bytes; ``"auto"`` is the device's memory. Raises OptionError, DeviceError."""
+    if given == "auto":
+        return int(device_named(device).memory)
+    return None if given is None else parse_bytes(given, option=option)
+
+
 def check_options(request: PlanRequest) -> None:
     """What can be refused before the model is built, which may take a while. Raises OptionError."""
     if request.optimizer is not None and not request.train:
@@ -293,9 +300,7 @@ def _load(model_file: str) -> ModelSpec:
         return load_model_file(model_file)
 
 
-def _capture(
-    request: PlanRequest, device: Device, spec: ModelSpec, planner: BudgetPlanner | None = None
-) -> Captured:
+def _capture(request: PlanRequest, device: Device, spec: ModelSpec, planner: BudgetPlanner | None = None) -> Captured:
     from .frontend.capture import capture
 
     return capture(

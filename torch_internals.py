@@ -102,8 +102,8 @@ def region_settings() -> contextlib.AbstractContextManager[Any]:
     """How regions are compiled. The processor's own flags say which vector instructions it has; building and loading a
     probe for each, as Inductor does by default, takes seconds of a cold start."""
     trusted = sys.platform == "linux" and platform.machine() in ("x86_64", "AMD64")
-    # A region has no joint graph; without the planner's partitioner its code is found in the cache with any budget.
-    settings: dict[str, Any] = {"custom_partitioner_fn": None}
+    # A region has no joint graph; without what works on those its code is found in the cache with any budget.
+    settings: dict[str, Any] = {"custom_partitioner_fn": None, "joint_custom_pre_pass": None}
     stack = contextlib.ExitStack()
     stack.enter_context(inductor_settings({"cpp.vec_isa_ok": True, **settings} if trusted else settings))
     stack.enter_context(remembered_toolchain())
@@ -539,8 +539,32 @@ def peak_growth(run: Callable[[], Any]) -> tuple[Any, int | None]:
 def knapsack_partition(
     gm: torch.fx.GraphModule, joint_inputs: Any, budget: float, **kwargs: Any
 ) -> tuple[torch.fx.GraphModule, torch.fx.GraphModule]:
-    """Torch's choice for its relative ``activation_memory_budget``, 0 to 1, by its default solver. It rewrites ``gm``."""
+    """Torch's choice for its relative ``activation_memory_budget``, 0 to 1. It rewrites ``gm``."""
     import torch._functorch.config as functorch_config
 
     with functorch_config.patch(activation_memory_budget=budget):
         return minimum_cut_partition(gm, joint_inputs, **kwargs)
+
+
+def joint_pass(run: Callable[[torch.fx.Graph], None] | None, key: str) -> contextlib.AbstractContextManager[Any]:
+    """Inside, Inductor calls ``run`` on every joint and inference graph, bodies of repeated layers included, before its
+    own passes. ``key`` stands for it in cache keys."""
+    if run is None:
+        return contextlib.nullcontext()
+    from torch._inductor.custom_graph_pass import CustomGraphPass
+
+    class Pass(CustomGraphPass):  # type: ignore[misc]
+        def __call__(self, graph: torch.fx.Graph) -> None:
+            run(graph)
+
+        def uuid(self) -> Any:
+            return key.encode()
+
+    return inductor_settings({"joint_custom_pre_pass": Pass()})
+
+
+def stable_topological_sort(graph: torch.fx.Graph) -> None:
+    """Values before their uses, else the order that the graph has."""
+    from torch._inductor.pattern_matcher import stable_topological_sort as sort
+
+    sort(graph)

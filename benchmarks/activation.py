@@ -2,8 +2,8 @@
 
     python benchmarks/activation.py [--model llama|gpt2] [--layers N] [--rounds R]
 
-Every method splits the same joint graph; the code is compiled by the same backend and libraries. ``peak`` is the
-allocator's, exact: what a step holds with parameters, gradients and inputs. ``predicted`` are seconds of the cost model;
+Every method splits the same joint graph; the code is compiled by the same backend and libraries. ``peak_bytes`` is the
+allocator's, exact: what a step holds with parameters, gradients and inputs. ``predicted_seconds`` are the cost model's;
 ``seconds`` measured ones, medians of interleaved rounds (left out with --rounds 0).
 """
 
@@ -16,9 +16,8 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import common
-import torch
-
 import effcc
+import torch
 from effcc import torch_internals
 from effcc.budget_planning import BudgetPlanner
 from effcc.joint_split import split_saving

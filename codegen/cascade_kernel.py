@@ -188,6 +188,7 @@ def prepare_cascade(
     comment: str | None = None,
     caches: Caches | None = None,
     crossing: bool = True,
+    splitting: bool = True,
 ) -> CascadeKernel:
     """The kernel of a cascade (rewritten first, if it is not yet), not compiled yet.
 
@@ -195,7 +196,8 @@ def prepare_cascade(
     float64 if an input is), or one for all. ``outputs``: wanted tensors, the cascade's outputs by default. ``units``:
     tensor -> the dimension of stride 1, by default the last. ``shapes``: of inputs with indices other than plain ranks.
     ``wide``: tensors never to be stored. ``caches`` bound the tiles (this machine's
-    by default). ``crossing``: gradients along two ranks in one kernel, where there are heads enough for all threads. Raises ``NotLowerable`` with the reason.
+    by default). ``crossing``: gradients along two ranks in one kernel, where there are heads enough for all threads.
+    ``splitting``: parts of the streamed rank at once, where there is too little else for all threads. Raises ``NotLowerable`` with the reason.
     """
     rewriting = cascade if isinstance(cascade, Rewriting) else rewrite(cascade)
     text = print_cascade(rewriting.cascade)
@@ -205,14 +207,14 @@ def prepare_cascade(
     given = {name: dtypes if isinstance(dtypes, str) else dtypes.get(name) for name in rewriting.cascade.tensors}
     key = (
         text, wanted, tuple(sorted(sizes.items())), tuple(sorted((k, v or "") for k, v in given.items())),
-        tuple(sorted((units or {}).items())), tuple(sorted((k, tuple(v)) for k, v in (shapes or {}).items())), wide, caches, crossing,
+        tuple(sorted((units or {}).items())), tuple(sorted((k, tuple(v)) for k, v in (shapes or {}).items())), wide, caches, crossing, splitting,
     )  # fmt: skip
     if key not in _prepared:
         infos = _infos(rewriting.cascade, sizes, given, units or {}, shapes or {}, wanted)
         compute = "f64" if any(info.dtype == "f64" for info in infos.values()) else "f32"
         operands = {name: Operand(info.dtype, info.unit) for name, info in infos.items()}
         limits = caches or Caches.of_this_machine()
-        settings = Settings(sizes, operands, compute, wide, limits, crossing)
+        settings = Settings(sizes, operands, compute, wide, limits, crossing, splitting)
         _prepared[key] = _prepare(rewriting, wanted, infos, settings, comment or text)
     return _prepared[key]
 
@@ -255,8 +257,9 @@ def _extent(name: str, index: object, sizes: Mapping[str, int]) -> int:
 def _prepare(
     rewriting: Rewriting, wanted: Sequence[str], infos: Mapping[str, TensorInfo], settings: Settings, comment: str
 ) -> CascadeKernel:
-    sizes = settings.sizes
-    programs = lower(rewriting.cascade, rewriting.monoids, wanted, settings)
+    lowered = lower(rewriting.cascade, rewriting.monoids, wanted, settings)
+    programs = lowered.programs
+    sizes = {**settings.sizes, **lowered.sizes}
     full = dict(sizes)
     shapes: dict[str, Sequence[int]] = {name: info.shape for name, info in infos.items()}
     buffers: dict[str, TensorInfo] = {}

@@ -14,8 +14,9 @@ import torch
 from torch.fx.traceback import NodeSource
 
 from ..errors import ExportError
-from ..ir.graph import Argument, Graph, Node, Ref, Symbol
+from ..ir.graph import CASCADE_OP, Argument, Graph, Node, Ref, Symbol
 from ..ir.types import ScalarType, TensorType, TupleType
+from .cascade_op import cascade_text
 from .fake_values import FakeValues
 from .fx_targets import op_target
 
@@ -80,6 +81,8 @@ class _Exporter:
             return self.create("placeholder", node.name, (), {}, node)
         if node.op == "constant":
             return self.constant(node)
+        if node.op == CASCADE_OP:
+            return self.cascade(node)
         args = [self.argument(argument, node) for argument in node.args]
         kwargs = {name: self.argument(value, node) for name, value in node.kwargs}
         if node.op == "call":
@@ -96,6 +99,13 @@ class _Exporter:
             return self.create("call_module", body.target, tuple(operands), {}, node)
         target = torch.ops.higher_order.invoke_subgraph
         return self.create("call_function", target, (body, str(body.target), *operands), {}, node)
+
+    def cascade(self, node: Node) -> torch.fx.Node:
+        name, *operands = node.args
+        assert isinstance(name, Symbol)
+        text = cascade_text(self.graph.cascades[name.text[1:]])
+        arguments = (text, [self.argument(operand, node) for operand in operands])
+        return self.create("call_function", torch.ops.effcc.cascade.default, arguments, {}, node)
 
     def constant(self, node: Node) -> torch.fx.Node:
         name = str(node.args[0])

@@ -46,7 +46,7 @@ def collective_cost(
     """Cost of a collective over ``ranks`` devices, filled node by node, on a buffer of ``size`` bytes.
 
     ``transfers`` collectives go over the same links at the time, this one included. Without an ``algorithm`` the
-    cheapest is taken. Raises OptionError for an unknown kind or algorithm, DeviceError where the device has no such link.
+    cheapest is taken. Raises OptionError for an unknown kind or algorithm, DeviceError where there is no such link.
     """
     if kind not in ALGORITHMS:
         raise OptionError(f"unknown collective {kind!r}", remedy=f"known: {', '.join(KINDS)}")

@@ -16,7 +16,9 @@ import torch
 
 from ..errors import CaptureError
 from ..ir.expressions import ExpressionError
-from ..ir.graph import Alias, Argument, Graph, Location, Node, Ref, Symbol
+from ..ir.fused_cascade import FusedCascade
+from ..ir.graph import CASCADE_OP, Alias, Argument, Graph, Location, Node, Ref, Symbol
+from ..ir.parser import parse_fused_cascade
 from ..ir.types import NoneType, OpaqueType, TupleType, Type
 from .fx_aliases import node_aliases
 from .fx_locations import ForwardOps, is_backward, location_like, node_location
@@ -84,6 +86,7 @@ class _Importer:
     outputs: tuple[Argument, ...] = ()
     aliases: list[Alias] = field(default_factory=list)
     subgraphs: dict[str, Graph] = field(default_factory=dict)
+    cascades: dict[str, FusedCascade] = field(default_factory=dict)
     #: get_attr nodes that name a subgraph -> its symbol.
     bodies: dict[str, Symbol] = field(default_factory=dict)
     body_names: dict[int, str] = field(default_factory=dict)
@@ -108,6 +111,7 @@ class _Importer:
             outputs=self.outputs,
             saved=saved,
             subgraphs=self.subgraphs,
+            cascades=self.cascades,
             aliases=tuple(self.aliases),
         )
 
@@ -158,7 +162,9 @@ class _Importer:
         if op in _NAMES_A_DEVICE or (node.op == "call_method" and node.target == "to"):
             args = tuple(_as_device(argument) for argument in args)
         kwargs = tuple((key, _as_device(value) if key == "device" else value) for key, value in kwargs)
-        if op == "higher_order.invoke_subgraph" and len(args) >= 2 and isinstance(args[0], Symbol):
+        if op == CASCADE_OP:
+            args = (self.cascade(str(node.args[0])), *args[1])  # type: ignore[misc]
+        elif op == "higher_order.invoke_subgraph" and len(args) >= 2 and isinstance(args[0], Symbol):
             # invoke_subgraph(body, identifier, operands...): the identifier only keys torch's own cache.
             op, args, kwargs = "call", (args[0], *args[2:]), ()
         elif node.op == "call_module":
@@ -180,6 +186,16 @@ class _Importer:
         if forward and self.forward_ops is not None:
             location = location_like(location, self.forward_ops.nodes[forward].meta)
         return Node(node.name, op, args, kwargs, found, location, forward=forward, origin=origin)
+
+    def cascade(self, text: str) -> Symbol:
+        """The fused cascade that an op names by its text."""
+        fused = parse_fused_cascade(text)
+        for name, known in self.cascades.items():
+            if known == fused:
+                return Symbol(f"@{name}")
+        name = f"cascade_{len(self.cascades)}"
+        self.cascades[name] = fused
+        return Symbol(f"@{name}")
 
     def subgraph_type(self, target: Argument) -> Type:
         subgraph = self.subgraphs[target.text[1:]] if isinstance(target, Symbol) else None

@@ -45,7 +45,7 @@ class FusedCascade:
     ``results`` are the types (dtype, shape, strides) of the node's operands and results. ``inputs`` describe every
     input of the cascade, ``outputs`` the tensors that are wanted, which need not be outputs of the cascade in the sense
     that nothing reads them. ``dtypes``: tensor -> the element type it has in the model, for every tensor the cascade
-    writes; a kernel computes in float32 or better whatever they are.
+    writes; a kernel computes in float32 or better whatever they are. ``wide`` are tensors that a kernel never stores.
     """
 
     cascade: Cascade
@@ -55,3 +55,4 @@ class FusedCascade:
     inputs: tuple[TensorView, ...]
     outputs: tuple[TensorView, ...]
     dtypes: Mapping[str, str] = field(default_factory=dict)
+    wide: tuple[str, ...] = ()

@@ -46,6 +46,8 @@ def fused_cascade_lines(name: str, fused: FusedCascade) -> Iterator[str]:
             yield f"  {word} {view.position} [{sizes}] {quote(line)}"
     for tensor, dtype in fused.dtypes.items():
         yield f"  type {tensor} {dtype}"
+    for tensor in fused.wide:
+        yield f"  wide {tensor}"
     for einsum in fused.cascade.einsums:
         yield f"  {quote(print_einsum(einsum))}"
     yield "}"
@@ -72,6 +74,7 @@ def read_fused_cascade(
     inputs: list[TensorView] = []
     outputs: list[TensorView] = []
     dtypes: dict[str, str] = {}
+    wide: list[str] = []
     lines: list[str] = []
     while not scanner.take("}"):
         start = scanner.skip()
@@ -86,12 +89,14 @@ def read_fused_cascade(
         elif scanner.word("type"):
             tensor = word()
             dtypes[tensor] = word()
+        elif scanner.word("wide"):
+            wide.append(word())
         elif (line := scanner.string()) is not None:
             lines.append(line)
         else:
-            scanner.fail("expected 'size', 'input', 'output', 'type', an Einsum in quotes or '}'", start)
+            scanner.fail("expected 'size', 'input', 'output', 'type', 'wide', an Einsum in quotes or '}'", start)
     cascade = _parsed(scanner, "\n".join(lines))
-    return FusedCascade(cascade, sizes, operands, results, tuple(inputs), tuple(outputs), dtypes)
+    return FusedCascade(cascade, sizes, operands, results, tuple(inputs), tuple(outputs), dtypes, tuple(wide))
 
 
 def _tensors(scanner: Scanner, types: tuple[Type, ...]) -> tuple[TensorType, ...]:

@@ -41,6 +41,18 @@ def parse_graph(text: str, source: str = "") -> Graph:
     return graph
 
 
+def parse_fused_cascade(text: str) -> FusedCascade:
+    """A fused cascade by itself, as ``fused_cascade_lines`` writes it. Raises ``ParseError``."""
+    parser = _Parser(text)
+    if not parser.scanner.word("cascade"):
+        parser.scanner.fail("expected 'cascade @name'")
+    parser.at_name()
+    found = parser.cascade()
+    if parser.scanner.skip() != len(text):
+        parser.scanner.fail("expected the end of the text after the cascade")
+    return found
+
+
 class _Parser:
     def __init__(self, text: str, source: str = "") -> None:
         self.scanner = Scanner(text, source)

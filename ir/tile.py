@@ -84,7 +84,10 @@ class Dot:
 
 @dataclass(frozen=True)
 class State:
-    """``state M[m] = -inf``: a value that outlives the loops below it, and what it holds before them."""
+    """``state M[m] = -inf``: a value that outlives the loops below it, and what it holds before them.
+
+    A state outside of the grid's loops is each worker's own, and the sum of all workers' after them.
+    """
 
     target: AppliedUndef
     body: sympy.Expr
@@ -124,12 +127,14 @@ class Cases:
 
 @dataclass(frozen=True)
 class Loop:
-    """``for n step 256 { body }``."""
+    """``for n step 256 { body }``; with ``part p of 4096``, only over the p-th 4096 coordinates."""
 
     kind: str
     rank: sympy.Symbol
     step: int
     body: tuple[Statement, ...]
+    part: sympy.Symbol | None = None
+    length: int = 0
 
 
 Statement: TypeAlias = "Load | Map | Reduce | Dot | State | Carry | Store | Skip | Cases | Loop"

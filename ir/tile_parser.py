@@ -122,13 +122,16 @@ class _ProgramParser:
         if token.text in (GRID, SEQUENTIAL, UNROLLED):
             rank = parser.rank()
             line.word("step")
-            step = parser.number(parser.take())
-            if not step.is_Integer or step < 1:
-                raise parser.fail("a step is a whole number from 1 on", token)
+            step, part, length = line.count(), None, 0
+            if parser.token.text == "part":
+                parser.take()
+                part = parser.rank()
+                line.word("of")
+                length = line.count()
             line.end("{")
             body = self.body(nested=True)
             self.close("}")
-            return Loop(token.text, rank, int(step), body)
+            return Loop(token.text, rank, step, body, part, length)
         if token.text == "if":
             line.word("all")
             condition = parser.expression()
@@ -203,6 +206,13 @@ class _Line:
             if not index.is_Symbol:
                 raise self.parser.fail(f"{index} is no rank")
         return tuple(rank_symbol(index.name) for index in found)
+
+    def count(self) -> int:
+        token = self.parser.take()
+        number = self.parser.number(token) if token.kind == "number" else sympy.S.Zero
+        if not number.is_Integer or number < 1:
+            raise self.parser.fail("expected a whole number from 1 on", token)
+        return int(number)
 
     def access(self) -> AppliedUndef:
         token = self.parser.token

@@ -24,7 +24,7 @@ def print_program(program: Program) -> str:
 def _print_body(body: tuple[Statement, ...], depth: int, lines: list[str]) -> None:
     for item in body:
         if isinstance(item, Loop):
-            lines.append(f"{_INDENT * depth}{item.kind} {item.rank.name} step {item.step} {{")
+            lines.append(f"{_INDENT * depth}{print_head(item)} {{")
             _print_body(item.body, depth + 1, lines)
             lines.append(f"{_INDENT * depth}}}")
         elif isinstance(item, Cases):
@@ -35,6 +35,12 @@ def _print_body(body: tuple[Statement, ...], depth: int, lines: list[str]) -> No
             lines.append(f"{_INDENT * depth}}}")
         else:
             lines.append(_INDENT * depth + print_statement(item))
+
+
+def print_head(item: Loop) -> str:
+    """``for n step 256``."""
+    part = "" if item.part is None else f" part {item.part.name} of {item.length}"
+    return f"{item.kind} {item.rank.name} step {item.step}{part}"
 
 
 def print_statement(item: Statement) -> str:

@@ -27,7 +27,7 @@ from .tile import (
     Tensor,
     expressions,
 )
-from .tile_printer import print_program, print_statement
+from .tile_printer import print_head, print_program, print_statement
 
 _AROUND = 3
 
@@ -60,7 +60,7 @@ class _Checker:
         """The error, with the lines around the statement."""
         lines = print_program(self.program).splitlines()
         if isinstance(item, Loop):
-            own = f"{item.kind} {item.rank.name} step {item.step}"
+            own = print_head(item)
         elif isinstance(item, Cases):
             own = "if all "
         else:
@@ -98,6 +98,8 @@ class _Checker:
             raise self.fail(item, "a grid loop inside a sequential one")
         if item.step < 1:
             raise self.fail(item, "a step is at least 1")
+        if item.part is not None and (not self.is_point(item.part) or item.length < 1):
+            raise self.fail(item, f"{item.part} is not walked point by point around its part of {item.rank}")
         self.steps[item.rank] = item.step
         self.block(item.body, known, [*loops, item])
         del self.steps[item.rank]

@@ -80,7 +80,7 @@ def fuse(graph: Graph, groups: Sequence[Group]) -> Graph:
 def _key(fused: FusedCascade) -> Any:
     return (
         fused.cascade, tuple(fused.sizes.items()), fused.operands, fused.results, fused.inputs, fused.outputs,
-        tuple(fused.dtypes.items()),
+        tuple(fused.dtypes.items()), fused.wide,
     )  # fmt: skip
 
 

@@ -30,7 +30,8 @@ def pareto_chart(points: Sequence[ParetoPoint], budget: int | None) -> str:
     parts = [f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="Time against memory">']
     for share in (0.0, 0.25, 0.5, 0.75, 1.0):
         size, seconds = low + share * (high - low), fast + share * (slow - fast)
-        parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y(seconds):.1f}" y2="{y(seconds):.1f}"/>')
+        level = f'y1="{y(seconds):.1f}" y2="{y(seconds):.1f}"'
+        parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" {level}/>')
         parts.append(f'<text x="{LEFT - 6}" y="{y(seconds) + 4:.1f}" text-anchor="end">{seconds_text(seconds)}</text>')
         parts.append(f'<text x="{x(size):.1f}" y="{HEIGHT - 12}" text-anchor="middle">{bytes_text(int(size))}</text>')
     line = " ".join(f"{x(p.peak):.1f},{y(p.bound):.1f}" for p in ordered)
@@ -44,7 +45,8 @@ def pareto_chart(points: Sequence[ParetoPoint], budget: int | None) -> str:
             f"<title>{escape(title)}</title></circle>"
         )
     if budget is not None and low <= budget <= high:
-        parts.append(f'<line class="budget" x1="{x(budget):.1f}" x2="{x(budget):.1f}" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/>')
+        place = f'x1="{x(budget):.1f}" x2="{x(budget):.1f}"'
+        parts.append(f'<line class="budget" {place} y1="{TOP}" y2="{HEIGHT - BOTTOM}"/>')
         parts.append(f'<text class="budget" x="{x(budget) + 5:.1f}" y="{TOP + 10}">budget {bytes_text(budget)}</text>')
     parts.append("</svg>")
     return "\n".join(parts)

@@ -369,7 +369,7 @@ ATTENTION: tuple[Variant, ...] = (
     Variant("multi_query", multi_query, _qkv, shape=Shape(groups=4)),
     Variant("cross", vanilla, _qkv, shape=Shape(keys=7)),
     Variant("sink", sink, _with_logit, (0, 1, 2, 3)),
-    Variant("sink_joined", sink_joined, _with_logit, (0, 1, 2, 3), one_pass=False),
+    Variant("sink_joined", sink_joined, _with_logit, (0, 1, 2, 3)),
     Variant("qk_norm", qk_norm, _with_two_weights, (0, 1, 2, 3, 4)),
     Variant("temperature", temperature, _with_logit, (0, 1, 2, 3)),
     Variant("sigmoid", sigmoid_attention, _qkv),

@@ -17,6 +17,7 @@ from effcc.passes.raising.choose import Choice, choose
 from effcc.passes.raising.group import Group
 from effcc.passes.raising.raise_graph import Raised, raise_graph
 from functorch.compile import aot_function
+from torch._dynamo.backends.common import aot_autograd
 from torch._functorch.partitioners import default_partition
 from torch._inductor.decomposition import select_decomp_table
 
@@ -44,12 +45,15 @@ class _Recorder(torch.fx.Interpreter):
         return found
 
 
-def record(function: Callable[..., torch.Tensor], inputs: Sequence[Any], *, decomposed: bool = True) -> list[Run]:
+def record(
+    function: Callable[..., torch.Tensor], inputs: Sequence[Any], *, decomposed: bool = True, model: bool = False
+) -> list[Run]:
     """The graphs of ``function(*inputs)``: one inference graph, or, if an input asks for a gradient, the joint graph, the
-    forward and the backward. ``decomposed``: with Inductor's decompositions, else with those of AOTAutograd alone."""
+    forward and the backward. ``decomposed``: with Inductor's decompositions, else with those of AOTAutograd alone.
+    ``model``: the function holds a model with parameters, and is traced by Dynamo (which takes longer)."""
     runs: list[tuple[str, torch.fx.GraphModule, dict[str, Any]]] = []
     joints: list[torch.fx.GraphModule] = []
-    train = torch.is_grad_enabled() and any(isinstance(item, torch.Tensor) and item.requires_grad for item in inputs)
+    train = model or any(isinstance(item, torch.Tensor) and item.requires_grad for item in inputs)
 
     def compiler(phase: str) -> Callable[..., Any]:
         def compile_graph(gm: torch.fx.GraphModule, _: Any) -> Callable[..., Any]:
@@ -68,22 +72,32 @@ def record(function: Callable[..., torch.Tensor], inputs: Sequence[Any], *, deco
         joints.append(gm)
         return default_partition(gm, args, **options)
 
-    compiled = aot_function(
-        function,
-        fw_compiler=compiler("forward" if train else "inference"),
-        bw_compiler=compiler("backward"),
-        partition_fn=partition,
-        decompositions=select_decomp_table() if decomposed else {},
-    )
-    output = compiled(*inputs)
+    options = {
+        "fw_compiler": compiler("forward" if train else "inference"),
+        "bw_compiler": compiler("backward"),
+        "partition_fn": partition,
+        "decompositions": select_decomp_table() if decomposed else {},
+    }
+    if model:
+        torch._dynamo.reset()
+        output = torch.compile(function, backend=aot_autograd(**options))(*inputs)
+    else:
+        output = aot_function(function, **options)(*inputs)
     if train:
-        tangent = torch.randn_like(output)
-        output.backward(tangent)
-        forward = next(values for phase, _, values in runs if phase == "forward")
-        names = [node.name for node in joints[0].graph.find_nodes(op="placeholder")]
-        recorder = _Recorder(joints[0])
-        recorder.run(*(tangent if name.startswith("tangents") else forward[name] for name in names))
-        runs.append(("joint", joints[0], recorder.values))
+        output.backward(torch.randn_like(output))
+    forwards = [values for phase, _, values in runs if phase == "forward"]
+    for joint, forward in zip(joints, forwards, strict=True):
+        nodes = joint.graph.find_nodes(op="placeholder")
+        # Any tangents will do: the joint graph is run by itself.
+        values = [
+            torch.randn(node.meta["val"].shape, dtype=node.meta["val"].dtype) if node.name.startswith("tangents") else forward[node.name]
+            for node in nodes
+        ]
+        recorder = _Recorder(joint)
+        recorder.run(*values)
+        runs.append(("joint", joint, recorder.values))
+    if model:
+        torch._dynamo.reset()
     return [
         Run(phase, from_fx(gm, "graph", phase), {name: _array(value) for name, value in values.items()})
         for phase, gm, values in runs
@@ -91,7 +105,9 @@ def record(function: Callable[..., torch.Tensor], inputs: Sequence[Any], *, deco
 
 
 def _array(value: Any) -> Any:
-    return value.detach().to(torch.float64).numpy() if isinstance(value, torch.Tensor) else value
+    if not isinstance(value, torch.Tensor) or value.is_meta:
+        return value
+    return value.detach().to(torch.float64).numpy()
 
 
 # Checks --------------------------------------------------------------------------------------------------------------
@@ -147,6 +163,10 @@ def check_groups(run: Run, choice: Choice = EVERYTHING, tolerance: float = 1e-9)
                     assert_close(value, wanted, f"{group.name}: {name} in {run.phase}", tolerance)
                 else:
                     hidden[name] = value.reshape([int(size) for size in group.fused.results[view.position].shape])
+        for rest in group.rests:
+            value = hidden[rest.result].sum(tuple(range(rest.count)))
+            wanted = run.values[rest.value]
+            assert_close(value.reshape(wanted.shape), wanted, f"{group.name}: {rest.value}", tolerance)
     return groups
 
 

@@ -22,9 +22,7 @@ def random_joint(rng: random.Random, ops: int = 6, banned: float = 0.1, inlined:
         result = len(values)
         keep = rng.random() if fused else 0.0
         values.append(Value(result, name, 0, rng.randint(1, 64), index, keep))
-        made.append(
-            Op(index, name, "aten.op", reads, (result,), rng.uniform(0.1, 10.0), forward, fused, fused, ban)
-        )
+        made.append(Op(index, name, "aten.op", reads, (result,), rng.uniform(0.1, 10.0), forward, fused, fused, ban))
         return result
 
     forward: list[tuple[int, tuple[int, ...]]] = []

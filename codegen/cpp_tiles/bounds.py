@@ -62,20 +62,23 @@ def loop_ends(frame: Frame, loop: Loop) -> tuple[str, str, list[str]]:
             for part in sympy.Mul.make_args(item.condition):
                 _narrow(frame, rank, part, lower, upper)
     first, last, lines = "0", size, []
+    if loop.part is not None:
+        first, last = f"begin_{rank.name}", f"end_{rank.name}"
+        lines.append(f"const int64_t {first} = {origin(loop.part)} * {loop.length};")
+        lines.append(f"const int64_t {last} = std::min<int64_t>({size}, {first} + {loop.length});")
     if lower:
+        least = f"std::max<double>({{static_cast<double>({first}), {', '.join(lower)}}})"
+        lines.append(f"const int64_t open_{rank.name} = static_cast<int64_t>({least});")
+        # Rounded down, but not below where the loop would begin.
+        rounded = f"{first} + (open_{rank.name} - {first}) / {_ROUNDING} * {_ROUNDING}"
         first = f"first_{rank.name}"
-        least = (
-            f"std::max<double>(0, {' , '.join(lower)})"
-            if len(lower) == 1
-            else f"std::max<double>({{0, {', '.join(lower)}}})"
-        )
-        lines.append(f"const int64_t {first} = static_cast<int64_t>({least}) / {_ROUNDING} * {_ROUNDING};")
+        lines.append(f"const int64_t {first} = {rounded};")
     if upper:
-        last = f"last_{rank.name}"
-        most = f"std::min<double>({{static_cast<double>({size}), {', '.join(upper)}}})"
+        most = f"std::min<double>({{static_cast<double>({last}), {', '.join(upper)}}})"
         lines.append(f"const int64_t close_{rank.name} = std::max<int64_t>(0, static_cast<int64_t>({most}));")
         rounded = f"(close_{rank.name} + {_ROUNDING - 1}) / {_ROUNDING} * {_ROUNDING}"
-        lines.append(f"const int64_t {last} = std::min<int64_t>({size}, {rounded});")
+        lines.append(f"const int64_t last_{rank.name} = std::min<int64_t>({last}, {rounded});")
+        last = f"last_{rank.name}"
     return first, last, lines
 
 

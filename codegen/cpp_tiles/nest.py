@@ -134,7 +134,7 @@ class NestWriter:
             line = f"scatter<{full}>({at}, {step}, {value}, {width});"
         if in_memory:
             # Ranks of the grid that the tensor does not have: the first block writes.
-            walked = [s for s, each in self.frame.steps.items() if self.is_grid(s) and s not in ranks_of(target)]
+            walked = [s for s in sorted(self.frame.walked, key=str) if self.is_grid(s) and s not in ranks_of(target)]
             if walked:
                 line = f"if ({' && '.join(f'{origin(s)} == 0' for s in walked)}) {line}"
         assert name

@@ -25,6 +25,7 @@ from ...ir.tile import (
     Map,
     Program,
     Skip,
+    State,
     Statement,
     Store,
     expressions,
@@ -112,49 +113,50 @@ class _ProgramWriter:
         return tuple(found)
 
     def lines(self) -> list[str]:
-        grid: list[Loop] = []
-        body = self.program.body
-        while len(body) == 1 and isinstance(body[0], Loop) and body[0].kind == GRID:
-            grid.append(body[0])
-            body = body[0].body
+        before, grid, body, after = _parts(self.program.body)
         head = "void** tensors, const int64_t* numbers, char* scratch, int64_t scratch_bytes"
         lines = [f'extern "C" void {_NAME}({head}) {{']
         setup = self._arguments()
+        first = self._body(before)
         self.frame.walked = {g.rank for g in grid}
         inner = self._body(body)
-        allocations, self.scratch = self._allocate(body)
-        blocks = [
+        self.frame.walked = set()
+        allocations, self.scratch = self._allocate([*before, *body])
+        setup += [
             f"const int64_t blocks_{g.rank.name} = ({size_name(g.rank.name)} + {g.step - 1}) / {g.step};" for g in grid
         ]
         total = " * ".join(f"blocks_{g.rank.name}" for g in grid) or "1"
-        setup += [*blocks, f"const int64_t blocks = {total};"]
-        decode = ["int64_t rest = block;"]
-        for g in reversed(grid):
-            name = g.rank.name
-            decode.append(f"const int64_t {origin(g.rank)} = (rest % blocks_{name}) * {g.step}; rest /= blocks_{name};")
-            if g.step > 1:
-                decode.append(
-                    f"const int64_t {count(g.rank)} = std::min<int64_t>({g.step}, {size_name(name)} - {origin(g.rank)});"
-                )
-        decode.append("(void)rest;")
-        lines += _indented(setup)
-        lines += _indented(
-            [
-                "#pragma omp parallel if (blocks > 1)",
-                "{",
-                f"  char* at = scratch + static_cast<int64_t>(omp_get_thread_num()) * scratch_bytes;",
-                "  (void)at;",
-                "  const WithoutSubnormals normal_only;",
-                "  (void)normal_only;",
-                *_indented(allocations),
-                "  #pragma omp for schedule(dynamic, 1)",
-                "  for (int64_t block = 0; block < blocks; ++block) {",
-                *_indented(_indented([*decode, *inner])),
-                "  }",
-                "}",
+        # Sums of several workers: the same blocks for the same worker each time, so that results repeat exactly.
+        schedule = "static" if after else "dynamic, 1"
+        region = [
+            "char* at = scratch + static_cast<int64_t>(omp_get_thread_num()) * scratch_bytes;",
+            "(void)at;",
+            "const WithoutSubnormals normal_only;",
+            "(void)normal_only;",
+            *allocations,
+            *first,
+            f"#pragma omp for schedule({schedule})",
+            "for (int64_t block = 0; block < blocks; ++block) {",
+            *_indented([*_decoded(grid), *inner]),
+            "}",
+            *(self._merged(before, after) if after else []),
+        ]
+        parallel = ["#pragma omp parallel if (blocks > 1)", "{", *_indented(region), "}"]
+        return [*lines, *_indented([*setup, f"const int64_t blocks = {total};", *parallel]), "}", ""]
+
+    def _merged(self, before: Sequence[Statement], after: Sequence[Statement]) -> list[str]:
+        """The workers' states summed into the first one's, and what is done with them."""
+        lines = ["const int64_t apart = scratch_bytes / static_cast<int64_t>(sizeof(scalar_t));"]
+        names = [tensor_name(item.target) for item in before if isinstance(item, State)]
+        for name in names:
+            mine = f"{pointer(name)} - omp_get_thread_num() * apart"
+            lines += [
+                "#pragma omp for schedule(static)",
+                f"for (int64_t i = 0; i < {self.frame.elements(name)}; ++i)",
+                f"  for (int64_t t = 1; t < omp_get_num_threads(); ++t) ({mine})[i] += ({mine})[t * apart + i];",
             ]
-        )
-        return [*lines, "}", ""]
+        rebased = [f"{pointer(name)} -= omp_get_thread_num() * apart;" for name in names]
+        return [*lines, "#pragma omp single", "{", *_indented([*rebased, *self._body(after)]), "}"]
 
     def _arguments(self) -> list[str]:
         lines = []
@@ -356,6 +358,33 @@ class _ProgramWriter:
                 for s in item.right.args:
                     found[tensor_name(item.right), s] = s in item.reduced
         return found
+
+
+def _parts(
+    body: Sequence[Statement],
+) -> tuple[Sequence[Statement], list[Loop], Sequence[Statement], Sequence[Statement]]:
+    """(what each worker does first, the grid's loops, what is in them, what is done with the workers' sums)."""
+    at = next((p for p, item in enumerate(body) if isinstance(item, Loop) and item.kind == GRID), None)
+    if at is None:
+        return [], [], body, []
+    before, after = body[:at], body[at + 1 :]
+    grid: list[Loop] = []
+    inside: Sequence[Statement] = [body[at]]
+    while len(inside) == 1 and isinstance(inside[0], Loop) and inside[0].kind == GRID:
+        grid.append(inside[0])
+        inside = inside[0].body
+    return before, grid, inside, after
+
+
+def _decoded(grid: Sequence[Loop]) -> list[str]:
+    """The coordinates that a block number stands for."""
+    lines = ["int64_t rest = block;"]
+    for g in reversed(grid):
+        name, o = g.rank.name, origin(g.rank)
+        lines.append(f"const int64_t {o} = (rest % blocks_{name}) * {g.step}; rest /= blocks_{name};")
+        if g.step > 1:
+            lines.append(f"const int64_t {count(g.rank)} = std::min<int64_t>({g.step}, {size_name(name)} - {o});")
+    return [*lines, "(void)rest;"]
 
 
 def _made(body: Sequence[Statement]) -> set[str]:

@@ -60,7 +60,8 @@ class Layout:
     def order(self, ranks: Iterable[sympy.Symbol]) -> tuple[sympy.Symbol, ...]:
         def key(s: sympy.Symbol) -> tuple[int, int, str]:
             if s in self.roles.streamed:
-                return 2, self.roles.streamed.index(s), s.name
+                # Outer loops last: what a tile of the outer rank needs transposed is then transposed once for it.
+                return 2, -self.roles.streamed.index(s), s.name
             if s in self.roles.grid:
                 return 0, self.roles.grid.index(s), s.name
             if s in self.kept_whole:
@@ -74,10 +75,12 @@ class Layout:
 
 
 class Shared:
-    """Operands in memory that need converting or another layout, prepared once before the streamed loop."""
+    """Operands in memory that need converting or another layout, prepared once before the streamed loop; and those that
+    need it once in each round of the outer one of two streamed loops."""
 
     def __init__(self) -> None:
         self.statements: list[Statement] = []
+        self.outer: list[Statement] = []
         self.made: dict[tuple[sympy.Expr, tuple[sympy.Symbol, ...]], AppliedUndef] = {}
 
 
@@ -170,7 +173,8 @@ class Body:
     ) -> None:
         walked = tuple(s for s in reduced if s not in self.roles.points)
         split = split_product(element, target.args, reduced, self.roles.points) if reduction == "sum" else None
-        element = self.recall(element)
+        if split is None:
+            element = self.recall(element)
         if not walked:
             before = target if accumulate else None
             body = join(reduction, before, element) if before is not None else element
@@ -199,9 +203,13 @@ class Body:
             elif tuple(e.args) == ranks:
                 return e
         loose = ranks_of(e) & (frozenset(self.roles.streamed))
-        where = self.statements if loose or self.reads_values(e) else self.shared.statements
+        where = self.shared.statements
+        if self.reads_values(e) or loose - frozenset(self.roles.streamed[:-1]):
+            where = self.statements
+        elif loose:
+            where = self.shared.outer
         key = (e, ranks)
-        if key in self.shared.made and where is self.shared.statements:
+        if key in self.shared.made and where is not self.statements:
             return self.shared.made[key]
         if key in self.instances:
             return self.instances[key]
@@ -209,7 +217,7 @@ class Body:
         target = access(self.names.value(f"{base}_tile"), ranks)
         memory = isinstance(e, AppliedUndef) and tensor_name(e) in self.direct
         where.append(Load(target, e) if memory else Map(target, e))
-        if where is self.shared.statements:
+        if where is not self.statements:
             self.shared.made[key] = target
         else:
             self.instances[key] = target
@@ -223,7 +231,7 @@ class Body:
 
     def share(self, elements: list[tuple[sympy.Expr, Split | None]]) -> None:
         """Choose which expressions get a value of their own: computed operands, and costly parts read twice."""
-        sources = [e for e, _ in elements]
+        sources = [part for e, split in elements for part in ((split.left, split.right) if split else (e,))]
         for _, split in elements:
             for operand, ranks in ((split.left, split.rows), (split.right, split.columns)) if split else ():
                 if isinstance(operand, AppliedUndef) or not ranks_of(operand) & frozenset(self.roles.streamed):

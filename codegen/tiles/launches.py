@@ -19,7 +19,7 @@ from functools import cached_property
 import sympy
 from sympy.core.function import AppliedUndef
 
-from ...ir.cascade import accesses, ranks_of, tensor_name
+from ...ir.cascade import access, accesses, ranks_of, tensor_name
 from .dataflow import Dataflow, Value
 from .errors import NotLowerable
 
@@ -121,8 +121,9 @@ class Launches:
             r.reduction == "sum" and not r.is_state and len(r.reduced) == 1 for r in (*first.roots, *second.roots)
         )
         kept = all(inner in r.indices for r in first.roots) and all(outer in r.indices for r in second.roots)
-        maps = any(self.flow.values[name].is_map for name in first.reads | second.reads)
-        if first.finals or second.finals or not plain or not kept or maps or first.inner != second.inner:
+        both = frozenset((outer, inner))
+        ready = all(self._is_ready(self.flow.values[name], both) for name in first.reads | second.reads)
+        if first.finals or second.finals or not plain or not kept or not ready or first.inner != second.inner:
             return None
         if first.reads & second.stored or second.reads & first.stored or not first.inner:
             return None
@@ -141,6 +142,12 @@ class Launches:
             first.reads | second.reads,
             crossed=True,
         )
+
+    def _is_ready(self, value: Value, streamed: frozenset[sympy.Symbol]) -> bool:
+        """Whether a tensor is read from memory whatever ranks a loop walks."""
+        if value.is_map:
+            return self.is_settled(access(value.name, value.indices), streamed)
+        return not self.may_be_inner(value)
 
     def _ordered(self, roots: list[Value]) -> list[Value]:
         order = list(self.flow.values)
@@ -322,15 +329,21 @@ class Launches:
         carried = ranks_read(item)
         if not carried & streamed or any(not index.is_Symbol for index in item.args):
             return False
+        if not self.may_be_inner(value):
+            return False
         if value.name in self.wide or self._is_wide(value):
             return True
-        if value.is_state or not self._is_outer_product(value):
-            return False
         if not reader.reduced and not streamed <= carried:
             # A map kernel: what lacks one of its ranks is a smaller tensor, stored once.
             return False
         lacking = [symbol for symbol in reader.indices if symbol not in carried]
         return all(self.sizes[s.name] <= WHOLE for s in lacking) if depth == 1 else not lacking
+
+    def may_be_inner(self, value: Value) -> bool:
+        """Whether a reduction is ever computed inside a loop over one of its ranks, rather than stored."""
+        if value.name in self.wide or self._is_wide(value):
+            return True
+        return not value.is_state and self._is_outer_product(value)
 
     def _is_outer_product(self, value: Value) -> bool:
         """Made of inputs, none of which has all its ranks: as cheap to make as to store, and larger for longer ranks."""
@@ -377,7 +390,7 @@ class Launches:
         if value is None:
             return False, False
         if not value.is_map:
-            walked = bool(ranks_read(item) & streamed)
+            walked = bool(ranks_read(item) & streamed) and self.may_be_inner(value)
             return walked, not walked
         walked = finished = False
         for inner in accesses(value.body.xreplace(substituted(value, item))):

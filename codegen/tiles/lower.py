@@ -36,6 +36,7 @@ from .errors import NotLowerable
 from .launches import Kernel, Launches, substituted
 from .predicates import certain_part, conditions, decidable, limit, where_false, where_true
 from .roles import Caches, Roles, choose_roles, crossing_pays
+from .split import Parts, choose_parts, merging
 
 #: Index variables are compared as floating-point numbers: exact below this.
 LARGEST_INDEX = {"f32": 1 << 24, "f64": 1 << 53}
@@ -59,12 +60,21 @@ class Settings:
     wide: frozenset[str] = frozenset()
     caches: Caches = field(default_factory=Caches.of_this_machine)
     crossing: bool = True
+    splitting: bool = True
+
+
+@dataclass(frozen=True)
+class Lowered:
+    """Programs in launch order, and the sizes of ranks that they have and the cascade has not."""
+
+    programs: tuple[Program, ...]
+    sizes: Mapping[str, int]
 
 
 def lower(
     cascade: Cascade, monoids: Iterable[Monoid], outputs: Iterable[str], settings: Settings, name: str = "kernel"
-) -> list[Program]:
-    """The programs that compute ``outputs``, in launch order."""
+) -> Lowered:
+    """The programs that compute ``outputs``."""
     for rank_name, size in settings.sizes.items():
         if size >= LARGEST_INDEX[settings.compute]:
             raise NotLowerable(f"rank {rank_name} is too long for exact comparisons in {settings.compute}")
@@ -73,10 +83,22 @@ def lower(
     kernels = list(launches.kernels)
     if settings.crossing:
         _cross(launches, kernels, settings)
-    return [
-        _Lowering(launches, kernel, settings, cascade, f"{name}_{number}").program()
-        for number, kernel in enumerate(kernels)
-    ]
+    programs: list[Program] = []
+    sizes: dict[str, int] = {}
+    for kernel in kernels:
+        lowering = _Lowering(launches, kernel, settings, cascade)
+        parts = choose_parts(kernel, lowering.roles, settings.sizes, rank(f"part{len(programs)}"))
+        if (
+            parts is not None
+            and settings.splitting
+            and not {parts.rank.name, *map(parts.name, kernel.names)} & (lowering.names.taken)
+        ):
+            sizes[parts.rank.name] = parts.count
+            programs.append(lowering.first_part(f"{name}_{len(programs)}", parts))
+            programs.append(lowering.merged(f"{name}_{len(programs)}", parts))
+        else:
+            programs.append(lowering.program(f"{name}_{len(programs)}"))
+    return Lowered(tuple(programs), sizes)
 
 
 def _cross(launches: Launches, kernels: list[Kernel], settings: Settings) -> None:
@@ -96,8 +118,9 @@ def _cross(launches: Launches, kernels: list[Kernel], settings: Settings) -> Non
 
 
 class _Lowering:
-    def __init__(self, launches: Launches, kernel: Kernel, settings: Settings, cascade: Cascade, name: str) -> None:
-        self.launches, self.kernel, self.settings, self.name = launches, kernel, settings, name
+    def __init__(self, launches: Launches, kernel: Kernel, settings: Settings, cascade: Cascade) -> None:
+        self.launches, self.kernel, self.settings = launches, kernel, settings
+        self.parts: Parts | None = None
         units = {key: operand.unit for key, operand in settings.operands.items()}
         item_bytes = 8 if settings.compute == "f64" else 4
         self.roles = choose_roles(launches, kernel, settings.sizes, units, settings.caches, item_bytes)
@@ -119,14 +142,35 @@ class _Lowering:
             return len(value.indices) - 1 if value is not None and value.indices else None
         return operand.unit if operand.dtype == self.settings.compute else None
 
-    def program(self) -> Program:
+    def program(self, name: str) -> Program:
         inside = self.streaming() if self.kernel.roots else []
-        stores = self.epilogue()
-        body: tuple[Statement, ...] = (*self.shared.statements, *inside, *stores)
+        return self.finish(name, [*self.shared.statements, *inside, *self.epilogue()])
+
+    def first_part(self, name: str, parts: Parts) -> Program:
+        """The states of each part of the streamed rank, stored."""
+        self.parts = parts
+        inside = self.streaming()
+        stores = [
+            Store(
+                access(parts.name(root.name), (parts.rank, *root.indices)), self.layout.value(root.name, root.indices)
+            )
+            for root in self.kernel.roots
+        ]
+        body = (Loop(GRID, parts.rank, 1, (*self.shared.statements, *inside, *stores)),)
+        return self.finish(name, body)
+
+    def merged(self, name: str, parts: Parts) -> Program:
+        """The parts' states merged, and what the kernel computes at its end."""
+        inside = merging(self.launches, self.kernel, self.layout, self.held, parts)
+        states = state_statements(self.kernel.roots, self.layout)
+        return self.finish(name, [*states, *inside, *self.epilogue()])
+
+    def finish(self, name: str, statements: Sequence[Statement]) -> Program:
+        body = tuple(statements)
         for s in reversed(self.roles.grid):
             body = (Loop(GRID, s, self.roles.steps[s], body),)
         alias = tuple(self.names.alias.items())
-        program = Program(self.name, self.tensors(body), body, self.settings.compute, alias)
+        program = Program(name, self.tensors(body), body, self.settings.compute, alias)
         verify_program(program)
         return program
 
@@ -147,7 +191,10 @@ class _Lowering:
         if self.kernel.crossed:
             return self.crossed(body)
         for s in reversed(self.roles.streamed):
-            body = (Loop(SEQUENTIAL, s, self.roles.steps[s], body),)
+            part = (self.parts.rank, self.parts.length) if self.parts is not None else (None, 0)
+            body = (Loop(SEQUENTIAL, s, self.roles.steps[s], body, *part),)
+            if s == self.roles.streamed[-1]:
+                body = (*self.shared.outer, *body)
         return [*state_statements(self.kernel.roots, self.layout), *body]
 
     def crossed(self, body: tuple[Statement, ...]) -> list[Statement]:
@@ -156,8 +203,8 @@ class _Lowering:
         whole = [root for root in self.kernel.roots if outer in root.reduced]
         short = [root for root in self.kernel.roots if inner in root.reduced]
         body = (Loop(SEQUENTIAL, inner, self.roles.steps[inner], body),)
-        body = (*state_statements(short, self.layout), *body, *self.stores(short))
-        body = (Loop(SEQUENTIAL, outer, self.roles.steps[outer], body),)
+        body = (*state_statements(short, self.layout), *self.shared.outer, *body, *self.stores(short))
+        body = (Loop(GRID if self.roles.workers else SEQUENTIAL, outer, self.roles.steps[outer], body),)
         return [*state_statements(whole, self.layout), *body, *self.stores(whole)]
 
     def stores(self, roots: Sequence[Value]) -> list[Statement]:
@@ -245,6 +292,8 @@ class _Lowering:
         return tuple(found)
 
     def tensor(self, name: str, item: AppliedUndef) -> Tensor:
+        if name in self.part_names:
+            return self.stored(name)
         if name in self.launches.flow.values:
             return self.stored(name)
         ranks = []
@@ -254,7 +303,15 @@ class _Lowering:
         operand = self.settings.operands[name]
         return Tensor(name, tuple(ranks), operand.dtype, INPUT, operand.unit)
 
+    @property
+    def part_names(self) -> dict[str, Value]:
+        """Tensors that hold parts' states -> the state."""
+        return {self.parts.name(root.name): root for root in self.kernel.roots} if self.parts is not None else {}
+
     def stored(self, name: str) -> Tensor:
+        if name in self.part_names and self.parts is not None:
+            ranks = (self.parts.rank, *self.part_names[name].indices)
+            return Tensor(name, ranks, self.settings.compute, BUFFER, len(ranks) - 1)
         value = self.launches.flow.values[name]
         role = OUTPUT if name in self.launches.outputs else BUFFER
         if name in self.kernel.reads and name not in self.kernel.stored:

@@ -56,6 +56,8 @@ class Roles:
     grid: tuple[sympy.Symbol, ...]
     streamed: tuple[sympy.Symbol, ...]
     steps: Mapping[sympy.Symbol, int]
+    #: The outer one of two streamed ranks is walked by several workers, each with sums of its own.
+    workers: bool = False
 
     @property
     def points(self) -> frozenset[sympy.Symbol]:
@@ -69,6 +71,11 @@ class Roles:
 
 def threads() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def blocks_of(roles: Roles, sizes: Mapping[str, int]) -> int:
+    """Tiles of the grid: what threads can share."""
+    return math.prod(-(-sizes[s.name] // roles.steps[s]) for s in roles.grid)
 
 
 def choose_roles(
@@ -109,7 +116,7 @@ def _crossed_roles(kernel: Kernel, sizes: Mapping[str, int], caches: Caches, ite
     steps = {s: 1 for s in grid}
     first, second = kernel.streamed
     steps[first], steps[second] = _step(row, sizes[first.name]), _step(column, sizes[second.name])
-    return Roles(tuple(grid), kernel.streamed, steps)
+    return Roles(tuple(grid), kernel.streamed, steps, workers=not grid)
 
 
 def crossing_pays(kernel: Kernel, sizes: Mapping[str, int], item_bytes: int) -> bool:
@@ -120,6 +127,8 @@ def crossing_pays(kernel: Kernel, sizes: Mapping[str, int], item_bytes: int) -> 
     whole = sum(
         math.prod(sizes[s.name] for s in r.indices if s not in roles.grid) for r in kernel.roots if inner in r.indices
     )
+    if roles.workers:
+        blocks = -(-sizes[kernel.streamed[0].name] // roles.steps[kernel.streamed[0]])
     return blocks >= threads() and whole * item_bytes <= _LARGEST_WHOLE
 
 

@@ -30,7 +30,7 @@ Array = npt.NDArray[np.float64]
 SAME_DEVICE = 0.05
 #: Weight of an unseen device's band in a measured device's own: its rows were measured once, with one library on one
 #: host and up to some size, which cross-validation within them cannot tell.
-_ANOTHER_DAY = 0.5
+_ANOTHER_DAY = 0.35
 #: A device this far from every measured one has an unseen device's band in full.
 _FAR = 1.0
 
@@ -126,8 +126,8 @@ def predict_family(rows: Rows, gpu: Gpu, model: FamilyModel) -> Prediction:
 
 
 def bandwidth_share(gpu: Gpu, shares: dict[str, float]) -> float:
-    """Share of the published bandwidth that streams reach on this class of device; of a class that was not measured, the
-    mean of those that were."""
+    """Share of the published bandwidth that streams reach on this class of device; of a class that was not measured,
+    the mean of those that were."""
     kind = bandwidth_class(gpu)
     if kind in shares:
         return shares[kind]

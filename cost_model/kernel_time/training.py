@@ -38,9 +38,9 @@ from .rows import FAMILIES, GEMM_FAMILIES, Rows, read
 Array = npt.NDArray[np.float64]
 Log = Callable[[str], None]
 
-#: A group is set aside when the other devices' model is off by more than this (mean absolute log) on its rows,
-#: and that model is no worse for missing it.
-_ODD = 0.5
+#: Family -> the one that is the same arithmetic, and how much slower (median log) it may be beside that one.
+_RELATED = {"linear": "bmm"}
+_ODD = 0.4
 _MIXTURES = [Mixture(reach, core) for reach in (0.5, 0.8, 1.2, 2.0) for core in (0.1, 0.5, 1.5)]
 #: Upper ends (predicted seconds) of the bins that have bands of their own.
 BINS = (2e-4, 1e-3, math.inf)
@@ -119,8 +119,8 @@ def train(groups: Sequence[Group], seed: int = 0, log: Log = lambda text: None) 
         own = [group for group in groups if group[0].family == family]
         if not own:
             continue
-        odd = set_aside(own, shares, seed) if len(own) >= 4 else []
-        aside[family] = odd
+        related = [group for group in groups if group[0].family == _RELATED.get(family)]
+        odd = set_aside(own, related, shares, seed) if min(len(own), len(related)) >= 3 else []
         used = [group for group in own if group[0].device not in odd]
         runs = [_leave_out(own, group, pointwise, odd, seed) for group in used] if len(used) >= 3 else []
         mixture = _best_mixture(runs)
@@ -138,32 +138,30 @@ def train(groups: Sequence[Group], seed: int = 0, log: Log = lambda text: None) 
     return replace(model, scales=scales, provenance={"set_aside": aside, "seed": seed})
 
 
-def set_aside(groups: Sequence[Group], shares: dict[str, float], seed: int) -> list[str]:
-    """Devices whose rows of a family contradict the others: the core fitted to the others is far off on them, and the
-    others, each left out in its turn, are predicted better without them. Such rows were measured with another library
-    or under other conditions. Fits are plain least squares here, so that harm shows."""
-    numbers = range(len(groups))
+def set_aside(groups: Sequence[Group], related: Sequence[Group], shares: dict[str, float], seed: int) -> list[str]:
+    """Devices whose rows of a family contradict both the other devices and their own rows of a related family.
 
-    def fit(without: frozenset[int]) -> Callable[[int], float]:
-        constants = fit_core([groups[i] for i in numbers if i not in without], shares, seed, quick=True, loss="linear")
+    Linear layers and batched products are the same arithmetic. Each device is left out, and the core that the others
+    give is compared with its rows, in both families: where one family is slower than the core by ``_ODD`` more (median
+    log) than the other, its rows were measured with another library or under other conditions.
+    """
+    reference = _excess(related, shares, seed)
+    return [
+        device for device, excess in _excess(groups, shares, seed).items() if excess - reference.get(device, 0.0) > _ODD
+    ]
 
-        def error(number: int) -> float:
-            rows, gpu = groups[number]
-            assert rows.seconds is not None
-            tiles = tile_set(rows) if rows.family in GEMM_FAMILIES else ()
-            made = describe(rows, gpu, constants, bandwidth_share(gpu, shares), host_seconds(rows), tiles)
-            return float(np.abs(np.log(rows.seconds / made.seconds))[rows.seconds > HOST_TIME].mean())
 
-        return error
-
-    one = {i: fit(frozenset({i})) for i in numbers}
-    two = {frozenset(pair): fit(frozenset(pair)) for pair in itertools.combinations(numbers, 2)}
-    odd = []
-    for i in numbers:
-        gain = np.mean([math.log(one[j](j) / two[frozenset({i, j})](j)) for j in numbers if j != i])
-        if one[i](i) > _ODD and gain > 0:
-            odd.append(groups[i][0].device)
-    return odd
+def _excess(groups: Sequence[Group], shares: dict[str, float], seed: int) -> dict[str, float]:
+    """Device -> median log of measured time over that of the core fitted to the other devices."""
+    found = {}
+    for rows, gpu in groups:
+        assert rows.seconds is not None
+        rest = [group for group in groups if group[0] is not rows]
+        constants = fit_core(rest, shares, seed, quick=True, loss="soft_l1")
+        tiles = tile_set(rows) if rows.family in GEMM_FAMILIES else ()
+        made = describe(rows, gpu, constants, bandwidth_share(gpu, shares), host_seconds(rows), tiles)
+        found[rows.device] = float(np.median(np.log(rows.seconds / made.seconds)[rows.seconds > HOST_TIME]))
+    return found
 
 
 class _LeftOut:

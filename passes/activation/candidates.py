@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 from .blocks import Block
@@ -37,7 +38,7 @@ def staircase(simulator: Simulator, cuts: list[Cut], blocks: tuple[Block, ...]) 
 
     for cut in cuts:
         add(cut.saved)
-    for left, right in zip(cuts, cuts[1:], strict=False):
+    for left, right in itertools.pairwise(cuts):
         moved = left.saved ^ right.saved
         current = set(left.saved)
         for block in blocks:

@@ -129,9 +129,7 @@ def _at_least(simulator: Simulator, value: int) -> int:
     while stack:
         v = stack[-1]
         op = problem.values[v].op
-        if v not in simulator.made_forward:
-            known[v] = 0
-        elif v in simulator.outputs:
+        if v not in simulator.made_forward or v in simulator.outputs:
             known[v] = 0
         elif not problem.ops[op].inlined:
             known[v] = problem.values[v].bytes

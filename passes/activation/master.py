@@ -25,6 +25,7 @@ After MEMO (Zhao et al. 2024), whose swapped share alpha is z[i] / saved[i]: a t
 from __future__ import annotations
 
 import datetime
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -70,11 +71,9 @@ def solve_master(
 
     model = mathopt.Model(name="activations")
     x = [[model.add_binary_variable() for _ in found] for found in options]
-    if budget is None:
-        limit = model.add_variable(lb=0.0)
-    else:
-        limit = model.add_variable(lb=budget / _BYTES, ub=budget / _BYTES)
-    swapped = [model.add_variable(lb=0.0, ub=None if host else 0.0) for _ in blocks] if host else None
+    fixed = None if budget is None else budget / _BYTES
+    limit = model.add_variable(lb=fixed or 0.0, ub=math.inf if fixed is None else fixed)
+    swapped = [model.add_variable(lb=0.0) for _ in blocks] if host else None
     saved = [
         sum(o.saved_bytes / _BYTES * v for o, v in zip(found, row, strict=True))
         for found, row in zip(options, x, strict=True)

@@ -14,12 +14,13 @@ from dataclasses import dataclass
 from .blocks import Block
 from .candidates import Candidate
 from .problem import JointProblem
+from .simulate import Entry
 
 
 @dataclass(frozen=True)
 class Option:
-    """``saved`` values of one block; ``transient``: the most that is live in the block's own backward besides what
-    other blocks saved and ``Moments.base``; ``seconds``: run again, and writing what is kept."""
+    """``saved`` values of one block; ``transient``: the most bytes in use during the block's own backward, without what
+    earlier blocks have saved; ``seconds``: run again, and writing what is kept."""
 
     saved: frozenset[int]
     saved_bytes: int
@@ -29,12 +30,10 @@ class Option:
 
 @dataclass(frozen=True)
 class Moments:
-    """``start``: bytes at the most crowded moment where all that is saved lives, without the saved bytes. ``base[i]``:
-    bytes that other things than saved values and block i hold during block i's backward. ``forward_seconds`` and
-    ``backward_seconds`` are those of each block."""
+    """``start``: bytes at the most crowded moment where all that is saved lives, without the saved bytes.
+    ``forward_seconds`` and ``backward_seconds`` are those of each block."""
 
     start: int
-    base: tuple[int, ...]
     forward_seconds: tuple[float, ...]
     backward_seconds: tuple[float, ...]
 
@@ -45,6 +44,7 @@ def block_of_entries(problem: JointProblem, blocks: Sequence[Block]) -> dict[int
     owner = {index: block.position for block in blocks for index in block.ops}
     names = {block.name: block.position for block in blocks}
     value_owner = {v: block.position for block in blocks for v in block.values}
+    layers_named = any("." in block.name for block in blocks)
     current = len(blocks) - 1
     for op in problem.ops:
         if op.forward:
@@ -58,9 +58,9 @@ def block_of_entries(problem: JointProblem, blocks: Sequence[Block]) -> dict[int
             ),
             None,
         )
-        if named is None and not op.module:
+        if named is None and not layers_named:
             made = [value_owner[v] for v in op.reads if v in value_owner]
-            named = min(current, max(made)) if made and not any(b.name in names and "." in b.name for b in blocks) else None
+            named = min(current, max(made)) if made else None
         if named is not None:
             current = named
         owner[op.index] = current
@@ -75,7 +75,6 @@ def options_of(
     size = problem.values
     count = len(blocks)
     start: int | None = None
-    base: list[int | None] = [None] * count
     table: list[dict[frozenset[int], Option]] = [{} for _ in blocks]
     for candidate in uniform:
         run = candidate.simulation
@@ -86,23 +85,18 @@ def options_of(
         crowded = 0
         held = sum(bytes_)
         first = next((i for i, entry in enumerate(run.entries) if entry.backward), len(run.entries))
-        tail = next((op.index for op in problem.ops if not op.forward), -1)
         for position, entry in enumerate(run.entries):
-            block = owner[entry.op]
             if not entry.backward:
-                if position == first - 1:
-                    crowded = max(crowded, run.memory[position])
+                crowded = run.memory[position] if position == first - 1 else crowded
                 continue
-            if entry.again:
-                block = _needed_in(run.entries, position, owner)
-            if block == count - 1 or entry.op == tail:
-                crowded = max(crowded, run.memory[position] if block == count - 1 else 0)
-            peaks[block] = max(peaks[block], run.memory[position])
+            asked_by = _needed_in(run.entries, position, owner) if entry.again else owner[entry.op]
+            if asked_by == count - 1:
+                crowded = max(crowded, run.memory[position])
+            peaks[asked_by] = max(peaks[asked_by], run.memory[position])
         start = crowded - held if start is None else min(start, crowded - held)
         again = run.recomputed
         for i, block in enumerate(blocks):
             transient = peaks[i] - earlier[i]
-            base[i] = transient if base[i] is None else min(base[i], transient)  # type: ignore[type-var]
             seconds = sum(problem.ops[index].seconds for index in block.ops if index in again)
             seconds += sum(size[v].keep_seconds for v in saved[i])
             option = Option(saved[i], bytes_[i], transient, seconds)
@@ -114,14 +108,14 @@ def options_of(
     backward = [0.0] * count
     for op in problem.ops:
         (forward if op.forward else backward)[owner[op.index]] += op.seconds
-    return options, Moments(start or 0, tuple(b or 0 for b in base), tuple(forward), tuple(backward))
+    return options, Moments(start or 0, tuple(forward), tuple(backward))
 
 
-def _needed_in(entries: Sequence[object], position: int, owner: dict[int, int]) -> int:
+def _needed_in(entries: Sequence[Entry], position: int, owner: dict[int, int]) -> int:
     """The block whose backward asked for the op that runs again at ``position``."""
     for entry in entries[position:]:
-        if not entry.again:  # type: ignore[attr-defined]
-            return owner[entry.op]  # type: ignore[attr-defined]
+        if not entry.again:
+            return owner[entry.op]
     return 0
 
 

@@ -10,7 +10,7 @@ from ...cost_model.op_classes import FUSABLE, SCATTER, kind_of, packet
 from ...cost_model.roofline import op_cost
 from ...cost_model.storages import Storage, StorageTable, storage_table
 from ...cost_model.tensors import Bindings, TensorTable
-from ...ir.graph import Graph, Node, references
+from ...ir.graph import Argument, Graph, Node, references
 from ..effects import PURE_NAMESPACES, has_effect, split_op
 
 #: Ops whose result may differ from run to run on a GPU, because atomic additions come in any order.
@@ -149,9 +149,7 @@ def joint_problem(
                 module=node.location.module,
             )
         )
-    values = tuple(
-        _value(s, maker.get(s.id, -1) if s.id not in inputs else -1, ops, device) for s in storages.storages
-    )
+    values = tuple(_value(s, maker.get(s.id, -1) if s.id not in inputs else -1, ops, device) for s in storages.storages)
     outputs = [_storages_of(output, storages) for output in graph.outputs]
     constant = sum(values[s].bytes for s in inputs if s not in tangents) + outside
     users: dict[int, list[int]] = {}
@@ -186,8 +184,8 @@ def _value(storage: Storage, op: int, ops: Sequence[Op], device: Device) -> Valu
     return Value(storage.id, storage.node, storage.index, storage.bytes, op, written)
 
 
-def _storages_of(output: object, storages: StorageTable) -> Sequence[int]:
-    return [s for name in references(output) for s in storages.of.get(name, ())]  # type: ignore[arg-type]
+def _storages_of(output: Argument, storages: StorageTable) -> Sequence[int]:
+    return [s for name in references(output) for s in storages.of.get(name, ())]
 
 
 def _seconds(node: Node, graph: Graph, device: Device, table: TensorTable) -> float:

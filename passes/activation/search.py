@@ -7,6 +7,7 @@ fixed grid, to optimality: so a smaller budget never gets a larger peak or a sho
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Collection
 
 from .blocks import Block, blocks_of, crossing_values
@@ -93,7 +94,7 @@ class ActivationSearch:
         hull = self.cuts
         if room >= hull[0].weight:
             return hull[0].seconds
-        for left, right in zip(hull, hull[1:], strict=False):
+        for left, right in itertools.pairwise(hull):
             if right.weight <= room:
                 share = (left.weight - room) / (left.weight - right.weight)
                 return left.seconds + share * (right.seconds - left.seconds)

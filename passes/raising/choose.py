@@ -111,6 +111,9 @@ class _Chooser:
         leaves = {name: elements(tensor.sizes) for name, tensor in raised.tensors.items()}
         self.space = Space(raised.cascade.einsums, raised.sizes, leaves)
         self.needed = raised.needed
+        self.rank_sizes = {rank(name): size for name, size in raised.raw_sizes.items()}
+        self.operands = [tuple(node.operands()) for node in self.graph.nodes]
+        self.effects = [node.name for node in self.graph.nodes if has_effect(node, self.graph)]
         self.refused: list[Refused] = []
 
     def run(self) -> Chosen:
@@ -153,7 +156,7 @@ class _Chooser:
         """The component's stages, cut until each is rewritten to one pass."""
         delays: dict[str, Level] = {}
         for _ in range(_MAX_CUTS):
-            staging = Staging(self.graph, space, tensors, component, delays, self.needed)
+            staging = Staging(self.graph, self.operands, space, tensors, component, delays, self.needed)
             found = _Candidate(component, staging.run(), space, tensors)
             later = self._evaluate(found)
             if not later:
@@ -174,7 +177,7 @@ class _Chooser:
             by_line.setdefault(einsum.line, set()).add(einsum.output)
         operands = {self.value_name(candidate.tensors[n]) for each in candidate.extracted for n in each.operands}
         waiting: list[tuple[str, int | None]] = [(name, None) for name in (*self.graph.output_names(), *operands)]
-        waiting += [(node.name, None) for node in self.graph.nodes if has_effect(node, self.graph)]
+        waiting += [(name, None) for name in self.effects]
         seen: set[tuple[str, int | None]] = set()
         leaks: set[str] = set()
         while waiting:
@@ -192,7 +195,7 @@ class _Chooser:
             mine = at if at in by_line else owner
             if self.raised.tensors.get(self.raised.tensor_of.get(name, ""), _NO_TENSOR).leaf:
                 mine = None
-            waiting += [(operand, mine) for operand in self.graph.nodes[at].operands()]
+            waiting += [(operand, mine) for operand in self.operands[at]]
         return leaks
 
     def _hopeless(self, component: Component) -> None:
@@ -221,8 +224,8 @@ class _Chooser:
         for einsum in self.raised.raw:
             einsums += [changed[part] for part, whole in parts.items() if whole == einsum.output]
             einsums.append(changed.get(einsum.output, einsum))
-        sizes = {rank(name): size for name, size in self.raised.raw_sizes.items()}
-        own, _ = unify_ranks([e for e in einsums if e.output in core or e.output in parts], sizes, core | set(parts))
+        inside = [einsum for einsum in einsums if einsum.output in core or einsum.output in parts]
+        own, _ = unify_ranks(inside, self.rank_sizes, core | set(parts))
         if len(core) <= _MAX_EXCHANGE:
             own = list(exchange(Cascade(tuple(own)), always=True)[0].einsums)
         table = {einsum.output: einsum for einsum in own}
@@ -242,8 +245,7 @@ class _Chooser:
         for stage in candidate.stages:
             _refuse_exact_comparisons(stage, candidate.tensors)
             wanted = self._wanted(stage, candidate)
-            sizes = {rank(name): size for name, size in candidate.space.sizes.items()}
-            named, _ = unify_ranks(stage.einsums, sizes, {einsum.output for einsum in stage.einsums})
+            named, _ = unify_ranks(stage.einsums, self.rank_sizes, {einsum.output for einsum in stage.einsums})
             merged = merge_nested_sums(named, wanted)
             einsums, wanted, parts = with_partial_sums(merged, wanted, candidate.space)
             for part in parts:

@@ -53,8 +53,9 @@ def extract(
         einsums.append(Einsum(copies[einsum.output], einsum.indices, body, line=einsum.line))
     bindings = _Bindings(einsums, around)
     bound = [bindings.bind(einsum) for einsum in einsums]
-    sizes = {rank(name): size for name, size in around.sizes.items()}
-    bound, rank_sizes = unify_ranks(bound, {**sizes, **bindings.new_sizes}, {einsum.output for einsum in bound})
+    walked = {symbol for einsum in bound for symbol in einsum.space}
+    sizes = {symbol: bindings.new_sizes.get(symbol, around.sizes.get(symbol.name, 0)) for symbol in walked}
+    bound, rank_sizes = unify_ranks(bound, sizes, {einsum.output for einsum in bound})
     ranks = canonical_ranks(bound)
     names = _canonical_names(bound, bindings.inputs)
     final = [_rename(rename_ranks(einsum, ranks), names) for einsum in bound]

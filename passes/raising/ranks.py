@@ -78,7 +78,7 @@ class _Union:
 
 
 def rename_ranks(einsum: Einsum, table: Mapping[sympy.Symbol, sympy.Symbol]) -> Einsum:
-    changes = {old: new for old, new in table.items() if old != new and old in einsum.space}
+    changes = {old: table[old] for old in einsum.space if table.get(old, old) != old}
     if not changes:
         return einsum
     return replace(

@@ -9,7 +9,7 @@ softmax, not its sums.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
@@ -37,6 +37,8 @@ class Staging:
     """Levels of a graph's values and a cascade's tensors."""
 
     graph: Graph
+    #: Of each node, what it reads.
+    operands: Sequence[tuple[str, ...]]
     space: Space
     tensors: Mapping[str, Tensor]
     component: Component
@@ -55,7 +57,7 @@ class Staging:
         core = frozenset(self.component.core)
         glue: set[str] = set()
         for position, node in enumerate(self.graph.nodes):
-            level = max((self.nodes.get(name, _FREE) for name in node.operands()), default=_FREE)
+            level = max((self.nodes.get(name, _FREE) for name in self.operands[position]), default=_FREE)
             if node.op == "input" and node.role == "tangent" and self.graph.phase == "joint":
                 level = (1, -1)
             if node.name in leaf_of:

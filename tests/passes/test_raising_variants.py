@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterable
+from typing import Any
 
 import pytest
 import torch
@@ -12,8 +14,19 @@ from effcc.passes.raising.group import Group
 from fresh_seed import fresh_random
 from raised_graphs import Run, check_groups, check_raised, record
 
-_ALL = list(VARIANTS.values())
-_ONE_PASS = [variant for variant in (*ATTENTION, *LOSSES) if variant.one_pass]
+#: One of each kind is run by default, all with ``-m slow``.
+_QUICK = {
+    "causal", "t5_relative", "sliding_window", "grouped_query_expanded", "sink_joined", "differential", "empty_rows",
+    "builtin_mask", "joint_projection", "linear_cross_entropy_weighted", "layer_norm_linear", "kernel_density",
+}  # fmt: skip
+
+
+def _some(variants: Iterable[Variant]) -> list[Any]:
+    return [pytest.param(v, id=v.name, marks=() if v.name in _QUICK else pytest.mark.slow) for v in variants]
+
+
+_ALL = _some(VARIANTS.values())
+_ONE_PASS = _some(v for v in (*ATTENTION, *LOSSES) if v.one_pass and v.name != "decode")
 
 
 @functools.cache
@@ -29,7 +42,7 @@ def _runs(variant: Variant, decomposed: bool = True) -> list[Run]:
 _TOLERANCE = {"t5_relative": 1e-6}
 
 
-@pytest.mark.parametrize("variant", _ALL, ids=str)
+@pytest.mark.parametrize("variant", _ALL)
 def test_raised_cascade_gives_every_value(variant: Variant) -> None:
     for run in _runs(variant):
         raised, compared = check_raised(run, _TOLERANCE.get(variant.name, 1e-9))
@@ -46,7 +59,7 @@ def test_composite_ops_are_raised_too(name: str) -> None:
         assert not raised.kept
 
 
-@pytest.mark.parametrize("variant", [variant for variant in _ALL if variant.name != "decode"], ids=str)
+@pytest.mark.parametrize("variant", _ALL)
 def test_groups_give_their_results(variant: Variant) -> None:
     for run in _runs(variant):
         check_groups(run, tolerance=_TOLERANCE.get(variant.name, 1e-9))
@@ -61,7 +74,7 @@ def _one_pass(group: Group) -> bool:
     )
 
 
-@pytest.mark.parametrize("variant", [v for v in _ONE_PASS if v.name != "decode"], ids=str)
+@pytest.mark.parametrize("variant", _ONE_PASS)
 def test_one_kernel_without_a_wide_tensor(variant: Variant) -> None:
     """The forward is one group, whose inputs are read once, and which writes nothing of queries times keys."""
     run = _runs(variant)[0]
@@ -77,19 +90,18 @@ def test_one_kernel_without_a_wide_tensor(variant: Variant) -> None:
 _BACKWARD = [
     "vanilla", "causal", "causal_tril", "alibi", "t5_relative", "softcap", "sliding_window", "prefix_lm",
     "document_mask", "grouped_query", "grouped_query_expanded", "multi_query", "cross", "sink", "qk_norm", "temperature",
-    "sigmoid", "gated", "latent", "additive_mask", "boolean_mask", "empty_rows", "padded", "builtin", "builtin_causal", "builtin_mask",
+    "sink_joined", "sigmoid", "gated", "latent", "additive_mask", "boolean_mask", "empty_rows", "padded", "builtin", "builtin_causal", "builtin_mask",
     "joint_projection", "rotary",
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("name", _BACKWARD)
-def test_forward_and_backward_are_a_kernel_each(name: str) -> None:
-    variant = VARIANTS[name]
+@pytest.mark.parametrize("variant", _some(VARIANTS[name] for name in _BACKWARD))
+def test_forward_and_backward_are_a_kernel_each(variant: Variant) -> None:
     (joint,) = [run for run in _runs(variant) if run.phase == "joint"]
-    groups = check_groups(joint, tolerance=_TOLERANCE.get(name, 1e-9))
+    groups = check_groups(joint, tolerance=_TOLERANCE.get(variant.name, 1e-9))
     attention = [group for group in groups if len(group.wide) >= 2]
     assert len(attention) == 2
     assert all(map(_one_pass, attention))
     forward, backward = attention
     # The backward computes its weights again, from narrow results of the forward. (A sigmoid needs none.)
-    assert name == "sigmoid" or set(forward.results) & set(backward.operands)
+    assert variant.name == "sigmoid" or set(forward.results) & set(backward.operands)

@@ -1,0 +1,124 @@
+"""Cascades in ``torch.compile``: the groups that ``passes.raising`` chooses become one op each, in the joint or inference
+graph, before anything else rewrites it."""
+
+from __future__ import annotations
+
+import operator
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+import torch.fx as fx
+
+from . import torch_internals
+from .codegen.cascade_kernel import build
+from .codegen.cascade_op import prepare
+from .codegen.fused_kernel import FusedKernel
+from .codegen.tiles.errors import NotLowerable
+from .errors import EffccError
+from .frontend.fx_import import from_fx
+from .ir.graph import Graph
+from .passes.raising.choose import Choice, Refused, choose
+from .passes.raising.group import Group
+from .passes.raising.raise_graph import raise_graph
+
+
+@dataclass
+class CascadeFusion:
+    """Callable as a pass over FX graphs. ``groups`` and ``refused`` collect what was done in all graphs of a step."""
+
+    choice: Choice = field(default_factory=Choice)
+    groups: list[Group] = field(default_factory=list)
+    refused: list[Refused] = field(default_factory=list)
+    seconds: float = 0.0
+
+    def __call__(self, graph: fx.Graph) -> None:
+        begin = time.perf_counter()
+        gm = graph.owning_module
+        try:
+            imported = from_fx(gm, "joint", "joint")
+            if on_cpu(gm):
+                self.fuse(graph, imported)
+        except EffccError as error:
+            self.refused.append(Refused("", f"the graph is not analysed: {error.message}"))
+        self.seconds += time.perf_counter() - begin
+
+    def fuse(self, graph: fx.Graph, imported: Graph) -> None:
+        chosen = choose(raise_graph(imported), self.choice)
+        self.refused += chosen.refused
+        kernels: dict[str, tuple[str, FusedKernel]] = {}
+        for group in chosen.groups:
+            try:
+                kernels[group.name] = prepare(replace(group.fused, wide=group.wide), group.rewriting)
+            except NotLowerable as error:
+                self.refused.append(Refused(group.name, f"no kernel: {error.message}", group.location))
+        taken = supported([group for group in chosen.groups if group.name in kernels], graph)
+        if not taken:
+            return
+        build([kernels[group.name][1].kernel for group in taken])
+        values = {node.name: node for node in graph.nodes}
+        for group in taken:
+            insert(graph, group, kernels[group.name][0], values)
+        torch_internals.stable_topological_sort(graph)
+        graph.eliminate_dead_code()
+        graph.lint()
+        self.groups += taken
+
+
+def on_cpu(gm: fx.GraphModule) -> bool:
+    values = [node.meta.get("val") for node in gm.graph.find_nodes(op="placeholder")]
+    return all(value.device.type == "cpu" for value in values if isinstance(value, torch.Tensor))
+
+
+def supported(groups: Sequence[Group], graph: fx.Graph) -> list[Group]:
+    """The groups whose operands all come from the graph or from one of the groups."""
+    names = {node.name for node in graph.nodes}
+    left = list(groups)
+    while True:
+        made = names | {name for group in left for name in group.results}
+        kept = [group for group in left if made.issuperset(group.operands)]
+        if len(kept) == len(left):
+            return kept
+        left = kept
+
+
+def insert(graph: fx.Graph, group: Group, text: str, values: dict[str, fx.Node]) -> None:
+    """One call of ``effcc.cascade``; its results take the place of the nodes in ``values`` that they are named after."""
+    model = values[group.nodes[-1]]
+    operands = [values[name] for name in group.operands]
+    call = add(graph, model, torch.ops.effcc.cascade.default, text, operands)
+    for index, name in enumerate(group.results):
+        part = add(graph, model, operator.getitem, call, index)
+        if name in values:
+            take_the_place(values[name], part)
+        values[name] = part
+    for rest in group.rests:
+        old = values[rest.value]
+        wanted = old.meta["val"]
+        total = add(graph, model, torch.ops.aten.sum.dim_IntList, values[rest.result], list(range(rest.count)))
+        if total.meta["val"].dtype != wanted.dtype:
+            total = add(graph, model, torch.ops.prims.convert_element_type.default, total, wanted.dtype)
+        if total.meta["val"].shape != wanted.shape:
+            total = add(graph, model, torch.ops.aten.reshape.default, total, list(wanted.shape))
+        take_the_place(old, total)
+        values[rest.value] = total
+
+
+def add(graph: fx.Graph, model: fx.Node, target: Any, *args: Any) -> fx.Node:
+    """An op at the end of the graph, with the metadata of ``model`` and its own value."""
+    with graph.inserting_before(graph.output_node()):
+        node = graph.call_function(target, args)
+    node.meta.update({key: value for key, value in model.meta.items() if key not in ("val", "tensor_meta")})
+    given = fx.node.map_arg(args, lambda operand: operand.meta["val"])
+    with torch_internals.fake_mode_of(graph.owning_module):
+        node.meta["val"] = target(*given)
+    return node
+
+
+def take_the_place(old: fx.Node, new: fx.Node) -> None:
+    found, wanted = new.meta["val"], old.meta["val"]
+    assert (found.shape, found.stride(), found.dtype) == (wanted.shape, wanted.stride(), wanted.dtype), (old, found, wanted)
+    old.replace_all_uses_with(new)
+    new.meta["val"] = wanted

@@ -1,0 +1,63 @@
+"""``torch.ops.effcc.cascade``: a fused cascade as an op, so that partitioners and Inductor take it as it is.
+
+The op's text is the cascade's (``ir.fused_cascade_text``). Its kernel is made once a process, from that text alone: code
+that an earlier process compiled and cached finds everything it needs in its own call.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+
+import torch
+
+from ..ir.fused_cascade import FusedCascade
+from ..ir.fused_cascade_text import fused_cascade_lines
+from ..ir.parser import parse_fused_cascade
+from ..ir.types import TensorType, contiguous_stride
+from ..passes.rewrite_cascade import Rewriting
+from .cascade_kernel import TORCH_DTYPES
+from .fused_kernel import FusedKernel, prepare_fused
+
+_library = torch.library.Library("effcc", "DEF")
+_library.define("cascade(str text, Tensor[] operands) -> Tensor[]", tags=(torch.Tag.pt2_compliant_tag,))
+
+#: Rewritten forms that the compiler has at hand, by the cascade's text.
+_rewritten: dict[str, Rewriting] = {}
+
+
+def cascade_text(fused: FusedCascade) -> str:
+    return "\n".join(fused_cascade_lines("@fused", fused))
+
+
+def prepare(fused: FusedCascade, rewriting: Rewriting) -> tuple[str, FusedKernel]:
+    """The op's text for a cascade, and its kernel, not compiled yet. Raises ``NotLowerable``."""
+    text = cascade_text(fused)
+    _rewritten.setdefault(text, rewriting)
+    return text, kernel_of(text)
+
+
+@functools.cache
+def kernel_of(text: str) -> FusedKernel:
+    fused = parse_fused_cascade(text)
+    return prepare_fused(fused, _rewritten.get(text), wide=frozenset(fused.wide))
+
+
+@torch.library.impl(_library, "cascade", "CPU")
+def run(text: str, operands: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    return list(kernel_of(text)(operands))
+
+
+@torch.library.register_fake("effcc::cascade", lib=_library)
+def shapes(text: str, operands: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    return [_empty(kind, operands[0]) for kind in _results(text)]
+
+
+@functools.cache
+def _results(text: str) -> tuple[TensorType, ...]:
+    return parse_fused_cascade(text).results
+
+
+def _empty(kind: TensorType, like: torch.Tensor) -> torch.Tensor:
+    strides = kind.stride or contiguous_stride(kind.shape)
+    return like.new_empty_strided(kind.shape, strides, dtype=TORCH_DTYPES[kind.dtype])
