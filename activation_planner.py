@@ -19,7 +19,7 @@ from .errors import EffccError
 from .frontend.fx_import import from_fx
 from .held_elsewhere import Elsewhere
 from .joint_split import split_saving, values_saved
-from .passes.activation.choice import ActivationChoice, describe
+from .passes.activation.choice import ActivationChoice, copy_seconds, describe
 from .passes.activation.problem import JointProblem, joint_problem
 from .passes.activation.search import ActivationSearch
 
@@ -45,12 +45,14 @@ class ActivationPlanner:
     roles: Sequence[str] = ()
     #: What the process holds besides the graph.
     elsewhere: Elsewhere = field(default_factory=Elsewhere)
+    #: Whether values may be swapped to the host.
+    swap: bool = False
     #: By how many bytes compiled code has exceeded what was simulated.
     excess: int = 0
     choice: ActivationChoice | None = None
     notes: list[str] = field(default_factory=list)
     #: Peaks that may not be chosen again: they were compiled, and did not fit.
-    refused: list[frozenset[int]] = field(default_factory=list)
+    refused: list[tuple[frozenset[int], frozenset[int]]] = field(default_factory=list)
     exhausted: bool = False
     #: Whether freed memory is given back at once, not held for the next value of its size: smaller, and slower where
     #: the system has to clear pages.
@@ -91,9 +93,11 @@ class ActivationPlanner:
             static_lifetime_input_indices=static,
             **others,
         )
-        search = ActivationSearch(problem, values_saved(split[0], problem, num_fwd_outputs))
+        search = ActivationSearch(
+            problem, values_saved(split[0], problem, num_fwd_outputs), self.copies(problem) if self.swap else None
+        )
         plain = search.plain
-        if plain.saved not in self.refused and plain.peak + self.excess <= self.budget:
+        if plain.key not in self.refused and plain.peak + self.excess <= self.budget:
             self.choice = describe(problem, plain, plain, "keep", self.budget)
             return split
         limit = self.budget - self.excess
@@ -103,7 +107,11 @@ class ActivationPlanner:
             self.exhausted = True
             chosen = search.least
         self.choice = describe(problem, chosen, plain, "planned", self.budget, search.bound(limit), search.floor_bound)
-        return split_saving(gm, problem, chosen.saved, num_fwd_outputs, static)
+        return split_saving(gm, problem, chosen.saved, num_fwd_outputs, static, chosen.swapped)
+
+    def copies(self, problem: JointProblem) -> Callable[[int], float]:
+        """What swapping a value costs."""
+        return copy_seconds(problem, self.device())
 
     def problem(self, gm: fx.GraphModule, num_fwd_outputs: int) -> JointProblem:
         inputs = gm.graph.find_nodes(op="placeholder")
@@ -130,6 +138,6 @@ class ActivationPlanner:
             return True
         if self.exhausted:
             return False
-        self.refused.append(self.choice.saved)
+        self.refused.append((self.choice.saved, self.choice.swapped))
         self.excess = max(self.excess, peak - self.choice.simulated_peak)
         return True

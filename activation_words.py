@@ -17,9 +17,10 @@ def sentence(choice: ActivationChoice) -> str:
     """The choice in one line: what is kept, what it costs, and how far that may be from the best."""
     if choice.rule == "keep":
         return f"Activations: {bytes_text(choice.saved_bytes)} kept, all that torch's minimum cut keeps."
+    away = f" and {bytes_text(choice.swapped_bytes)} swapped" if choice.swapped else ""
     line = (
-        f"Activations: {bytes_text(choice.saved_bytes)} kept instead of {bytes_text(choice.plain_saved_bytes)}; "
-        f"recomputing the rest takes {seconds_text(max(choice.seconds, 0.0))}, {100 * choice.price:.1f} % of the step"
+        f"Activations: {bytes_text(choice.saved_bytes)} kept{away} instead of {bytes_text(choice.plain_saved_bytes)}; "
+        f"what was not kept takes {seconds_text(max(choice.seconds, 0.0))}, {100 * choice.price:.1f} % of the step"
     )
     if choice.gap is not None:
         line += f" (at most {100 * choice.gap:.2f} % of it could be saved)"
@@ -41,6 +42,7 @@ def choice_figures(choice: ActivationChoice) -> dict[str, Any]:
     return {
         "rule": choice.rule,
         "saved_bytes": choice.saved_bytes,
+        "swapped_bytes": choice.swapped_bytes,
         "plain_saved_bytes": choice.plain_saved_bytes,
         "seconds": choice.seconds,
         "price": choice.price,

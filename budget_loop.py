@@ -38,7 +38,11 @@ def compile_within_budget(
             where="option 'memory_budget'",
             remedy=f"Give it at least {elsewhere.optimizer_step} bytes, or an optimizer with less state.",
         )
-    planner = ActivationPlanner(budget, lambda: device, compilation.roles, elsewhere)
+    planner = ActivationPlanner(budget, lambda: device, compilation.roles, elsewhere, options.swap)
+    if options.swap:
+        from .runtime.host_tier import set_directory
+
+        set_directory(options.swap_dir)
     for attempt in range(MOST_ATTEMPTS):
         current = Compilation(options, compilation.number, compilation.roles, compilation.given_plan)
         current.activation = planner

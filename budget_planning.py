@@ -21,7 +21,7 @@ from .frontend.fx_import import from_fx
 from .ir.plan import Plan
 from .joint_split import split_saving, values_saved
 from .passes.activation.candidates import Candidate
-from .passes.activation.choice import ActivationChoice, describe
+from .passes.activation.choice import ActivationChoice, copy_seconds, describe
 from .passes.activation.problem import joint_problem
 from .passes.activation.search import ActivationSearch
 
@@ -51,7 +51,10 @@ class JointGraph:
 
     def split(self) -> tuple[fx.GraphModule, fx.GraphModule]:
         assert self.chosen is not None
-        return split_saving(self.module, self.search.problem, self.chosen.saved, self.outputs, self.static)
+        chosen = self.chosen
+        return split_saving(
+            self.module, self.search.problem, chosen.saved, self.outputs, self.static, chosen.swapped
+        )
 
     @property
     def saved_bytes(self) -> int:
@@ -65,6 +68,8 @@ class BudgetPlanner:
 
     device: Device
     bindings: Bindings = field(default_factory=dict)
+    #: Whether values may be swapped to the host.
+    swap: bool = False
     graphs: list[JointGraph | None] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
@@ -100,7 +105,8 @@ class BudgetPlanner:
             self.notes.append(f"activations are saved as torch chooses: {error.message}")
             self.graphs.append(None)
             return split
-        search = ActivationSearch(problem, values_saved(split[0], problem, num_fwd_outputs))
+        copies = copy_seconds(problem, self.device) if self.swap else None
+        search = ActivationSearch(problem, values_saved(split[0], problem, num_fwd_outputs), copies)
         self.graphs.append(JointGraph(joint, search, num_fwd_outputs, static))
         return split
 
@@ -142,7 +148,7 @@ class BudgetPlanner:
             before = graph.limit, graph.chosen
             graph.limit += slack
             graph.chosen = graph.search.within(graph.limit)
-            if graph.chosen is None or (before[1] is not None and graph.chosen.saved == before[1].saved):
+            if graph.chosen is None or (before[1] is not None and graph.chosen.key == before[1].key):
                 graph.limit, graph.chosen = before
                 break
             other = self._split_again(captured)
@@ -158,11 +164,11 @@ class BudgetPlanner:
         """Take ``over`` bytes from the graph that saves most and can do with less."""
         for graph in sorted(filter(None, self.graphs), key=lambda g: -g.saved_bytes):
             current = graph.chosen or graph.search.plain
-            if current.saved == graph.search.least.saved:
+            if current.key == graph.search.least.key:
                 continue
             limit = current.peak - over
             found = graph.search.within(limit) or graph.search.least
-            if found.saved == current.saved:
+            if found.key == current.key:
                 found = graph.search.least
             graph.limit, graph.chosen = limit, found
             return True
@@ -236,14 +242,14 @@ def pareto_curve(planner: BudgetPlanner, plan: Plan) -> list[ParetoPoint]:
     search = max(graphs, key=lambda graph: graph.saved_bytes).search
     offset = plan.peak.get("device", 0) - search.plain.peak
     top, low = search.plain.peak, search.least.peak
-    found: dict[frozenset[int], ParetoPoint] = {}
+    found: dict[tuple[frozenset[int], frozenset[int]], ParetoPoint] = {}
     for index in range(POINTS):
         limit = top - (top - low) * index // (POINTS - 1)
         chosen = search.within(limit)
-        if chosen is None or chosen.saved in found:
+        if chosen is None or chosen.key in found:
             continue
         extra = chosen.seconds - search.plain.seconds
-        found[chosen.saved] = ParetoPoint(
+        found[chosen.key] = ParetoPoint(
             chosen.peak + offset,
             plan.seconds + extra,
             plan.seconds + min(extra, search.bound(limit) - search.plain.seconds),

@@ -4,7 +4,6 @@ graph, before anything else rewrites it."""
 from __future__ import annotations
 
 import operator
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -23,19 +22,18 @@ from .ir.graph import Graph
 from .passes.raising.choose import Choice, Refused, choose
 from .passes.raising.group import Group
 from .passes.raising.raise_graph import raise_graph
+from .runtime.reports import CascadeReport
 
 
 @dataclass
 class CascadeFusion:
-    """Callable as a pass over FX graphs. ``groups`` and ``refused`` collect what was done in all graphs of a step."""
+    """Callable as a pass over FX graphs. ``reports`` and ``refused`` collect what was done in all graphs of a step."""
 
     choice: Choice = field(default_factory=Choice)
-    groups: list[Group] = field(default_factory=list)
+    reports: list[CascadeReport] = field(default_factory=list)
     refused: list[Refused] = field(default_factory=list)
-    seconds: float = 0.0
 
     def __call__(self, graph: fx.Graph) -> None:
-        begin = time.perf_counter()
         gm = graph.owning_module
         try:
             imported = from_fx(gm, "joint", "joint")
@@ -43,7 +41,8 @@ class CascadeFusion:
                 self.fuse(graph, imported)
         except EffccError as error:
             self.refused.append(Refused("", f"the graph is not analysed: {error.message}"))
-        self.seconds += time.perf_counter() - begin
+        except Exception as error:  # a fault of the analysis costs the fusion, not the compilation
+            self.refused.append(Refused("", f"the analysis failed: {type(error).__name__}: {error}"))
 
     def fuse(self, graph: fx.Graph, imported: Graph) -> None:
         chosen = choose(raise_graph(imported), self.choice)
@@ -57,14 +56,27 @@ class CascadeFusion:
         taken = supported([group for group in chosen.groups if group.name in kernels], graph)
         if not taken:
             return
-        build([kernels[group.name][1].kernel for group in taken])
+        with torch_internals.region_settings():
+            build([kernels[group.name][1].kernel for group in taken])
         values = {node.name: node for node in graph.nodes}
         for group in taken:
             insert(graph, group, kernels[group.name][0], values)
         torch_internals.stable_topological_sort(graph)
         graph.eliminate_dead_code()
         graph.lint()
-        self.groups += taken
+        self.reports += [report_of(group, kernels[group.name][1]) for group in taken]
+
+
+def report_of(group: Group, kernel: FusedKernel) -> CascadeReport:
+    location = group.location
+    return CascadeReport(
+        group.name,
+        f"{location.file}:{location.line}" if location.file else "",
+        group.traffic.written,
+        group.traffic.fused,
+        tuple(str(certificate) for certificate in group.rewriting.certificates),
+        kernel.kernel.source,
+    )
 
 
 def on_cpu(gm: fx.GraphModule) -> bool:
@@ -119,6 +131,10 @@ def add(graph: fx.Graph, model: fx.Node, target: Any, *args: Any) -> fx.Node:
 
 def take_the_place(old: fx.Node, new: fx.Node) -> None:
     found, wanted = new.meta["val"], old.meta["val"]
-    assert (found.shape, found.stride(), found.dtype) == (wanted.shape, wanted.stride(), wanted.dtype), (old, found, wanted)
+    assert (found.shape, found.stride(), found.dtype) == (wanted.shape, wanted.stride(), wanted.dtype), (
+        old,
+        found,
+        wanted,
+    )
     old.replace_all_uses_with(new)
     new.meta["val"] = wanted

@@ -39,6 +39,9 @@ def plan_command(
     memory_budget: Annotated[
         str | None, typer.Option("--memory-budget", metavar="SIZE", help="Most bytes on the device: 8GiB, or auto (its memory).")
     ] = None,
+    swap: Annotated[
+        bool, typer.Option("--swap", help="Under a budget, values may be swapped to the host as well.")
+    ] = False,
     pareto: Annotated[
         bool, typer.Option("--pareto", help="Also time against memory: what each peak would cost. Needs --train.")
     ] = False,
@@ -77,6 +80,7 @@ def plan_command(
         dtype=dtype,
         device=device,
         memory_budget=budget_bytes(memory_budget, device, "--memory-budget"),
+        swap=swap,
         pareto=pareto,
         dynamic=dynamic,
         pipeline=pipeline or PIPELINE,

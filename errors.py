@@ -86,3 +86,7 @@ class BudgetError(EffccError):
 
 class KernelDataError(EffccError):
     """A file of kernels or measurements is malformed, or asks for an op that the kernel-time model does not cover."""
+
+
+class SwapError(EffccError):
+    """A value cannot be swapped out or brought back: no space, no such directory."""

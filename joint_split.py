@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Collection
+from typing import Any
 
+import torch
 import torch.fx as fx
 
 from . import torch_internals
@@ -12,14 +14,72 @@ from .passes.activation.problem import JointProblem
 
 
 def split_saving(
-    gm: fx.GraphModule, problem: JointProblem, saved: Collection[int], num_fwd_outputs: int, static_inputs: list[int]
+    gm: fx.GraphModule,
+    problem: JointProblem,
+    saved: Collection[int],
+    num_fwd_outputs: int,
+    static_inputs: list[int],
+    swapped: Collection[int] = (),
 ) -> tuple[fx.GraphModule, fx.GraphModule]:
     """Split ``gm`` so that the values ``saved`` of its problem are kept. Views of them are made again in the backward.
 
-    What the backward then needs is found here, on the FX graph itself; an input that it needs is kept as well.
+    What the backward then needs is found here, on the FX graph itself; an input that it needs is kept as well. Of
+    ``swapped`` values the forward hands on where they are on the host.
     """
-    keep = {node_of(gm, problem, value) for value in saved}
-    return torch_internals.split_joint(gm, needed(gm, keep, num_fwd_outputs), num_fwd_outputs, static_inputs)
+    away = {node_of(gm, problem, value) for value in swapped}
+    keep = {node_of(gm, problem, value) for value in saved} | away
+    split = torch_internals.split_joint(gm, needed(gm, keep, num_fwd_outputs), num_fwd_outputs, static_inputs)
+    if away:
+        swap(*split, {node.name for node in away}, num_fwd_outputs)
+    return split
+
+
+def swap(forward: fx.GraphModule, backward: fx.GraphModule, names: Collection[str], num_fwd_outputs: int) -> None:
+    """Put the ops that take saved values to the host and bring them back into a split graph, in place.
+
+    rewrite::
+
+        forward   %a = f(...); return (..., %a)      ->  %h = effcc.swap_out(%a); return (..., %h)
+        backward  %a = input(); ...; %b = g(%a)      ->  %a = input(); ...; %x = effcc.swap_in(%a, ...); %b = g(%x)
+    """
+    from .runtime import host_tier  # noqa: F401  (it defines the ops)
+
+    (output,) = forward.graph.find_nodes(op="output")
+    results = list(output.args[0])
+    handles: dict[str, fx.Node] = {}
+    for index in range(num_fwd_outputs, len(results)):
+        node = results[index]
+        if not isinstance(node, fx.Node) or node.name not in names:
+            continue
+        if node.name not in handles:
+            with forward.graph.inserting_after(node):
+                handle = forward.graph.call_function(torch.ops.effcc.swap_out.default, (node,))
+            handle.meta = _origin(node) | {"val": torch_internals.fake_result(handle.target, node.meta["val"])}
+            handles[node.name] = handle
+        results[index] = handles[node.name]
+    output.args = (tuple(results),)
+    for node in backward.graph.find_nodes(op="placeholder"):
+        if node.name not in handles:
+            continue
+        value = node.meta["val"]
+        first = next(other for other in backward.graph.nodes if other in node.users)
+        with backward.graph.inserting_before(first):
+            fetched = backward.graph.call_function(
+                torch.ops.effcc.swap_in.default,
+                (node, list(value.size()), list(value.stride()), value.dtype, value.device),
+            )
+        node.replace_all_uses_with(fetched, delete_user_cb=lambda user, own=fetched: user is not own)
+        fetched.meta = _origin(node) | {"val": value}
+        node.meta = dict(node.meta) | {"val": handles[node.name].meta["val"]}
+        node.meta.pop("tensor_meta", None)
+    for module in (forward, backward):
+        module.graph.lint()
+        module.recompile()
+
+
+def _origin(node: fx.Node) -> dict[str, Any]:
+    """Where in the model a node comes from, for one that is made for it."""
+    return {key: node.meta[key] for key in ("stack_trace", "nn_module_stack", "fwd_nn_module_stack") if key in node.meta}
 
 
 def node_of(gm: fx.GraphModule, problem: JointProblem, value: int) -> fx.Node:

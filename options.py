@@ -45,6 +45,10 @@ class Options:
     #: Most bytes that the process may hold on the device during a step; ``"auto"``: what is free there, with what the
     #: process holds already. Values are recomputed to keep it; what cannot be kept is refused with its floor.
     memory_budget: int | str | None = None
+    #: Under a budget, saved values may also spend the time between forward and backward on the host: in pinned memory
+    #: for a GPU, in files (of ``swap_dir``, else the system's temporary directory) for the CPU.
+    swap: bool = False
+    swap_dir: str | None = None
     #: Path of a plan made offline; its graph must be the captured one.
     plan: str | None = None
     #: Directory that receives ``NNN-pass.ir`` for every pass that changed something.
@@ -59,8 +63,9 @@ class Options:
     verify: bool = True
     #: Let Dynamo trace structurally equal modules once. The backend reads it while a frame is traced.
     repeated_modules: bool = True
-    #: Fuse dependent reductions (attention, losses) into one-pass kernels where the cost model says it pays.
-    cascades: bool = True
+    #: Fuse dependent reductions (attention, losses) into one-pass kernels where the cost model says it pays. The analysis
+    #: takes seconds a layer, so it is asked for.
+    cascades: bool = False
     #: GEMM library for float32 on CPU: ``"measure"`` times the candidates once per shape class, or a fixed one.
     gemm: str = "measure"
 
@@ -74,8 +79,8 @@ class Options:
 
 
 _CHOICES = {"fallback": ("eager", "error"), "gemm": ("measure", "onednn", "blas")}
-_TYPES: dict[str, tuple[type, ...]] = {"verify": (bool,), "repeated_modules": (bool,), "cascades": (bool,)}
-_TEXTS = ("plan", "dump_dir", "device", "cache_dir")
+_TYPES: dict[str, tuple[type, ...]] = {"verify": (bool,), "repeated_modules": (bool,), "swap": (bool,), "cascades": (bool,)}
+_TEXTS = ("plan", "dump_dir", "device", "cache_dir", "swap_dir")
 
 
 def default_cache_dir() -> Path:

@@ -16,6 +16,7 @@ from .activation_words import with_choices
 from .cost_model.devices import Device
 from .errors import BudgetError, OptionError
 from .formatting import bytes_text
+from .plan_copies import with_copies
 from .ir.graph import Graph
 from .ir.plan import GraphPlan, Plan
 from .options import parse_bytes
@@ -57,6 +58,8 @@ class PlanRequest:
     dtype: str | None = None
     device: str = "cpu"
     memory_budget: int | None = None
+    #: Under a budget, values may be swapped to the host.
+    swap: bool = False
     #: Also the curve of time against memory.
     pareto: bool = False
     dynamic: bool = False
@@ -160,7 +163,7 @@ def plan_model(
     budgeted = request.train and (request.memory_budget is not None or request.pareto)
     pipeline = request.pipeline if not budgeted or request.pipeline != PIPELINE else BUDGET_PIPELINE
     passes = parse_pipeline(pipeline)
-    planner = _budget_planner(device) if budgeted else None
+    planner = _budget_planner(device, request.swap) if budgeted else None
     with progress("capture"):
         spec = spec or _load(request.model)
         captured = _capture(request, device, spec, planner)
@@ -173,7 +176,7 @@ def plan_model(
             with progress(f"passes on {graph.name} ({len(graph.nodes)} ops)"):
                 graphs.append(manager.run(graph))
         with progress("plan"):
-            return make_plan(
+            plan = make_plan(
                 captured.name,
                 graphs,
                 device,
@@ -183,6 +186,7 @@ def plan_model(
                 bindings=captured.sizes,
                 region_buffers=_ordered_memory(device, captured.sizes) if budgeted else _region_buffers(device),
             )
+            return with_copies(plan, device)
 
     made = make(captured)
     curve: tuple[ParetoPoint, ...] = ()
@@ -211,10 +215,10 @@ def plan_model(
     return Planned(made, texts, tuple(manager.records), captured, choices, curve)
 
 
-def _budget_planner(device: Device) -> BudgetPlanner:
+def _budget_planner(device: Device, swap: bool) -> BudgetPlanner:
     from .budget_planning import BudgetPlanner
 
-    return BudgetPlanner(device)
+    return BudgetPlanner(device, swap=swap)
 
 
 def _ordered_memory(device: Device, sizes: Mapping[str, int]) -> RegionBuffers:

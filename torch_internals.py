@@ -568,3 +568,9 @@ def stable_topological_sort(graph: torch.fx.Graph) -> None:
     from torch._inductor.pattern_matcher import stable_topological_sort as sort
 
     sort(graph)
+
+
+def fake_result(op: Any, value: Any) -> Any:
+    """What an op returns for a fake tensor, as a fake tensor of the same mode."""
+    with value.fake_mode:
+        return op(value)

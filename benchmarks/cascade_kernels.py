@@ -4,8 +4,9 @@
     python benchmarks/cascade_kernels.py --only vanilla causal --training
 
 For each variant: our kernel, ``scaled_dot_product_attention`` where it has the variant, compiled ``flex_attention``
-(inference only on CPU), and Inductor on the variant written out. ``--training``: forward and backward. ``--loss``: a linear
-layer with cross-entropy and its gradients. Every result is checked against float64 first. Times in milliseconds.
+(inference only on CPU), and Inductor on the variant written out. ``--training``: forward and backward. ``--loss``: a
+linear layer with cross-entropy and its gradients. Every result is checked against float64 first. Times in
+milliseconds.
 """
 
 from __future__ import annotations

@@ -139,7 +139,7 @@ def main() -> None:
             each = left_out.get(family, {}).get(part)
             cells += [f"{each['error_percent']:.1f} %", f"{each['in_band_percent']:.0f} %"] if each else ["", ""]
         table.add_row(family, *cells)
-    Console().print(table)
+    Console(width=120).print(table)
     result = {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "versions": {name: importlib.metadata.version(name) for name in ("effcc", "numpy", "lightgbm")},

@@ -1,6 +1,6 @@
 """Cascades as callables on torch tensors: lowered to tile programs, printed as C++, compiled, cached.
 
-    kernel = compile_cascade(parse_cascade(text), sizes={"m": 128, "n": 128, "d": 64, "f": 64}, dtypes={"Q": "f32", ...})
+    kernel = compile_cascade(parse_cascade(text), sizes={"m": 128, "n": 128, "d": 64, "f": 64}, dtypes={"Q": "f32"})
     result = kernel({"Q": q, "K": k, "V": v})          # {"AV": tensor}
 
 The library is found again by its source in Inductor's code cache, and in this process by what was asked for.
@@ -24,7 +24,7 @@ from ..passes.rewrite_cascade import Rewriting, rewrite
 from .cpp_tiles.printer import Function, print_function, print_source
 from .tiles.errors import NotLowerable
 from .tiles.lower import Operand, Settings, lower
-from .tiles.roles import Caches
+from .tiles.roles import Caches, threads
 
 #: Element types of kernels -> torch's.
 TORCH_DTYPES = {
@@ -192,23 +192,30 @@ def prepare_cascade(
 ) -> CascadeKernel:
     """The kernel of a cascade (rewritten first, if it is not yet), not compiled yet.
 
-    ``sizes``: every rank and named constant. ``dtypes``: tensor -> element type (inputs; outputs that are not float32, or
-    float64 if an input is), or one for all. ``outputs``: wanted tensors, the cascade's outputs by default. ``units``:
-    tensor -> the dimension of stride 1, by default the last. ``shapes``: of inputs with indices other than plain ranks.
-    ``wide``: tensors never to be stored. ``caches`` bound the tiles (this machine's
-    by default). ``crossing``: gradients along two ranks in one kernel, where there are heads enough for all threads.
-    ``splitting``: parts of the streamed rank at once, where there is too little else for all threads. Raises ``NotLowerable`` with the reason.
+    ``sizes``: every rank and named constant. ``dtypes``: tensor -> element type (inputs; outputs that are not float32,
+    or float64 if an input is), or one for all. ``outputs``: wanted tensors, the cascade's outputs by default.
+    ``units``: tensor -> the dimension of stride 1, by default the last. ``shapes``: of inputs with indices other than
+    plain ranks. ``wide``: tensors never to be stored. ``caches`` bound the tiles (this machine's by default).
+    ``crossing``: gradients along two ranks in one kernel, where there are heads enough for all threads. ``splitting``:
+    parts of the streamed rank at once, where there is too little else for all threads. Raises ``NotLowerable`` with
+    the reason.
     """
     rewriting = cascade if isinstance(cascade, Rewriting) else rewrite(cascade)
     text = print_cascade(rewriting.cascade)
-    wanted = tuple(
-        outputs if outputs is not None else (cascade if isinstance(cascade, Cascade) else cascade.cascade).outputs
-    )
+    written = cascade if isinstance(cascade, Cascade) else cascade.cascade
+    wanted = tuple(outputs if outputs is not None else written.outputs)
     given = {name: dtypes if isinstance(dtypes, str) else dtypes.get(name) for name in rewriting.cascade.tensors}
     key = (
-        text, wanted, tuple(sorted(sizes.items())), tuple(sorted((k, v or "") for k, v in given.items())),
-        tuple(sorted((units or {}).items())), tuple(sorted((k, tuple(v)) for k, v in (shapes or {}).items())), wide, caches, crossing, splitting,
-    )  # fmt: skip
+        text,
+        wanted,
+        tuple(sorted(sizes.items())),
+        tuple(sorted((name, dtype or "") for name, dtype in given.items())),
+        tuple(sorted((units or {}).items())),
+        tuple(sorted((name, tuple(shape)) for name, shape in (shapes or {}).items())),
+        wide,
+        caches,
+        (crossing, splitting, threads()),
+    )
     if key not in _prepared:
         infos = _infos(rewriting.cascade, sizes, given, units or {}, shapes or {}, wanted)
         compute = "f64" if any(info.dtype == "f64" for info in infos.values()) else "f32"
@@ -249,7 +256,7 @@ def _infos(
 
 def _extent(name: str, index: object, sizes: Mapping[str, int]) -> int:
     symbol = getattr(index, "name", None)
-    if symbol is None or symbol not in sizes or not is_rank(index):  # type: ignore[arg-type]
+    if symbol is None or symbol not in sizes or not is_rank(index):
         raise NotLowerable(f"the shape of {name}, read at {index}, is not known", where=name)
     return sizes[symbol]
 

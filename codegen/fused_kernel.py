@@ -1,12 +1,13 @@
 """The kernel of a fused cascade: called with a graph node's operands, it reads and writes them in place.
 
-A cascade's tensor is an affine view of its operand (a head of a joint projection, a slice, a permutation): one stride for
-each rank and an offset, which is all that a kernel needs of it.
+A cascade's tensor is an affine view of its operand (a head of a joint projection, a slice, a permutation): one stride
+for each rank and an offset, which is all that a kernel needs of it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import sympy
 import torch
@@ -30,7 +31,9 @@ class FusedKernel:
         self._strides = [
             _numbers(result.stride or contiguous_stride(result.shape), bindings) for result in fused.results
         ]
-        self._extents = {name: _number(size, bindings) for name, size in fused.sizes.items()}
+        sizes = {name: _number(size, bindings) for name, size in fused.sizes.items()}
+        self._inputs = [(view, placement(view, sizes, bindings)) for view in fused.inputs]
+        self._outputs = [(view, placement(view, sizes, bindings)) for view in fused.outputs]
 
     def __call__(
         self, operands: Sequence[torch.Tensor], results: Sequence[torch.Tensor] | None = None
@@ -43,29 +46,43 @@ class FusedKernel:
                 torch.empty_strided(shape, stride, dtype=TORCH_DTYPES[kind.dtype])
                 for kind, shape, stride in zip(self.fused.results, self._shapes, self._strides, strict=True)
             ]
-        inputs = {view.tensor: self._view(view, operands[view.position]) for view in self.fused.inputs}
-        outputs = {view.tensor: self._view(view, results[view.position]) for view in self.fused.outputs}
+        inputs = {view.tensor: place.view(operands[view.position]) for view, place in self._inputs}
+        outputs = {view.tensor: place.view(results[view.position]) for view, place in self._outputs}
         self.kernel(inputs, outputs)
         return tuple(results)
 
-    def _view(self, view: TensorView, base: torch.Tensor) -> torch.Tensor:
-        """The cascade's tensor as a strided view of the operand."""
-        strides, offset = rank_strides(view, base.stride(), self._extents)
-        shape = [self._extents[rank.name] for rank in view.ranks]
-        return torch.as_strided(base, shape, strides, base.storage_offset() + offset)
+
+@dataclass(frozen=True)
+class Placement:
+    """A cascade's tensor in its operand: ``steps[dimension][rank]`` and ``starts[dimension]`` are the coefficients of the
+    index in that dimension of the operand."""
+
+    shape: tuple[int, ...]
+    steps: tuple[tuple[int, ...], ...]
+    starts: tuple[int, ...]
+
+    def strides(self, base: Sequence[int]) -> tuple[int, ...]:
+        """Elements between neighbours in each rank, for an operand with the strides ``base``."""
+        columns = range(len(self.shape))
+        return tuple(sum(row[c] * stride for row, stride in zip(self.steps, base, strict=True)) for c in columns)
+
+    def view(self, operand: torch.Tensor) -> torch.Tensor:
+        """The tensor as a strided view."""
+        base = operand.stride()
+        offset = sum(start * stride for start, stride in zip(self.starts, base, strict=True))
+        return torch.as_strided(operand, self.shape, self.strides(base), operand.storage_offset() + offset)
 
 
-def rank_strides(view: TensorView, strides: Sequence[int], sizes: Mapping[str, int]) -> tuple[list[int], int]:
-    """(elements between neighbours in each of the view's ranks, offset of its first element)."""
-    steps = [0] * len(view.ranks)
-    offset = 0
-    for index, stride in zip(view.index, strides, strict=True):
+def placement(view: TensorView, sizes: Mapping[str, int], bindings: Mapping[str, int]) -> Placement:
+    """Read a view's affine indices. Its sizes are its own where it is read at more than plain ranks."""
+    shape = _numbers(view.sizes, bindings) if view.sizes else [sizes[rank.name] for rank in view.ranks]
+    steps, starts = [], []
+    for index in view.index:
         named = {s: sympy.Integer(sizes[s.name.strip("|")]) for s in index.free_symbols if s not in view.ranks}
-        index = sympy.expand(index.xreplace(named))
-        for position, rank in enumerate(view.ranks):
-            steps[position] += int(index.coeff(rank)) * stride
-        offset += int(index.xreplace(dict.fromkeys(view.ranks, sympy.Integer(0)))) * stride
-    return steps, offset
+        plain = sympy.expand(index.xreplace(named))
+        steps.append(tuple(int(plain.coeff(rank)) for rank in view.ranks))
+        starts.append(int(plain.xreplace(dict.fromkeys(view.ranks, sympy.Integer(0)))))
+    return Placement(tuple(shape), tuple(steps), tuple(starts))
 
 
 def prepare_fused(
@@ -75,8 +92,10 @@ def prepare_fused(
     wide: frozenset[str] = frozenset(),
     bindings: Mapping[str, int] | None = None,
 ) -> FusedKernel:
-    """The kernel of a fused cascade, compiled at its first call or by ``cascade_kernel.build([it.kernel])``. ``rewriting`` is ``rewrite(fused.cascade)`` if it is at hand; ``wide`` names tensors
-    that must not be stored; ``bindings`` gives size symbols their values. Raises ``NotLowerable``."""
+    """The kernel of a fused cascade, compiled at its first call or by ``cascade_kernel.build([it.kernel])``.
+
+    ``rewriting`` is ``rewrite(fused.cascade)`` if it is at hand; ``wide`` names tensors that must not be stored;
+    ``bindings`` gives size symbols their values. Raises ``NotLowerable``."""
     rewriting = rewriting or rewrite(fused.cascade)
     bindings = bindings or {}
     sizes = {name: _number(size, bindings) for name, size in fused.sizes.items()}
@@ -89,8 +108,9 @@ def prepare_fused(
             if kind.dtype not in TORCH_DTYPES:
                 raise NotLowerable(f"the element type {kind.dtype} of {view.tensor}", where=view.tensor)
             dtypes[view.tensor] = kind.dtype
-            shapes[view.tensor] = [sizes[rank.name] for rank in view.ranks]
-            units[view.tensor] = _unit(view, kind, sizes, bindings)
+            place = placement(view, sizes, bindings)
+            shapes[view.tensor] = place.shape
+            units[view.tensor] = _unit(place, kind, bindings)
     kernel = prepare_cascade(
         rewriting,
         sizes,
@@ -103,11 +123,10 @@ def prepare_fused(
     return FusedKernel(fused, kernel, bindings)
 
 
-def _unit(view: TensorView, kind: TensorType, sizes: Mapping[str, int], bindings: Mapping[str, int]) -> int | None:
+def _unit(place: Placement, kind: TensorType, bindings: Mapping[str, int]) -> int | None:
     """The position of the view's rank whose elements are neighbours: the last one with stride 1."""
-    stride = _numbers(kind.stride or contiguous_stride(kind.shape), bindings)
-    steps, _ = rank_strides(view, stride, sizes)
-    found = [position for position, step in enumerate(steps) if step == 1]
+    strides = place.strides(_numbers(kind.stride or contiguous_stride(kind.shape), bindings))
+    found = [position for position, step in enumerate(strides) if step == 1]
     return found[-1] if found else None
 
 

@@ -11,7 +11,7 @@
       "S[b,h,m,n] = sum[d] In[b,m,h,d]*In2[b,n,h,d]"
     }
 
-``input 0`` says which element of operand 0 (written ``X``) a tensor's element is, after the sizes of the tensor's ranks.
+``input 0`` says which element of operand 0 (written ``X``) a tensor's element is, after the sizes of its ranks.
 """
 
 from __future__ import annotations
@@ -121,7 +121,7 @@ def _view(
             scanner.expect(",", "or ']' after a size")
     line = scanner.string()
     if line is None:
-        scanner.fail("expected a view in quotes, such as \"In[b,m,d] = X[b,m,64*h + d]\"")
+        scanner.fail('expected a view in quotes, such as "In[b,m,d] = X[b,m,64*h + d]"')
     cascade = _parsed(scanner, line)
     einsum = cascade.einsums[0] if len(cascade.einsums) == 1 else None
     found = accesses(einsum.body) if einsum is not None else []

@@ -1,13 +1,13 @@
 """The third IR form: a tile program, the loops of one kernel over tiles of its ranks.
 
-A program names the tensors in memory that it reads and writes, and holds statements. A *loop* walks a rank tile by tile
-(``grid``: independent tiles, any order; ``for``: in order; ``unroll``: in order, written out). Inside a loop of step 1 the
-rank is one number; inside a loop of a longer step it is a range, and values carry it as a dimension. A rank that no loop
-walks is whole: a dimension of its full size. A *value* ``P[m,n]`` is what one tile holds, its dimensions in that order,
-the last contiguous; it lives from the statement that makes it to the end of the enclosing loop's body.
+A program names the tensors in memory that it reads and writes, and holds statements. A *loop* walks a rank tile by
+tile (``grid``: independent tiles, any order; ``for``: in order; ``unroll``: in order, written out). Inside a loop of
+step 1 the rank is one number; inside a loop of a longer step it is a range, and values carry it as a dimension. A rank
+that no loop walks is whole: a dimension of its full size. A *value* ``P[m,n]`` is what one tile holds, its dimensions
+in that order, the last contiguous; it lives from the statement that makes it to the end of the enclosing loop's body.
 
-Expressions are those of the cascade language: an access reads a value if the program makes one of that name (its indices
-are then exactly the value's), else a tensor in memory at affine indices.
+Expressions are those of the cascade language: an access reads a value if the program makes one of that name (its
+indices are then exactly the value's), else a tensor in memory at affine indices.
 """
 
 from __future__ import annotations

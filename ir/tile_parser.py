@@ -34,7 +34,12 @@ from .tile import (
     Tensor,
 )
 
-_PLAIN = {"map": Map, "state": State, "carry": Carry, "store": Store}
+_PLAIN: dict[str, type[Map] | type[State] | type[Carry] | type[Store]] = {
+    "map": Map,
+    "state": State,
+    "carry": Carry,
+    "store": Store,
+}
 
 
 def parse_program(text: str, name: str = "program") -> Program:
@@ -166,8 +171,7 @@ class _ProgramParser:
         if word == "load":
             return Load(target, line.access())
         if word in _PLAIN:
-            made: Statement = _PLAIN[word](target, parser.expression())
-            return made
+            return _PLAIN[word](target, parser.expression())
         reduction, reduced = parser.reduction()
         if reduction is None or (accumulate and sign != reduction) or (word == "dot" and reduction != "sum"):
             raise parser.fail("expected a reduction such as sum[n], the same one before '=' if there is one")

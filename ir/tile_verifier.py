@@ -1,4 +1,5 @@
-"""What must hold of a tile program; ``verify_program`` raises ``VerificationError`` with the lines around what is wrong."""
+"""What must hold of a tile program; ``verify_program`` raises ``VerificationError`` with the lines around what is
+wrong."""
 
 from __future__ import annotations
 
@@ -35,8 +36,8 @@ _AROUND = 3
 def verify_program(program: Program) -> None:
     """Check names, dimensions, scopes and the shapes of matrix products.
 
-    A value is known from where it is made to the end of the block that it is made in. Every rank of a statement is walked
-    by a loop around it, or a whole dimension of what the statement makes, stores or reduces.
+    A value is known from where it is made to the end of the block that it is made in. Every rank of a statement is
+    walked by a loop around it, or a whole dimension of what the statement makes, stores or reduces.
     """
     _Checker(program).check()
 
@@ -123,8 +124,8 @@ class _Checker:
             self.target(item, name, known)
         for e in expressions(item):
             self.reads(item, e, known)
-            loose = ranks_of(e) - ranks_of(item.target) - set(reduced)
-            loose = {s for s in loose if not self.is_point(s)}
+            outside = ranks_of(e) - ranks_of(item.target) - set(reduced)
+            loose = {s for s in outside if not self.is_point(s)}
             if loose:
                 raise self.fail(item, f"rank {min(s.name for s in loose)} is neither kept, reduced nor one number here")
         if set(reduced) & ranks_of(item.target):

@@ -27,9 +27,13 @@ class FuseCascades:
     rewrite::
 
         %bmm: f32[8,12,12] = aten.bmm.default(%q, %kt)
-        ...                                                   cascade @cascade_bmm (...) -> (f32[8,12,8],) { ... }
-        %p: f32[8,12,12] = aten.div.Tensor(%exp, %sum)   ->   %cascade_bmm: (...) = effcc.cascade.default(@cascade_bmm, %q, %k, %v)
-        %o: f32[8,12,8] = aten.bmm.default(%p, %v)            %o: f32[8,12,8] = getitem(%cascade_bmm, 0)
+        ...
+        %p: f32[8,12,12] = aten.div.Tensor(%exp, %sum)
+        %o: f32[8,12,8] = aten.bmm.default(%p, %v)
+
+        -> cascade @fused_o (f32[2,4,12,8], ...) -> (f32[8,12,8],) { ... }
+           %fused_o: (f32[8,12,8],) = effcc.cascade.default(@fused_o, %q, %k, %v)
+           %o: f32[8,12,8] = getitem(%fused_o, 0)
     """
 
     name: ClassVar[str] = "fuse_cascades"
@@ -93,9 +97,7 @@ def _fresh(name: str, taken: set[str]) -> str:
     return made
 
 
-def _rest(
-    rest: Rest, group: Group, original: Node, taken: set[str], replaced: dict[str, Node]
-) -> list[Node]:
+def _rest(rest: Rest, group: Group, original: Node, taken: set[str], replaced: dict[str, Node]) -> list[Node]:
     """The sum of a partial result as ops; the last one, which keeps the value's name, goes into ``replaced``."""
     part = group.fused.results[group.results.index(rest.result)]
     wanted = original.type

@@ -15,7 +15,8 @@ from .rewriting import with_subgraphs
 class Regions:
     """Number the regions: maximal runs of ops between calls and steps that run alone.
 
-    A call of a subgraph is no region; its subgraph has regions of its own. Alone are ops of other libraries,
+    A call of a subgraph is no region; its subgraph has regions of its own. Our own ops (``effcc.cascade``) are called
+    from the code of the region around them. Alone are ops of other libraries,
     higher-order ops, collectives, ops whose result has a size that depends on data, and the ops named in ``alone``
     (``aten.mm``, or a full overload name). Inputs, constants and parts of a call's result belong to no region.
 
@@ -54,7 +55,7 @@ class Regions:
     def runs_alone(self, node: Node) -> bool:
         base = packet(node.op)
         return (
-            kind_of(node.op) in ("opaque", "collective")
+            (kind_of(node.op) in ("opaque", "collective") and not node.op.startswith("effcc."))
             or base in DATA_DEPENDENT
             or bool({base, node.op} & set(self.alone))
         )

@@ -34,6 +34,19 @@ class FallbackReport:
     source: str
 
 
+@dataclass(frozen=True)
+class CascadeReport:
+    """A fused cascade: memory traffic in bytes as written and fused, the certificates of its rewriting as text, and the
+    C++ of its kernel."""
+
+    name: str
+    source: str
+    bytes_written: int
+    bytes_fused: int
+    certificates: tuple[str, ...]
+    kernel: str
+
+
 @dataclass
 class GraphReport:
     """``seconds`` are those of the runs so far (last 100). ``make_plan`` gives the plan of the step that the graph
@@ -50,6 +63,9 @@ class GraphReport:
     compile_seconds: float = 0.0
     wait_seconds: float = 0.0
     notes: list[str] = field(default_factory=list)
+    #: What was fused in the step (forward and backward), and why other candidates were not.
+    cascades: list[CascadeReport] = field(default_factory=list)
+    not_fused: list[str] = field(default_factory=list)
     host_source: str = ""
     #: What was kept, recomputed and swapped, where a memory budget was given.
     activation: ActivationChoice | None = None

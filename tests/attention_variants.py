@@ -103,9 +103,7 @@ def t5_bucket(distance: Tensor, buckets: int, furthest: int) -> Tensor:
     bucket = (distance > 0).long() * half
     distance = distance.abs()
     exact = half // 2
-    far = exact + (
-        torch.log(distance.float() / exact) / math.log(furthest / exact) * (half - exact)
-    ).long()
+    far = exact + (torch.log(distance.float() / exact) / math.log(furthest / exact) * (half - exact)).long()
     far = torch.minimum(far, torch.full_like(far, half - 1))
     return bucket + torch.where(distance < exact, distance, far)
 

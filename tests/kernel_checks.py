@@ -41,7 +41,8 @@ class Case:
         return evaluate(self.cascade, rounded, self.sizes)
 
     def worst(self) -> float:
-        """The largest error, as a part of the output's largest magnitude (at least 1). NaN and infinities must agree."""
+        """The largest error, as a part of the output's largest magnitude (at least 1). NaN and infinities must
+        agree."""
         found, reference = self.kernel(self.tensors()), self.reference()
         errors = [0.0]
         for name in self.kernel.outputs:

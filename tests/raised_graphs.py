@@ -48,8 +48,8 @@ class _Recorder(torch.fx.Interpreter):
 def record(
     function: Callable[..., torch.Tensor], inputs: Sequence[Any], *, decomposed: bool = True, model: bool = False
 ) -> list[Run]:
-    """The graphs of ``function(*inputs)``: one inference graph, or, if an input asks for a gradient, the joint graph, the
-    forward and the backward. ``decomposed``: with Inductor's decompositions, else with those of AOTAutograd alone.
+    """The graphs of ``function(*inputs)``: one inference graph, or, if an input asks for a gradient, the joint graph,
+    the forward and the backward. ``decomposed``: with Inductor's decompositions, else with those of AOTAutograd alone.
     ``model``: the function holds a model with parameters, and is traced by Dynamo (which takes longer)."""
     runs: list[tuple[str, torch.fx.GraphModule, dict[str, Any]]] = []
     joints: list[torch.fx.GraphModule] = []
@@ -90,7 +90,9 @@ def record(
         nodes = joint.graph.find_nodes(op="placeholder")
         # Any tangents will do: the joint graph is run by itself.
         values = [
-            torch.randn(node.meta["val"].shape, dtype=node.meta["val"].dtype) if node.name.startswith("tangents") else forward[node.name]
+            torch.randn(node.meta["val"].shape, dtype=node.meta["val"].dtype)
+            if node.name.startswith("tangents")
+            else forward[node.name]
             for node in nodes
         ]
         recorder = _Recorder(joint)
@@ -130,7 +132,9 @@ def check_raised(run: Run, tolerance: float = 1e-9, keep: Sequence[str] = ()) ->
     for name, tensor in raised.tensors.items():
         if tensor.leaf or not tensor.nodes or name not in found:
             continue
-        assert_close(found[name], run.values[tensor.nodes[0]].reshape(tensor.sizes), f"{name} in {run.phase}", tolerance)
+        assert_close(
+            found[name], run.values[tensor.nodes[0]].reshape(tensor.sizes), f"{name} in {run.phase}", tolerance
+        )
         compared += 1
     return raised, compared
 

@@ -49,7 +49,8 @@ def step_of(
 ) -> Step:
     """A training step of the compiled model; without an optimizer the gradients are left to be looked at."""
     torch._dynamo.reset()
-    options = {} if budget is None else {"memory_budget": budget}
+    # Compiled as Inductor would: what a fused cascade needs for itself is tested where cascades are.
+    options: dict[str, Any] = {"cascades": False} | ({} if budget is None else {"memory_budget": budget})
     compiled = torch.compile(model, backend="effcc", options=options)
 
     def step() -> torch.Tensor:

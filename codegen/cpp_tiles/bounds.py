@@ -1,5 +1,5 @@
-"""What the bounds of a tile say of a condition, as C++: holds everywhere, may hold somewhere; and where a loop can begin and
-end because a condition holds nowhere beyond.
+"""What the bounds of a tile say of a condition, as C++: holds everywhere, may hold somewhere; and where a loop can
+begin and end because a condition holds nowhere beyond.
 """
 
 from __future__ import annotations
@@ -106,9 +106,9 @@ def _narrow(frame: Frame, rank: sympy.Symbol, condition: sympy.Expr, lower: list
 
 def _difference(frame: Frame, condition: sympy.Expr) -> tuple[sympy.Expr | None, list[sympy.Symbol]]:
     """(left minus right, its ranks of which a tile has a range); None if bounds say nothing of the comparison."""
-    if not isinstance(condition, tuple(COMPARISONS.values())):
+    if type(condition) not in COMPARISONS.values():
         return None, []
-    difference = sympy.expand(condition.args[0] - condition.args[1])
+    difference: sympy.Expr = sympy.expand(condition.args[0] - condition.args[1])
     own = [s for s in ranks_of(difference) if s in frame.walked and not frame.is_point(s)]
     inside = {s for each in accesses(difference) for s in ranks_of(each)}
     if not own or inside & set(own) or any(s not in frame.walked for s in ranks_of(difference)):

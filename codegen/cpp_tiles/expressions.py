@@ -1,4 +1,4 @@
-"""Expressions of the cascade language as vectors in C++, each subexpression in the outermost loop that knows its ranks."""
+"""Expressions of the cascade language as vectors in C++, each part in the outermost loop that knows its ranks."""
 
 from __future__ import annotations
 

@@ -37,8 +37,9 @@ class Frame:
     steps: dict[sympy.Symbol, int] = field(default_factory=dict)
     tensors: dict[str, Tensor] = field(default_factory=dict)
     values: dict[str, tuple[sympy.Symbol, ...]] = field(default_factory=dict)
-    #: Ranks whose loops are open where the printer is, and those that are open where a value is first made. A value has a
-    #: whole dimension for a rank that is walked only later; a statement inside that loop means the loop's part of it.
+    #: Ranks whose loops are open where the printer is, and those that are open where a value is first made. A value
+    #: has a whole dimension for a rank that is walked only later; a statement inside that loop means the loop's part
+    #: of it.
     walked: set[sympy.Symbol] = field(default_factory=set)
     made_in: dict[str, frozenset[sympy.Symbol]] = field(default_factory=dict)
 
@@ -167,7 +168,8 @@ def last_reads(body: Sequence[Statement]) -> dict[str, int]:
 
 
 def reused(body: Sequence[Statement], frame: Frame, outer: frozenset[str]) -> dict[str, str]:
-    """Values that can lie where another one lay: a map's result over an operand of the same shape read for the last time.
+    """Values that can lie where another one lay: a map's result over an operand of the same shape, read for the last
+    time.
 
     ``outer`` are values that live beyond the body.
     """

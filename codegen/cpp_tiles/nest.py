@@ -1,5 +1,5 @@
-"""Element-wise statements of a tile program as C++ loops: maps, reductions, carries and stores over the same ranks share
-one nest, vectorised along the rank whose elements are neighbours in most of what they read.
+"""Element-wise statements of a tile program as C++ loops: maps, reductions, carries and stores over the same ranks
+share one nest, vectorised along the rank whose elements are neighbours in most of what they read.
 
 A subexpression is computed in the outermost loop in which all its ranks are known, once.
 """
@@ -193,7 +193,7 @@ class NestWriter:
         i, length = inside(rank), self.frame.length(rank)
         step = f"step_{rank.name}"
         lines = [f"const auto {step} = [&](auto whole, int64_t {i}, int64_t w, int64_t lane) {{"]
-        lines += _indented(["constexpr bool full = decltype(whole)::value;", *inner]) + ["};"]
+        lines += [*_indented(["constexpr bool full = decltype(whole)::value;", *inner]), "};"]
         lines.append(f"int64_t {i} = 0;")
         if self.lanes > 1:
             lines.append(f"for (; {i} + {self.lanes} * VL <= {length}; {i} += {self.lanes} * VL) {{")

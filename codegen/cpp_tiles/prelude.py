@@ -1,4 +1,4 @@
-"""The C++ that every generated kernel starts with: vector loads of any element type, fast functions, matrix products."""
+"""The C++ that every generated kernel starts with: vector loads of any element type, functions, matrix products."""
 
 INCLUDES = r"""
 #include <ATen/cpu/vec/functional.h>
@@ -22,8 +22,8 @@ constexpr int64_t VL = Vec::size();
 constexpr scalar_t INF = std::numeric_limits<scalar_t>::infinity();
 constexpr scalar_t NOT_A_NUMBER = std::numeric_limits<scalar_t>::quiet_NaN();
 
-// While it lives, numbers too small to be normal count as 0 in this thread: computing with them takes a hundred times as
-// long, and weights that far below the largest one change nothing.
+// While it lives, numbers too small to be normal count as 0 in this thread: computing with them takes a hundred times
+// as long, and weights that far below the largest one change nothing.
 class WithoutSubnormals {
 #if defined(__SSE2__) && COMPUTES_F32
   const unsigned before = _mm_getcsr();
@@ -48,6 +48,14 @@ inline Vec load(const T* from, int64_t width) {
   if constexpr (std::is_same_v<T, scalar_t>) {
     return full ? Vec::loadu(from) : Vec::loadu(from, width);
   } else {
+#if defined(CPU_CAPABILITY_AVX512) && COMPUTES_F32
+    if constexpr (std::is_same_v<T, c10::BFloat16>) {
+      if (full) {
+        const __m256i halves = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
+        return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16));
+      }
+    }
+#endif
     alignas(64) scalar_t lanes[VL];
     for (int64_t k = 0; k < VL; ++k) lanes[k] = full || k < width ? static_cast<scalar_t>(from[k]) : scalar_t(0);
     return Vec::loadu(lanes);
@@ -82,7 +90,6 @@ inline Vec lanes_of(int64_t width, F element) {
 
 inline Vec choose(Vec condition, Vec yes, Vec no) { return Vec::blendv(no, yes, condition); }
 inline Vec number(Vec condition) { return Vec::blendv(Vec(scalar_t(0)), Vec(scalar_t(1)), condition); }
-inline Vec negate(Vec condition) { return Vec::blendv(Vec(scalar_t(1)), Vec(scalar_t(0)), condition) != Vec(scalar_t(0)); }
 
 inline Vec exponential(Vec x) {
 #if defined(CPU_CAPABILITY_AVX512) && COMPUTES_F32
@@ -109,7 +116,7 @@ inline Vec exponential(Vec x) {
 
 inline Vec hyperbolic_tangent(Vec x) {
 #if defined(CPU_CAPABILITY_AVX512) && COMPUTES_F32
-  // x * p(x^2) / q(x^2), a rational approximation for |x| <= 7.9988 (beyond, tanh is 1 in single precision), within 3 ulp.
+  // x * p(x^2) / q(x^2), Eigen's rational approximation for |x| <= 7.9988 (beyond, tanh rounds to 1), within 3 ulp.
   const __m512 bound = _mm512_set1_ps(7.99881172180175781f);
   const __m512 a = _mm512_min_ps(bound, _mm512_max_ps(_mm512_sub_ps(_mm512_setzero_ps(), bound), x));
   const __m512 y = _mm512_mul_ps(a, a);
@@ -217,14 +224,25 @@ inline void transposed(int64_t rows, int64_t columns, const T* from, int64_t ld_
 #if defined(CPU_CAPABILITY_AVX512) && COMPUTES_F32
   if constexpr (std::is_same_v<T, float>) {
     at::vec::transpose_mxn<float>(from, ld_from, to, ld_to, static_cast<int>(rows), static_cast<int>(columns));
-    return;
+  } else {
+    alignas(64) float block[VL * VL];
+    for (int64_t i = 0; i < rows; i += VL)
+      for (int64_t j = 0; j < columns; j += VL) {
+        const int64_t h = std::min(VL, rows - i), w = std::min(VL, columns - j);
+        for (int64_t y = 0; y < h; ++y) {
+          const T* row = from + (i + y) * ld_from + j;
+          (w == VL ? load<true>(row, w) : load<false>(row, w)).store(block + y * VL);
+        }
+        at::vec::transpose_mxn<float>(block, VL, to + j * ld_to + i, ld_to, static_cast<int>(h), static_cast<int>(w));
+      }
   }
-#endif
+#else
   constexpr int64_t B = 16;  // both sides are walked along cache lines
   for (int64_t i = 0; i < rows; i += B)
     for (int64_t j = 0; j < columns; j += B)
       for (int64_t y = j; y < std::min(j + B, columns); ++y)
         for (int64_t x = i; x < std::min(i + B, rows); ++x)
           to[y * ld_to + x] = static_cast<scalar_t>(from[x * ld_from + y]);
+#endif
 }
 """

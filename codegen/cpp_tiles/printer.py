@@ -101,8 +101,8 @@ class _ProgramWriter:
                 plain = alias.get(symbol, symbol)
                 found.setdefault(plain.name.strip("|"))
 
-        for item in self.program.tensors:
-            note(item.ranks)
+        for declared in self.program.tensors:
+            note(declared.ranks)
         for item in walk(self.program.body):
             if isinstance(item, Loop):
                 note([item.rank])

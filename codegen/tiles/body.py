@@ -1,8 +1,8 @@
 """The statements of one kernel: what is computed for a tile, in which order, and which values are shared.
 
-A *version* of a loop body is built from the element expressions of the kernel's roots, with masks resolved or not. Inner
-reductions become ``dot`` or ``reduce`` statements, roots become updates of states; an operand of a matrix product that is no
-plain access becomes a value of its own, as does a costly expression that several statements read.
+A *version* of a loop body is built from the element expressions of the kernel's roots, with masks resolved or not.
+Inner reductions become ``dot`` or ``reduce`` statements, roots become updates of states; an operand of a matrix
+product that is no plain access becomes a value of its own, as does a costly expression that several statements read.
 """
 
 from __future__ import annotations
@@ -52,7 +52,8 @@ class Names:
 
 
 class Layout:
-    """The order of a value's dimensions: walked ranks, other whole ranks that are reduced, streamed ranks, kept whole."""
+    """The order of a value's dimensions: walked ranks, whole ranks that are reduced, streamed ranks, kept whole
+    ones."""
 
     def __init__(self, roles: Roles, kept_whole: Iterable[sympy.Symbol]) -> None:
         self.roles, self.kept_whole = roles, tuple(kept_whole)
@@ -197,9 +198,9 @@ class Body:
             if name in self.direct:
                 unit = self.direct[name]
                 inside = [index for index in e.args if ranks_of(index) & set(ranks)]
-                if len(ranks) == 2 and inside in ([ranks[0], ranks[1]], [ranks[1], ranks[0]]):
-                    if unit is not None and e.args[unit] == ranks[1]:
-                        return e
+                plain = len(ranks) == 2 and inside in ([ranks[0], ranks[1]], [ranks[1], ranks[0]])
+                if plain and unit is not None and e.args[unit] == ranks[1]:
+                    return e
             elif tuple(e.args) == ranks:
                 return e
         loose = ranks_of(e) & (frozenset(self.roles.streamed))
@@ -233,7 +234,7 @@ class Body:
         """Choose which expressions get a value of their own: computed operands, and costly parts read twice."""
         sources = [part for e, split in elements for part in ((split.left, split.right) if split else (e,))]
         for _, split in elements:
-            for operand, ranks in ((split.left, split.rows), (split.right, split.columns)) if split else ():
+            for operand in (split.left, split.right) if split else ():
                 if isinstance(operand, AppliedUndef) or not ranks_of(operand) & frozenset(self.roles.streamed):
                     continue
                 if operand not in self.shared_values and self.reads_values(operand) and self._is_tile(operand):

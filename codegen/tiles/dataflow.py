@@ -21,9 +21,9 @@ from .errors import NotLowerable
 class Value:
     """A computed tensor.
 
-    ``reduction`` and ``reduced``: as an Einsum's (the streamed rank first, for a state). ``carry`` is what an old state is
-    worth after a step, for a state of a monoid; ``recurrence`` marks a state whose ``body`` is the whole new value, one
-    coordinate at a time. ``initial`` is a state's value before the first step.
+    ``reduction`` and ``reduced``: as an Einsum's (the streamed rank first, for a state). ``carry`` is what an old
+    state is worth after a step, for a state of a monoid; ``recurrence`` marks a state whose ``body`` is the whole new
+    value, one coordinate at a time. ``initial`` is a state's value before the first step.
     """
 
     name: str
@@ -33,7 +33,7 @@ class Value:
     reduced: tuple[sympy.Symbol, ...] = ()
     carry: sympy.Expr | None = None
     recurrence: bool = False
-    initial: sympy.Expr = sympy.Integer(0)
+    initial: sympy.Expr = sympy.S.Zero
 
     @property
     def is_map(self) -> bool:

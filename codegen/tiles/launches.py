@@ -1,9 +1,10 @@
 """Cutting a rewritten cascade into kernels: a list of launches, each with what it streams and what it stores.
 
-A *unit* is what one loop over the streamed ranks must compute together: the states of one monoid, or one reduction. Units
-of one level (longest chain of units through memory) that stream the same ranks and share tiles become one kernel. What a
-unit reads that carries the streamed rank and is a reduction itself (scores, ``QK[m,n]``) is *inner*: computed tile by tile
-inside the loop and never in memory. What does not carry it is read from memory, or computed by the elements around.
+A *unit* is what one loop over the streamed ranks must compute together: the states of one monoid, or one reduction.
+Units of one level (longest chain of units through memory) that stream the same ranks and share tiles become one
+kernel. What a unit reads that carries the streamed rank and is a reduction itself (scores, ``QK[m,n]``) is *inner*:
+computed tile by tile inside the loop and never in memory. What does not carry it is read from memory, or computed by
+the elements around.
 
 A reduction is not inner if computing it again for each tile of a rank that it lacks would multiply its work: then it is
 stored once, as a buffer between two kernels.
@@ -19,7 +20,7 @@ from functools import cached_property
 import sympy
 from sympy.core.function import AppliedUndef
 
-from ...ir.cascade import access, accesses, ranks_of, tensor_name
+from ...ir.cascade import accesses, ranks_of, tensor_name
 from .dataflow import Dataflow, Value
 from .errors import NotLowerable
 
@@ -98,7 +99,7 @@ class Launches:
             for late in found:
                 fits = late.level > early.level and early.roots and set(late.streamed) == set(early.streamed)
                 if fits and early.inner & late.inner and all(k.level > late.level for k in readers):
-                    late.roots = self._ordered([*early.roots, *(r for r in late.roots if r.name not in early.names)])
+                    late.roots = self.ordered([*early.roots, *(r for r in late.roots if r.name not in early.names)])
                     late.finals = [*early.finals, *late.finals]
                     late.stored |= early.stored
                     late.inner |= early.inner
@@ -108,48 +109,7 @@ class Launches:
                     break
         return found
 
-    def crossed(self, first: Kernel, second: Kernel) -> Kernel | None:
-        """One kernel for two that walk the same inner values, each along the rank that the other one keeps.
-
-        Gradients do: that of the queries sums over keys, that of the keys over queries. The first one's results are kept
-        whole while all tiles go by; nothing is computed twice. Only plain sums are, which may come in any order.
-        """
-        if len(first.streamed) != 1 or len(second.streamed) != 1 or first.streamed == second.streamed:
-            return None
-        outer, inner = first.streamed[0], second.streamed[0]
-        plain = all(
-            r.reduction == "sum" and not r.is_state and len(r.reduced) == 1 for r in (*first.roots, *second.roots)
-        )
-        kept = all(inner in r.indices for r in first.roots) and all(outer in r.indices for r in second.roots)
-        both = frozenset((outer, inner))
-        ready = all(self._is_ready(self.flow.values[name], both) for name in first.reads | second.reads)
-        if first.finals or second.finals or not plain or not kept or not ready or first.inner != second.inner:
-            return None
-        if first.reads & second.stored or second.reads & first.stored or not first.inner:
-            return None
-        if any(
-            k.level <= max(first.level, second.level) and k.reads & (first.stored | second.stored) for k in self.kernels
-        ):
-            return None
-        return Kernel(
-            (outer, inner),
-            max(first.level, second.level),
-            self._ordered([*first.roots, *second.roots]),
-            [],
-            first.stored | second.stored,
-            first.inner | second.inner,
-            first.anchor & second.anchor,
-            first.reads | second.reads,
-            crossed=True,
-        )
-
-    def _is_ready(self, value: Value, streamed: frozenset[sympy.Symbol]) -> bool:
-        """Whether a tensor is read from memory whatever ranks a loop walks."""
-        if value.is_map:
-            return self.is_settled(access(value.name, value.indices), streamed)
-        return not self.may_be_inner(value)
-
-    def _ordered(self, roots: list[Value]) -> list[Value]:
+    def ordered(self, roots: list[Value]) -> list[Value]:
         order = list(self.flow.values)
         return sorted(roots, key=lambda root: order.index(root.name))
 
@@ -185,7 +145,7 @@ class Launches:
         if kernel is None:
             kernel = Kernel(unit.streamed, unit.level, anchor=unit.anchor)
             self._kernels.append(kernel)
-        kernel.roots = self._ordered([*kernel.roots, *(v for v in unit.values if v.name not in kernel.names)])
+        kernel.roots = self.ordered([*kernel.roots, *(v for v in unit.values if v.name not in kernel.names)])
         kernel.inner |= unit.inner
         kernel.reads |= unit.reads
         kernel.anchor = kernel.anchor | unit.anchor if kernel.inner else kernel.anchor & unit.anchor
@@ -346,7 +306,8 @@ class Launches:
         return not value.is_state and self._is_outer_product(value)
 
     def _is_outer_product(self, value: Value) -> bool:
-        """Made of inputs, none of which has all its ranks: as cheap to make as to store, and larger for longer ranks."""
+        """Made of inputs, none of which has all its ranks: as cheap to make as to store, and larger for longer
+        ranks."""
         parts = accesses(self.inline(value.body, frozenset(value.indices)))
         own = frozenset(value.indices)
         return bool(parts) and all(

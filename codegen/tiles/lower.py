@@ -31,11 +31,12 @@ from ...ir.tile import (
 from ...ir.tile import expressions as expressions_of
 from ...ir.tile_verifier import verify_program
 from .body import Body, Layout, Names, Shared, held_states, state_statements
+from .crossing import cross
 from .dataflow import Value, dataflow, following
 from .errors import NotLowerable
 from .launches import Kernel, Launches, substituted
 from .predicates import certain_part, conditions, decidable, limit, where_false, where_true
-from .roles import Caches, Roles, choose_roles, crossing_pays
+from .roles import Caches, Roles, choose_roles
 from .split import Parts, choose_parts, merging
 
 #: Index variables are compared as floating-point numbers: exact below this.
@@ -44,7 +45,7 @@ LARGEST_INDEX = {"f32": 1 << 24, "f64": 1 << 53}
 
 @dataclass(frozen=True)
 class Operand:
-    """How a tensor lies in memory: its element type, and which of its dimensions has stride 1 (None: none is known to)."""
+    """How a tensor lies in memory: its element type, and the dimension that has stride 1 (None: none is known to)."""
 
     dtype: str
     unit: int | None
@@ -52,7 +53,10 @@ class Operand:
 
 @dataclass(frozen=True)
 class Settings:
-    """``operands``: how inputs and outputs lie in memory. ``sizes``: ranks and named constants. ``wide``: never store."""
+    """``operands``: how inputs and outputs lie in memory. ``sizes``: ranks and named constants. ``wide``: never stored.
+
+    ``crossing`` and ``splitting`` allow one kernel for two directions, and parts of a streamed rank at once.
+    """
 
     sizes: Mapping[str, int]
     operands: Mapping[str, Operand]
@@ -82,7 +86,7 @@ def lower(
     launches = Launches(flow, outputs, settings.sizes, settings.wide)
     kernels = list(launches.kernels)
     if settings.crossing:
-        _cross(launches, kernels, settings)
+        cross(launches, kernels, 8 if settings.compute == "f64" else 4)
     programs: list[Program] = []
     sizes: dict[str, int] = {}
     for kernel in kernels:
@@ -99,22 +103,6 @@ def lower(
         else:
             programs.append(lowering.program(f"{name}_{len(programs)}"))
     return Lowered(tuple(programs), sizes)
-
-
-def _cross(launches: Launches, kernels: list[Kernel], settings: Settings) -> None:
-    """Put pairs of kernels that walk the same tiles in two directions together, where that keeps all threads busy."""
-    item_bytes = 8 if settings.compute == "f64" else 4
-    for first in list(kernels):
-        for second in list(kernels):
-            if first not in kernels or second not in kernels:
-                continue
-            # The one with fewer results keeps them whole.
-            if sum(len(r.indices) for r in first.roots) > sum(len(r.indices) for r in second.roots):
-                continue
-            both = launches.crossed(first, second)
-            if both is not None and crossing_pays(both, settings.sizes, item_bytes):
-                kernels[max(kernels.index(first), kernels.index(second))] = both
-                kernels.remove(first if first in kernels else second)
 
 
 class _Lowering:
@@ -144,7 +132,9 @@ class _Lowering:
 
     def program(self, name: str) -> Program:
         inside = self.streaming() if self.kernel.roots else []
-        return self.finish(name, [*self.shared.statements, *inside, *self.epilogue()])
+        end = self.epilogue()
+        # What is prepared once is only known after all that may ask for it.
+        return self.finish(name, [*self.shared.statements, *inside, *end])
 
     def first_part(self, name: str, parts: Parts) -> Program:
         """The states of each part of the streamed rank, stored."""
@@ -198,7 +188,8 @@ class _Lowering:
         return [*state_statements(self.kernel.roots, self.layout), *body]
 
     def crossed(self, body: tuple[Statement, ...]) -> list[Statement]:
-        """Two loops: what sums over the inner rank lives for one round of it, what sums over the outer one throughout."""
+        """Two loops: what sums over the inner rank lives for one round of it, what sums over the outer one
+        throughout."""
         outer, inner = self.roles.streamed
         whole = [root for root in self.kernel.roots if outer in root.reduced]
         short = [root for root in self.kernel.roots if inner in root.reduced]

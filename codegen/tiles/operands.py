@@ -11,7 +11,7 @@ from ...ir.cascade import ranks_of
 
 @dataclass(frozen=True)
 class Split:
-    """``sum[reduced] left * right``; ``rows`` are the kept ranks of the left operand, ``columns`` those of the right."""
+    """``sum[reduced] left * right``; ``rows`` are the kept ranks of the left operand, ``columns`` of the right one."""
 
     left: sympy.Expr
     right: sympy.Expr

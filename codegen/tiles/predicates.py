@@ -1,8 +1,8 @@
 """Masks: which conditions can be decided for a whole tile from its bounds, and what a tile is worth without them.
 
-A condition is a comparison of expressions affine in ranks, sizes and numbers that one tile sees as scalars, or a product
-(and), maximum (or) of such. ``n <= m`` says of a tile of queries and a tile of keys: nowhere (the tile is skipped),
-everywhere (no mask is applied), or partly. Nothing here knows where a condition comes from.
+A condition is a comparison of expressions affine in ranks, sizes and numbers that one tile sees as scalars, or a
+product (and), maximum (or) of such. ``n <= m`` says of a tile of queries and a tile of keys: nowhere (the tile is
+skipped), everywhere (no mask is applied), or partly. Nothing here knows where a condition comes from.
 """
 
 from __future__ import annotations

@@ -19,8 +19,6 @@ from ...ir.cascade import accesses, ranks_of, tensor_name
 from .launches import WHOLE, Kernel, Launches
 from .operands import split_product
 
-#: Bytes of results that a thread may keep whole while tiles go by.
-_LARGEST_WHOLE = 8 << 20
 _SYSFS = Path("/sys/devices/system/cpu/cpu0/cache")
 
 
@@ -88,7 +86,7 @@ def choose_roles(
 ) -> Roles:
     """``units``: input -> the position of the dimension whose elements are neighbours."""
     if kernel.crossed:
-        return _crossed_roles(kernel, sizes, caches, item_bytes)
+        return crossed_roles(kernel, sizes, caches, item_bytes)
     kept = _kept(kernel)
     rows, columns, depth = _sides(launches, kernel)
     grid = _grid(kernel, kept, sizes)
@@ -108,7 +106,7 @@ def choose_roles(
     return Roles(tuple(grid), kernel.streamed, steps)
 
 
-def _crossed_roles(kernel: Kernel, sizes: Mapping[str, int], caches: Caches, item_bytes: int) -> Roles:
+def crossed_roles(kernel: Kernel, sizes: Mapping[str, int], caches: Caches, item_bytes: int) -> Roles:
     """Tiles of both streamed ranks; four of them and two operands in the second-level cache."""
     grid = [s for s in _kept(kernel) if s in kernel.anchor and s not in kernel.streamed]
     room = caches.second * 3 // 4 // item_bytes
@@ -119,26 +117,14 @@ def _crossed_roles(kernel: Kernel, sizes: Mapping[str, int], caches: Caches, ite
     return Roles(tuple(grid), kernel.streamed, steps, workers=not grid)
 
 
-def crossing_pays(kernel: Kernel, sizes: Mapping[str, int], item_bytes: int) -> bool:
-    """Whether the independent coordinates keep all threads busy, and what is kept whole is no burden."""
-    roles = _crossed_roles(kernel, sizes, Caches(), item_bytes)
-    blocks = math.prod(sizes[s.name] for s in roles.grid)
-    inner = kernel.streamed[1]
-    whole = sum(
-        math.prod(sizes[s.name] for s in r.indices if s not in roles.grid) for r in kernel.roots if inner in r.indices
-    )
-    if roles.workers:
-        blocks = -(-sizes[kernel.streamed[0].name] // roles.steps[kernel.streamed[0]])
-    return blocks >= threads() and whole * item_bytes <= _LARGEST_WHOLE
-
-
 def _step(longest: int, size: int) -> int:
     """A tile length for a rank: a power of two, so that nearby sizes have the same kernel."""
     return min(longest, 1 << (size - 1).bit_length()) if size > 1 else 1
 
 
 def _lengths(caches: Caches, item_bytes: int, held: int, depth: int) -> tuple[int, int]:
-    """Tile lengths (rows, streamed): scores, a packed and a plain operand and the state within the second-level cache."""
+    """Tile lengths (rows, streamed): scores, a packed and a plain operand and the state within the second-level
+    cache."""
     room = caches.second * 3 // 4 // item_bytes
     best = (16, 64)
     for row in (128, 64, 32, 16):

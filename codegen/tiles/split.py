@@ -1,8 +1,9 @@
 """One streamed kernel as two: parts of the streamed rank at once, then their states merged.
 
-A fiber may be cut anywhere: the states of its parts, merged by the monoid, give what one loop gives. That is for launches
-with fewer independent tiles than threads, such as decoding one token over a long cache (FlashDecoding, split-K). The first
-program leaves each part's states in memory, the second merges them in order and goes on as the whole kernel would.
+A fiber may be cut anywhere: the states of its parts, merged by the monoid, give what one loop gives. That is for
+launches with fewer independent tiles than threads, such as decoding one token over a long cache (FlashDecoding,
+split-K). The first program leaves each part's states in memory, the second merges them in order and goes on as the
+whole kernel would.
 """
 
 from __future__ import annotations

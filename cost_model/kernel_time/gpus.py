@@ -3,7 +3,7 @@
 ``gpus.json`` holds the figures (clocks, units, caches, board power) with their sources. A device file of any of three
 forms describes others: an entry of ``gpus.json``, the published-figures form of kernel data sets (``Device, Mem_Bw,
 Num_Sm, Core_Per_SM, Freq, SingleFLOPs, L2Cache, Dev_Mem``), or a device file of ``cost_model/devices``. Figures that a
-file leaves out come from the packaged entry of that name, else from the class of device.
+file leaves out come from the packaged entry of that name or of the same figures, else from the class of device.
 """
 
 from __future__ import annotations
@@ -167,7 +167,7 @@ def _gpu(name: str, entry: dict[str, Any], where: str) -> Gpu:
         figures = dict(entry)
         figures.setdefault("title", name)
     names = (str(figures["title"]), name, str(entry.get("name", "")))
-    known = next((_by_name()[key(each)] for each in names if key(each) in _by_name()), None)
+    known = next((_by_name()[key(each)] for each in names if key(each) in _by_name()), None) or _alike(figures)
     merged = _with_defaults(figures, known)
     try:
         gpu = msgspec.convert(merged, type=Gpu)
@@ -180,6 +180,18 @@ def _gpu(name: str, entry: dict[str, Any], where: str) -> Gpu:
         if not (math.isfinite(figure) and figure > 0):
             raise DeviceError(f"{field} of {name!r} is not a positive number", where=where, remedy="correct the figure")
     return gpu
+
+
+def _alike(figures: dict[str, Any]) -> Gpu | None:
+    """The packaged GPU that has these figures under another name; the first of several that share them."""
+
+    def agrees(gpu: Gpu) -> bool:
+        lanes = _number(figures.get("units"), 0.0) * _number(figures.get("lanes"), 0.0)
+        same = [_same(figures.get(field), getattr(gpu, field)) for field in ("bandwidth_gbs", "boost_mhz", "l2_mb")]
+        return all(same) and _same(lanes, gpu.units * gpu.lanes)
+
+    found = next((gpu for gpu in packaged().values() if agrees(gpu)), None)
+    return None if found is None else msgspec.structs.replace(found, aliases=())
 
 
 def _with_defaults(figures: dict[str, Any], known: Gpu | None) -> dict[str, Any]:

@@ -201,7 +201,8 @@ def points_of(family: str, features: Array, model: KernelModel) -> Points:
 
 
 def adapt(asked: Rows, gpu: Gpu, measured: Sequence[Rows], model: KernelModel) -> Banded:
-    """Predicted seconds corrected by measured rows of the same device (of any family)."""
+    """Predicted seconds corrected by measured rows of the same device (of any family); a row that was itself measured
+    takes its median measurement."""
     seen, residuals = [], []
     for rows in measured:
         if rows.seconds is None or len(rows) == 0:
@@ -218,4 +219,22 @@ def adapt(asked: Rows, gpu: Gpu, measured: Sequence[Rows], model: KernelModel) -
     )
     seconds = made.seconds * np.exp(mean)
     width = np.exp(model.scales.band * deviation)
+    own = _measurements(asked, measured)
+    seconds = np.where(np.isnan(own), seconds, own)
+    width = np.where(np.isnan(own), width, np.exp(model.scales.band * model.scales.noise))
     return Banded(seconds, seconds / width, seconds * width)
+
+
+def _measurements(asked: Rows, measured: Sequence[Rows]) -> Array:
+    """Median seconds measured at exactly the asked sizes, NaN where there are none."""
+    found: dict[tuple[float, ...], list[float]] = {}
+    for rows in measured:
+        if rows.family == asked.family and rows.seconds is not None:
+            for key, seconds in zip(_keys(rows), rows.seconds.tolist(), strict=True):
+                found.setdefault(key, []).append(seconds)
+    return np.array([float(np.median(found[key])) if key in found else math.nan for key in _keys(asked)])
+
+
+def _keys(rows: Rows) -> list[tuple[float, ...]]:
+    columns = [rows.operands, *(rows.sizes[name] for name in sorted(rows.sizes))]
+    return [tuple(map(float, row)) for row in np.stack(columns, axis=1)]

@@ -313,5 +313,5 @@ def _few_shot_scales(model: KernelModel, left_out: dict[str, list[_LeftOut]], se
         for share, noise, reach in itertools.product((0.6, 1.0), (0.15, 0.3, 0.6), (1.0, 2.0, 4.0))
     ]
     best = min(grid, key=error)
-    ratios = np.concatenate([np.quantile(np.abs(left) / deviation, [0.9]) for left, deviation in outcome(best)])
-    return replace(best, band=round(float(np.quantile(ratios, 0.5)), 3))
+    ratios = np.concatenate([np.abs(left) / deviation for left, deviation in outcome(best)])
+    return replace(best, band=round(float(np.quantile(ratios, 0.9)), 3))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from .blocks import Block
@@ -19,40 +20,59 @@ class Candidate:
     peak: int
     seconds: float
     simulation: Simulation
+    swapped: frozenset[int] = frozenset()
+
+    @property
+    def key(self) -> tuple[frozenset[int], frozenset[int]]:
+        """What tells choices apart."""
+        return self.saved, self.swapped
 
 
-def evaluate(simulator: Simulator, saved: frozenset[int]) -> Candidate:
-    run = simulator.run(saved)
-    written = sum(simulator.problem.values[v].keep_seconds for v in run.saved)
-    return Candidate(run.saved, run.peak, run.extra_seconds + written, run)
+def evaluate(
+    simulator: Simulator,
+    saved: frozenset[int],
+    swapped: frozenset[int] = frozenset(),
+    swap_seconds: Callable[[int], float] = lambda value: 0.0,
+) -> Candidate:
+    """``swap_seconds``: what it costs the step that a value goes to the host and comes back."""
+    run = simulator.run(saved, swapped)
+    written = sum(simulator.problem.values[v].keep_seconds for v in run.saved | run.swapped)
+    copied = sum(map(swap_seconds, run.swapped))
+    return Candidate(run.saved, run.peak, run.extra_seconds + written + copied, run, run.swapped)
 
 
-def staircase(simulator: Simulator, cuts: list[Cut], blocks: tuple[Block, ...]) -> list[Candidate]:
+def staircase(
+    simulator: Simulator,
+    cuts: list[Cut],
+    blocks: tuple[Block, ...],
+    swap_seconds: Callable[[int], float] = lambda value: 0.0,
+) -> list[Candidate]:
     """Between two neighbouring cuts the layers change over one by one, those that run first in the forward first: their
     backward comes last, when least else is held."""
-    found: dict[frozenset[int], Candidate] = {}
+    found: dict[tuple[frozenset[int], frozenset[int]], Candidate] = {}
 
-    def add(saved: frozenset[int]) -> None:
-        if saved not in found:
-            found[saved] = evaluate(simulator, saved)
+    def add(saved: frozenset[int], swapped: frozenset[int]) -> None:
+        if (saved, swapped) not in found:
+            found[saved, swapped] = evaluate(simulator, saved, swapped, swap_seconds)
 
     for cut in cuts:
-        add(cut.saved)
+        add(*cut.key)
     for left, right in itertools.pairwise(cuts):
-        moved = left.saved ^ right.saved
-        current = set(left.saved)
+        moved = (left.saved ^ right.saved) | (left.swapped ^ right.swapped)
+        saved, swapped = left.key
         for block in blocks:
-            change = moved & set(block.values)
+            change = moved & frozenset(block.values)
             if change:
-                current = (current - change) | (right.saved & change)
-                add(frozenset(current))
+                saved = (saved - change) | (right.saved & change)
+                swapped = (swapped - change) | (right.swapped & change)
+                add(saved, swapped)
     return pareto(list(found.values()))
 
 
 def pareto(candidates: list[Candidate]) -> list[Candidate]:
     """Those that no other beats in both time and peak, fastest first."""
     best: list[Candidate] = []
-    for candidate in sorted(candidates, key=lambda c: (c.seconds, c.peak, sorted(c.saved))):
+    for candidate in sorted(candidates, key=lambda c: (c.seconds, c.peak, sorted(c.saved), sorted(c.swapped))):
         if not best or candidate.peak < best[-1].peak:
             best.append(candidate)
     return best

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from ...cost_model.devices import Device
 from .candidates import Candidate
 from .problem import JointProblem
 
@@ -28,10 +31,12 @@ class ActivationChoice:
 
     rule: str
     saved: frozenset[int]
+    swapped: frozenset[int]
     budget: int | None
     simulated_peak: int
     plain_peak: int
     saved_bytes: int
+    swapped_bytes: int
     plain_saved_bytes: int
     seconds: float
     step_seconds: float
@@ -69,18 +74,32 @@ def describe(
     return ActivationChoice(
         rule=rule,
         saved=chosen.saved,
+        swapped=chosen.swapped,
         budget=budget,
         simulated_peak=chosen.peak,
         plain_peak=plain.peak,
         saved_bytes=sum(size[v].bytes for v in chosen.saved),
+        swapped_bytes=sum(size[v].bytes for v in chosen.swapped),
         plain_saved_bytes=sum(size[v].bytes for v in plain.saved),
-        seconds=chosen.seconds - plain.seconds,
+        # Torch's choice may itself be slower than need be; keeping it is what costs nothing.
+        seconds=max(0.0, chosen.seconds - plain.seconds),
         step_seconds=problem.seconds + plain.seconds,
-        bound=None if bound is None else bound - plain.seconds,
+        bound=None if bound is None else max(0.0, bound - plain.seconds),
         floor_bound=floor_bound,
         rows=rows_of(problem, chosen, plain),
         recomputed=frozenset(problem.ops[index].name for index in chosen.simulation.recomputed),
     )
+
+
+def copy_seconds(problem: JointProblem, device: Device) -> Callable[[int], float]:
+    """Seconds that a value's way to the host and back takes from the step: both copies on the CPU, where the process
+    makes them; on a GPU those back, which the backward waits for."""
+    tier = device.tiers.get("disk" if device.kind == "cpu" else "host")
+    if tier is None:
+        return lambda value: math.inf
+    ways = 2 if device.kind == "cpu" else 1
+    rate, latency = tier.bandwidth.value, tier.latency.value
+    return lambda value: ways * (problem.values[value].bytes / rate + latency)
 
 
 def rows_of(problem: JointProblem, chosen: Candidate, plain: Candidate) -> tuple[Row, ...]:
@@ -88,7 +107,8 @@ def rows_of(problem: JointProblem, chosen: Candidate, plain: Candidate) -> tuple
     again = chosen.simulation.recomputed
     sums: dict[tuple[str, str, str], list[float]] = {}
     counts: Counter[tuple[str, str, str]] = Counter()
-    for fate, values in (("recompute", plain.saved - chosen.saved), ("keep", chosen.saved)):
+    gone = plain.saved - chosen.saved - chosen.swapped
+    for fate, values in (("recompute", gone), ("swap", chosen.swapped), ("keep", chosen.saved)):
         for v in values:
             entry = problem.values[v]
             if entry.op < 0 or not entry.bytes:
@@ -104,4 +124,4 @@ def rows_of(problem: JointProblem, chosen: Candidate, plain: Candidate) -> tuple
         Row(fate, what, module, int(size), counts[fate, what, module], seconds)
         for (fate, what, module), (size, seconds) in sums.items()
     ]
-    return tuple(sorted(rows, key=lambda row: (row.fate != "recompute", -row.bytes, row.what)))
+    return tuple(sorted(rows, key=lambda row: (row.fate == "keep", -row.bytes, row.what)))

@@ -8,7 +8,8 @@ lower bound on the time of every choice that keeps them.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from .simulate import Simulator
@@ -22,21 +23,33 @@ _TIE = 1e-8
 
 @dataclass(frozen=True)
 class Cut:
-    """``saved`` values; ``seconds`` of recomputation and of writing what is kept; ``weight`` of what is kept."""
+    """``saved`` values, and those that are ``swapped`` to the host; ``seconds`` of recomputation, of writing what is
+    kept and of copies; ``weight`` of what is kept on the device."""
 
     saved: frozenset[int]
+    swapped: frozenset[int]
     seconds: float
     weight: float
+
+    @property
+    def key(self) -> tuple[frozenset[int], frozenset[int]]:
+        return self.saved, self.swapped
 
 
 class PricedCuts:
     """Minimum cuts of one problem for different prices."""
 
-    def __init__(self, simulator: Simulator, crossing: frozenset[int] = frozenset()) -> None:
-        """``crossing``: values between layers, which the forward writes out anyway. Of equals they are kept first, so
+    def __init__(
+        self,
+        simulator: Simulator,
+        crossing: frozenset[int] = frozenset(),
+        swap_seconds: Callable[[int], float] | None = None,
+    ) -> None:
+        """``swap_seconds``: what sending a value to the host and back costs; None: nothing is swapped. ``crossing``: values between layers, which the forward writes out anyway. Of equals they are kept first, so
         that no layer's backward reaches back through the layers before it."""
         problem = simulator.problem
         self.simulator, self.problem, self.crossing = simulator, problem, crossing
+        self.swap_seconds = swap_seconds
         # Only what the backward can reach by recomputation takes part.
         reached = simulator.closure(frozenset())
         self.ops = sorted(self._reachable())
@@ -61,6 +74,12 @@ class PricedCuts:
     def keep_seconds(self, value: int) -> float:
         """What keeping a value costs, whatever its bytes are worth."""
         return 0.0 if value in self.crossing else max(_TIE, self.problem.values[value].keep_seconds)
+
+    def swap_cost(self, value: int) -> float:
+        """Seconds that a value's way to the host and back costs; infinite where it stays."""
+        if self.swap_seconds is None or value in self.simulator.outputs:
+            return math.inf
+        return self.swap_seconds(value)
 
     def best(self, weights: Mapping[int, float] | None, price: float) -> Cut:
         """The cheapest choice where keeping v costs ``price · weights[v]`` (its bytes if None) and its writing."""
@@ -89,7 +108,8 @@ class PricedCuts:
             for v in op.writes:
                 entry = problem.values[v]
                 weight = float(entry.bytes) if weights is None else weights.get(v, 0.0)
-                arc(node, number["value", v], price * weight + self.keep_seconds(v) + 1e-12)
+                held = min(price * weight, self.swap_cost(v))
+                arc(node, number["value", v], held + self.keep_seconds(v) + 1e-12)
                 if v in direct:
                     arc(number["value", v], 1, None)
         if solver.num_arcs() and solver.solve(0, 1) == SimpleMaxFlow.OPTIMAL:
@@ -98,16 +118,20 @@ class PricedCuts:
             below = set()
         again = {index for index in self.ops if number["op", index] in below}
         wanted = {v for v in self.values if number["value", v] in below}
-        saved = frozenset(v for v in wanted if problem.values[v].op not in again)
+        kept = frozenset(v for v in wanted if problem.values[v].op not in again)
+
+        def weight_of(v: int) -> float:
+            return float(problem.values[v].bytes) if weights is None else weights.get(v, 0.0)
+
+        swapped = frozenset(v for v in kept if self.swap_cost(v) < price * weight_of(v))
         seconds = sum(problem.ops[index].seconds for index in again)
-        seconds += sum(map(self.keep_seconds, saved))
-        weight = sum(problem.values[v].bytes if weights is None else weights.get(v, 0.0) for v in saved)
-        return Cut(saved, seconds, float(weight))
+        seconds += sum(map(self.keep_seconds, kept)) + sum(map(self.swap_cost, swapped))
+        return Cut(kept - swapped, swapped, seconds, sum(map(weight_of, kept - swapped)))
 
     def frontier(self, weights: Mapping[int, float] | None = None, limit: int = 48) -> list[Cut]:
         """The choices that are best for some price, from the fastest to the smallest (Eisner and Severance 1976)."""
         fast, small = self.best(weights, 0.0), self.best(weights, 1e-3)
-        found = {fast.saved: fast, small.saved: small}
+        found = {fast.key: fast, small.key: small}
         waiting = [(fast, small)]
         while waiting and len(found) < limit:
             left, right = waiting.pop(0)
@@ -116,9 +140,9 @@ class PricedCuts:
             price = (right.seconds - left.seconds) / (left.weight - right.weight)
             middle = self.best(weights, price)
             value = middle.seconds + price * middle.weight
-            if middle.saved in found or value >= (left.seconds + price * left.weight) * (1 - 1e-9):
+            if middle.key in found or value >= (left.seconds + price * left.weight) * (1 - 1e-9):
                 continue
-            found[middle.saved] = middle
+            found[middle.key] = middle
             waiting += [(left, middle), (middle, right)]
         return pareto(list(found.values()))
 

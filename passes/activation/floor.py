@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from .blocks import Block
 from .candidates import Candidate, evaluate
@@ -13,7 +13,12 @@ from .simulate import Simulator
 ROUNDS = 12
 
 
-def reduce_peak(simulator: Simulator, blocks: Sequence[Block], start: Candidate) -> Candidate:
+def reduce_peak(
+    simulator: Simulator,
+    blocks: Sequence[Block],
+    start: Candidate,
+    swap_seconds: Callable[[int], float] = lambda value: 0.0,
+) -> Candidate:
     """Bring the peak down by no longer keeping, or by keeping, what is live at it: one value at a time and, where
     layers are equal, the same value of all of them at once. Stops where nothing helps."""
     problem = simulator.problem
@@ -31,11 +36,11 @@ def reduce_peak(simulator: Simulator, blocks: Sequence[Block], start: Candidate)
                 moves.setdefault(group)
         improved = None
         for group in list(moves)[:24]:
-            saved = best.saved - group if group & best.saved else best.saved | group
+            saved = best.saved - group if group & best.saved else best.saved | (group - best.swapped)
             if saved in tried:
                 continue
             tried.add(saved)
-            candidate = evaluate(simulator, saved)
+            candidate = evaluate(simulator, saved, best.swapped, swap_seconds)
             if candidate.peak < best.peak and (improved is None or candidate.peak < improved.peak):
                 improved = candidate
         if improved is None:

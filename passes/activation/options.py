@@ -8,7 +8,7 @@ own transient values.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from .blocks import Block
@@ -23,6 +23,7 @@ class Option:
     earlier blocks have saved; ``seconds``: run again, and writing what is kept."""
 
     saved: frozenset[int]
+    swapped: frozenset[int]
     saved_bytes: int
     transient: int
     seconds: float
@@ -68,14 +69,15 @@ def block_of_entries(problem: JointProblem, blocks: Sequence[Block]) -> dict[int
 
 
 def options_of(
-    problem: JointProblem, blocks: Sequence[Block], uniform: Sequence[Candidate], crossing: frozenset[int]
+    problem: JointProblem, blocks: Sequence[Block], uniform: Sequence[Candidate], crossing: frozenset[int],
+    swap_seconds: Callable[[int], float] = lambda value: 0.0,
 ) -> tuple[list[list[Option]], Moments]:
     """Options of each block from candidates that treat all blocks by one price, and the moments they meet in."""
     owner = block_of_entries(problem, blocks)
     size = problem.values
     count = len(blocks)
     start: int | None = None
-    table: list[dict[frozenset[int], Option]] = [{} for _ in blocks]
+    table: list[dict[tuple[frozenset[int], frozenset[int]], Option]] = [{} for _ in blocks]
     for candidate in uniform:
         run = candidate.simulation
         saved = [frozenset(candidate.saved & frozenset(block.values)) for block in blocks]
@@ -99,10 +101,12 @@ def options_of(
             transient = peaks[i] - earlier[i]
             seconds = sum(problem.ops[index].seconds for index in block.ops if index in again)
             seconds += sum(size[v].keep_seconds for v in saved[i])
-            option = Option(saved[i], bytes_[i], transient, seconds)
-            known = table[i].get(saved[i])
+            away = candidate.swapped & frozenset(block.values)
+            seconds += sum(map(swap_seconds, away)) + sum(size[v].keep_seconds for v in away)
+            option = Option(saved[i], away, bytes_[i], transient, seconds)
+            known = table[i].get((saved[i], away))
             if known is None or option.transient < known.transient:
-                table[i][saved[i]] = option
+                table[i][saved[i], away] = option
     options = [_useful(_with_crossing(list(found.values()), crossing)) for found in table]
     forward = [0.0] * count
     backward = [0.0] * count
@@ -123,8 +127,8 @@ def _with_crossing(options: list[Option], crossing: frozenset[int]) -> list[Opti
     """Options that keep what later layers need as much as the fastest one does: without it their backward would run
     this layer again, and its memory would not be this layer's own."""
     fastest = min(options, key=lambda o: o.seconds)
-    wanted = fastest.saved & crossing
-    return [option for option in options if option.saved >= wanted] or [fastest]
+    wanted = (fastest.saved | fastest.swapped) & crossing
+    return [option for option in options if option.saved | option.swapped >= wanted] or [fastest]
 
 
 def _useful(options: list[Option]) -> list[Option]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 
 from .blocks import Block, blocks_of, crossing_values
 from .candidates import Candidate, evaluate, pareto, staircase
@@ -19,15 +19,25 @@ from .options import Moments, Option, options_of
 from .problem import JointProblem
 from .simulate import Simulator
 
+#: What is saved, and what is swapped.
+Key = tuple[frozenset[int], frozenset[int]]
 #: Number of budgets that the master problem is solved for, between the floor and the peak of keeping all.
 GRID = 96
 
 
 class ActivationSearch:
-    """Choices for one joint graph. ``plain``: the values that are kept without a budget (torch's minimum cut)."""
+    """Choices for one joint graph. ``plain``: the values that are kept without a budget (torch's minimum cut).
+    ``swap_seconds``: what it costs that a value goes to the host and comes back; None: nothing is swapped."""
 
-    def __init__(self, problem: JointProblem, plain: frozenset[int] | None = None) -> None:
+    def __init__(
+        self,
+        problem: JointProblem,
+        plain: frozenset[int] | None = None,
+        swap_seconds: Callable[[int], float] | None = None,
+    ) -> None:
         self.problem = problem
+        self.swap_seconds = swap_seconds
+        self.copy_seconds = swap_seconds or (lambda value: 0.0)
         self.simulator = Simulator(problem)
         self.blocks: tuple[Block, ...] = blocks_of(problem)
         self.crossing = crossing_values(problem, self.blocks)
@@ -35,20 +45,20 @@ class ActivationSearch:
 
     @functools.cached_property
     def cuts(self) -> list[Cut]:
-        return PricedCuts(self.simulator, self.crossing).frontier()
+        return PricedCuts(self.simulator, self.crossing, self.swap_seconds).frontier()
 
     @functools.cached_property
     def cuts_evaluated(self) -> list[Candidate]:
-        return [evaluate(self.simulator, cut.saved) for cut in self.cuts]
+        return [evaluate(self.simulator, *cut.key, self.copy_seconds) for cut in self.cuts]
 
     @functools.cached_property
     def steps(self) -> list[Candidate]:
         """Cuts and their mixtures by layer, and what is kept without a budget; none beats another."""
-        return pareto([self.plain, *staircase(self.simulator, self.cuts, self.blocks)])
+        return pareto([self.plain, *staircase(self.simulator, self.cuts, self.blocks, self.copy_seconds)])
 
     @functools.cached_property
     def offers(self) -> tuple[list[list[Option]], Moments]:
-        return options_of(self.problem, self.blocks, self.cuts_evaluated, self.crossing)
+        return options_of(self.problem, self.blocks, self.cuts_evaluated, self.crossing, self.copy_seconds)
 
     def master(self, limit: int | None) -> tuple[Candidate, MasterSolution] | None:
         """The master problem's choice within ``limit`` bytes (None: the least), with what the simulator says of it."""
@@ -57,7 +67,8 @@ class ActivationSearch:
         if found is None:
             return None
         saved = frozenset(v for i, o in enumerate(found.chosen) for v in options[i][o].saved)
-        return evaluate(self.simulator, saved), found
+        swapped = frozenset(v for i, o in enumerate(found.chosen) for v in options[i][o].swapped)
+        return evaluate(self.simulator, saved, swapped, self.copy_seconds), found
 
     @functools.cached_property
     def least(self) -> Candidate:
@@ -67,14 +78,14 @@ class ActivationSearch:
         if found is not None:
             candidates.append(found[0])
         start = min(candidates, key=lambda c: (c.peak, c.seconds))
-        return reduce_peak(self.simulator, self.blocks, start)
+        return reduce_peak(self.simulator, self.blocks, start, self.copy_seconds)
 
     @functools.cached_property
     def floor_bound(self) -> int:
         """No choice has a peak below this, for this order of ops."""
         return lower_bound(self.simulator, self.least)
 
-    def within(self, limit: int, refused: Collection[frozenset[int]] = ()) -> Candidate | None:
+    def within(self, limit: int, refused: Collection[Key] = ()) -> Candidate | None:
         """The fastest candidate with a peak of at most ``limit`` bytes that is not among ``refused``."""
         candidates = list(self.steps)
         highest = max(self.plain.peak, self.steps[0].peak)
@@ -84,8 +95,8 @@ class ActivationSearch:
             found = self.master(max(snapped, self.least.peak))
             candidates += [found[0]] if found is not None else []
         candidates.append(self.least)
-        fitting = [c for c in candidates if c.peak <= limit and c.saved not in refused]
-        return min(fitting, key=lambda c: (c.seconds, c.peak, sorted(c.saved)), default=None)
+        fitting = [c for c in candidates if c.peak <= limit and c.key not in refused]
+        return min(fitting, key=lambda c: (c.seconds, c.peak, sorted(c.saved), sorted(c.swapped)), default=None)
 
     def bound(self, limit: int) -> float:
         """No choice within ``limit`` bytes costs less than these seconds: the Lagrangian dual of the memory constraint

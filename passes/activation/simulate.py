@@ -18,11 +18,12 @@ MOST_READS = 4
 
 @dataclass(frozen=True)
 class Entry:
-    """One run of an op. ``again``: it runs for the second time."""
+    """One run of an op. ``again``: it runs for the second time, or (``fetched``) its result comes back from the host."""
 
     op: int
     backward: bool
     again: bool
+    fetched: bool = False
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,7 @@ class Simulation:
     extra_seconds: float
     recomputed: frozenset[int]
     saved: frozenset[int]
+    swapped: frozenset[int]
     at: tuple[int, ...]
     #: (value, first and last entry at which it is in memory).
     lives: tuple[tuple[int, int, int], ...]
@@ -96,9 +98,11 @@ class Simulator:
         """Whether the op's results must be kept if they are needed."""
         return op.banned or any(v in self.problem.overwritten for v in op.reads)
 
-    def run(self, saved: frozenset[int]) -> Simulation:
+    def run(self, saved: frozenset[int], swapped: frozenset[int] = frozenset()) -> Simulation:
+        """The step if ``saved`` is kept, and ``swapped`` spends the time between its uses on the host."""
         problem = self.problem
-        again, used = self.closure(saved)
+        again, used = self.closure(saved | swapped)
+        away = used & swapped
         needed_forward = self._needed(used)
         entries: list[Entry] = []
         touched: list[tuple[int, ...]] = []
@@ -112,7 +116,7 @@ class Simulator:
                 touched.append(forward.sources(op))
                 written.append(op.writes)
         # Backward: the order of its ops, with recomputation at first need.
-        ready = set(used) | self.given
+        ready = set(used - away) | self.given
         order = [op for op in problem.ops if op.index in again]
         backward = Phase(problem, [*order, *self.backward_ops], frozenset(problem.backward_outputs), self.given | used)
         done: set[int] = set()
@@ -120,30 +124,36 @@ class Simulator:
         for op in self.backward_ops:
             if not backward.stored(op):
                 continue
-            for maker in self._missing(backward.sources(op), ready, done, backward):
-                entries.append(Entry(maker, True, True))
-                touched.append(backward.sources(problem.ops[maker]))
-                written.append(problem.ops[maker].writes)
+            for maker, fetched in self._missing(backward.sources(op), ready, done, backward, away):
+                entries.append(Entry(maker, True, True, fetched is not None))
+                touched.append(backward.sources(problem.ops[maker]) if fetched is None else ())
+                written.append(problem.ops[maker].writes if fetched is None else (fetched,))
             entries.append(Entry(op.index, True, False))
             touched.append(backward.sources(op))
             written.append(op.writes)
             ready.update(op.writes)
             marks.append(len(entries) - 1)
-        return self._measure(entries, touched, written, marks, again, used)
+        return self._measure(entries, touched, written, marks, again, used - away, away)
 
-    def _missing(self, sources: Iterable[int], ready: set[int], done: set[int], phase: Phase) -> list[int]:
-        """Ops to run again, in order, so that ``sources`` are at hand."""
-        found: list[int] = []
+    def _missing(
+        self, sources: Iterable[int], ready: set[int], done: set[int], phase: Phase, away: frozenset[int]
+    ) -> list[tuple[int, int | None]]:
+        """Ops to run again, in order, so that ``sources`` are at hand; with a value: that is fetched instead."""
+        found: list[tuple[int, int | None]] = []
         stack = [(v, False) for v in reversed([*sources])]
         while stack:
             value, opened = stack.pop()
             if value in ready:
                 continue
             maker = self.problem.values[value].op
+            if value in away:
+                found.append((maker, value))
+                ready.add(value)
+                continue
             if opened:
                 if maker not in done:
                     done.add(maker)
-                    found.append(maker)
+                    found.append((maker, None))
                 ready.update(self.problem.ops[maker].writes)
                 continue
             stack.append((value, True))
@@ -176,6 +186,7 @@ class Simulator:
         marks: list[int],
         again: frozenset[int],
         used: frozenset[int],
+        away: frozenset[int],
     ) -> Simulation:
         problem, values = self.problem, self.problem.values
         count = len(entries)
@@ -229,6 +240,7 @@ class Simulator:
             extra_seconds=sum(problem.ops[index].seconds for index in again),
             recomputed=again,
             saved=used,
+            swapped=away,
             at=tuple(at),
             lives=tuple((key[0], start, end[key]) for key, start in begin.items()),
         )

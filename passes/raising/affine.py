@@ -81,4 +81,8 @@ def _orders(
 
     if len(ranks) != len(sizes) or len(ranks) > 4:
         return []
-    return [list(order) for order in permutations(ranks) if all(rank_sizes[r] == s for r, s in zip(order, sizes))]
+    return [
+        list(order)
+        for order in permutations(ranks)
+        if all(rank_sizes[r] == s for r, s in zip(order, sizes, strict=True))
+    ]

@@ -1,4 +1,4 @@
-"""What ``effcc passes`` tells of a model's graph: its cascade, the groups that become kernels, what is refused and why."""
+"""What ``effcc passes`` tells of a model's graph: its cascade, the groups that become kernels, and what is refused."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ from .affine import NotAffine
 from .program import Program
 from .ranks import unify_ranks
 from .sizes import in_cascade, product
-from .steps import Index, Leaf, Map, Reduce, Value, View, Window
+from .steps import Index, Leaf, Reduce, Value, View, Window
 
 #: A map is computed again by each reader if it has at most this many operations and this many times more elements than
 #: the tensors that it reads.

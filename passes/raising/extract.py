@@ -104,8 +104,8 @@ class _Bindings:
         self._table: dict[Einsum, dict[AppliedUndef, sympy.Expr]] = {}
         for einsum in einsums:
             outer = [item for item in einsum.reads if tensor_name(item) not in self.inside]
-            # In the graph's order, not by names, which tell one layer from another.
-            outer.sort(key=lambda item: (around.order[tensor_name(item)], [str(at.is_Symbol) for at in item.args]))
+            # By the place of its ranks, not by names, which tell one layer from another.
+            outer.sort(key=lambda item: (_pattern(item, einsum), around.order[tensor_name(item)]))
             self._table[einsum] = {item: self._input(item) for item in outer}
 
     def bind(self, einsum: Einsum) -> Einsum:
@@ -160,13 +160,13 @@ class _Bindings:
     def views(
         self, einsums: Sequence[Einsum], names: Mapping[str, str], ranks: Mapping[sympy.Symbol, sympy.Symbol]
     ) -> tuple[list[str], tuple[TensorView, ...], dict[str, Size]]:
-        """The operands in order of their place in the graph, where each input lies in them, and sizes of ranks that
-        only these views have. Views have the ranks that their tensor is first read with, if it is read as a whole."""
+        """The operands in the order in which they are first read, where each input lies in them, and sizes of ranks
+        that only these views have. A view has the ranks that its tensor is first read with, if all of it is read."""
         read: dict[str, AppliedUndef] = {}
         for item in (item for einsum in einsums for item in einsum.reads):
             read.setdefault(tensor_name(item), item)
         inputs = {name: entry for name, entry in self.inputs.items() if name in read}
-        operands = sorted({entry[0] for entry in inputs.values()}, key=lambda name: self.around.order[name])
+        operands = list(dict.fromkeys(entry[0] for entry in inputs.values()))
         views = []
         extra: dict[str, Size] = {}
         for name, (tensor, own, index) in inputs.items():
@@ -181,6 +181,12 @@ class _Bindings:
             at = _dims([part.xreplace(places) for part in index], self.around.tensors[tensor])
             views.append(TensorView(names[name], operands.index(tensor), tuple(places.values()), at, sizes))
         return operands, tuple(sorted(views, key=lambda view: (view.position, view.tensor))), extra
+
+
+def _pattern(item: AppliedUndef, einsum: Einsum) -> list[str]:
+    """An access with ranks by their position in the Einsum."""
+    places = {symbol: sympy.Symbol(f"_{at:03d}") for at, symbol in enumerate((*einsum.kept, *einsum.reduced))}
+    return [str(at.xreplace(places)) for at in item.args]
 
 
 def _canonical_names(einsums: Sequence[Einsum], inputs: Mapping[str, Any]) -> dict[str, str]:

@@ -10,12 +10,15 @@ from ...ir.fused_cascade import FusedCascade
 from ...ir.graph import Location
 from ..rewrite_cascade import Rewriting
 
+#: A place that is not known.
+_NOWHERE = Location()
+
 
 @dataclass(frozen=True)
 class Traffic:
-    """Bytes moved to and from memory: by the ops as written (one kernel an op that cannot be fused otherwise, pointwise
-    ops fused into their producers), by the fused kernel as a lower bound on what it re-reads, and the compulsory bytes
-    (every operand read once, every result written once). ``flops_written`` and ``flops_fused`` count contractions."""
+    """Bytes moved to and from memory: by the ops as written (a matrix product is a kernel, and so is each stretch of
+    other ops between them), by the fused kernel at least, and the compulsory ones (every operand read once, every
+    result written once). ``flops_written`` and ``flops_fused`` count contractions."""
 
     written: int
     fused: int
@@ -41,8 +44,9 @@ class Group:
     are the graph nodes that only this group needed. ``rewriting`` is ``rewrite(fused.cascade)``. ``grid`` are the ranks
     that every output keeps: their coordinates are independent. ``streamed`` are the ranks that the wide tensors have
     beyond the grid: a kernel loops over tiles of them. ``wide`` are the tensors that are never in memory. ``rounded``
-    are graph values that eager rounds to a narrower element type, and the kernel does not. ``rests`` are small sums that
-    the kernel leaves to be done.
+    are graph values that eager rounds to a narrower element type, and the kernel does not. ``rests`` are small sums
+    that the kernel leaves to be done. Groups of one ``component`` (a forward and its backward) are made together or not
+    at all: each keeps what the others compute again.
     """
 
     name: str
@@ -56,5 +60,6 @@ class Group:
     wide: tuple[str, ...]
     traffic: Traffic
     rounded: tuple[str, ...] = ()
-    location: Location = Location()
+    location: Location = _NOWHERE
     rests: tuple[Rest, ...] = ()
+    component: str = ""

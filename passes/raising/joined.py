@@ -1,7 +1,7 @@
 """Ops on tensors that were joined from a large part and single columns: done on the parts, and joined again.
 
-A learned sink is one more column of the scores: ``softmax(cat([S, sink]))[..., :-1]``. Taken part by part, the maximum is
-``max(max_n S, sink)`` and the sum ``sum_n exp(S - M) + exp(sink - M)``, and no tensor of all columns is needed.
+A learned sink is one more column of the scores: ``softmax(cat([S, sink]))[..., :-1]``. Taken part by part, the maximum
+is ``max(max_n S, sink)`` and the sum ``sum_n exp(S - M) + exp(sink - M)``, and no tensor of all columns is needed.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Joined:
 
     @property
     def lengths(self) -> list[int]:
-        return [int(part.shape[self.dim]) for part in self.parts]  # type: ignore[arg-type]
+        return [int(part.shape[self.dim]) for part in self.parts]
 
 
 def joined(value: Value) -> Joined | None:

@@ -81,7 +81,7 @@ def lower_flash(program: Program, call: Call) -> Any:
         weights = program.map(lambda w, s: Where(s, w, ZERO), weights, some)
     lse = program.map(lambda m, t: m + sympy.log(t), largest, total)
     if mask is not None:
-        lse = program.map(lambda l, s: Where(s, l, ZERO), lse, some)
+        lse = program.map(lambda total, s: Where(s, total, ZERO), lse, some)
     return program.contract(weights, value), program.reshape(lse, lse.shape[:-1])
 
 
@@ -100,7 +100,7 @@ def lower_flash_backward(program: Program, call: Call) -> Any:
         raise NotRaised("attention's gradient with dropout")
     scale = _scale(call, query, -1)
     whole = scores(program, query, key, mask, call.flag(7, "is_causal"), scale)
-    weights = program.map(lambda s, l: sympy.exp(s - l), whole, program.unsqueeze(lse, -1))
+    weights = program.map(lambda s, total: sympy.exp(s - total), whole, program.unsqueeze(lse, -1))
     of_weights = program.contract(gradient, program.transpose(value))
     delta = program.reduce("sum", program.map(lambda g, o: g * o, gradient, output), [-1], True)
     of_scores = program.map(lambda p, d, t: scale * p * (d - t), weights, of_weights, delta)

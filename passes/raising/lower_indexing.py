@@ -26,13 +26,11 @@ def is_index(value: Value) -> Value:
 
 
 def pick(program: Program, source: Value, index: Value) -> Value:
-    """``sum[v] where(v == index, source, 0)`` over the last dimension of ``source``; the others are broadcast with those
-    of ``index``."""
+    """``sum[v] where(v == index, source, 0)`` over the last dimension of ``source``; the others are broadcast with
+    those of ``index``."""
     narrow = program.unsqueeze(index, -1)
     shape = program.broadcast_shape([source, narrow])
-    chosen = program.generate(
-        lambda e, at: Where(Equal(at[-1], e[1]), e[0], ZERO), shape, source.dtype, source, narrow
-    )
+    chosen = program.generate(lambda e, at: Where(Equal(at[-1], e[1]), e[0], ZERO), shape, source.dtype, source, narrow)
     return program.reduce("sum", chosen, [-1])
 
 

@@ -1,7 +1,7 @@
 """A sum of sums as one sum: ``Y[k] = sum[g] sum[m] X`` -> ``Y[k] = sum[g,m] X``.
 
-The gradient of keys that query heads share is summed over queries, then over heads; a bias that a batch shares, over the
-batch, then over places.
+The gradient of keys that query heads share is summed over queries, then over heads; a bias that a batch shares, over
+the batch, then over places.
 """
 
 from __future__ import annotations

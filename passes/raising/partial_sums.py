@@ -1,12 +1,13 @@
 """Sums that would tie together what a kernel's grid keeps apart, cut into the kernel's part and a small rest.
 
 The gradient of a temperature a head is summed over the batch too, that of a learned bias or a single weight over
-everything. In a kernel whose other results keep batch and heads, such a sum is taken for each of them alone; what is left
-is a sum over a small tensor, outside.
+everything. In a kernel whose other results keep batch and heads, such a sum is taken for each of them alone; what is
+left is a sum over a small tensor, outside.
 
 rewrite::
 
-    DT[h] = sum[b,m,n] X[b,h,m,n]    ->    DT_part[b,h] = sum[m,n] X[b,h,m,n]    and outside  DT[h] = sum[b] DT_part[b,h]
+    DT[h] = sum[b,m,n] X[b,h,m,n]   ->   DT_part[b,h] = sum[m,n] X[b,h,m,n]
+                                         DT[h]        = sum[b] DT_part[b,h]     (outside)
 """
 
 from __future__ import annotations

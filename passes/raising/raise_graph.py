@@ -126,8 +126,9 @@ class _Lowering:
         source, position = node.args
         whole = self.values.get(source.name) if isinstance(source, Ref) else None
         if isinstance(whole, tuple) and isinstance(position, int) and position < len(whole):
-            if isinstance(whole[position], Value):
-                return whole[position]
+            part = whole[position]
+            if isinstance(part, Value):
+                return part
         return self._leaf(node)
 
     def _leaf(self, node: Node) -> Any:

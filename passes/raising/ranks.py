@@ -22,8 +22,8 @@ def unify_ranks(
     """The Einsums with as few ranks as that allows, and the sizes of those.
 
     Reads that walk over no more than the tensor itself come first: they tie together all tensors of one iteration
-    space. An operand of a product adds ranks to a space, and must not decide how that space is called. If ``through`` is
-    given, only those tensors tie their readers together.
+    space. An operand of a product adds ranks to a space, and must not decide how that space is called. If ``through``
+    is given, only those tensors tie their readers together.
     """
     union = _Union(einsums)
     own: dict[tuple[str, int], sympy.Symbol] = {}
@@ -31,12 +31,9 @@ def unify_ranks(
         for position, index in enumerate(einsum.indices):
             own[einsum.output, position] = index
     reads = [
-        (einsum, item)
-        for einsum in einsums
-        for item in einsum.reads
-        if through is None or tensor_name(item) in through
+        (einsum, item) for einsum in einsums for item in einsum.reads if through is None or tensor_name(item) in through
     ]
-    for einsum, item in sorted(reads, key=lambda read: frozenset(read[1].args) != read[0].space):
+    for _, item in sorted(reads, key=lambda read: frozenset(read[1].args) != read[0].space):
         for position, index in enumerate(item.args):
             if not (index.is_Symbol and is_rank(index)):
                 continue

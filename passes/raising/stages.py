@@ -3,8 +3,8 @@
 A kernel must not need what is computed outside from its own results: the loss between a forward and its backward, the
 layers between two attentions that share a mask. So each Einsum of the core gets a *stage*: one more than that of the
 core's results that it needs by way of something outside. What depends on a tangent comes after all that does not. A
-stage that needs wide tensors of an earlier one computes them again, from the earlier one's narrow results: the maps of a
-softmax, not its sums.
+stage that needs wide tensors of an earlier one computes them again, from the earlier one's narrow results: the maps of
+a softmax, not its sums.
 """
 
 from __future__ import annotations

@@ -5,11 +5,18 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 
 from ...ir.cascade import Einsum, tensor_name
-from ...ir.types import DTYPES
+from ...cost_model.op_classes import packet
+from ...ir.graph import Graph, Ref
+from ...ir.types import DTYPES, TensorType
+from ..effects import is_view
 from .components import Space
-from .emit import Tensor
+from .emit import Tensor, elements
 from .group import Traffic
 from .stages import Stage
+
+
+#: Ops that copy what they are given into another layout.
+_COPIES = frozenset({"aten.clone", "aten._unsafe_view", "aten.reshape", "aten.contiguous"})
 
 
 def element_bytes(tensor: Tensor) -> int:
@@ -28,7 +35,35 @@ def operations(einsums: Collection[Einsum], space: Space) -> int:
     return sum(2 * space.size(einsum.space) for einsum in einsums if is_contraction(einsum))
 
 
-def traffic(stage: Stage, wanted: Collection[str], space: Space, tensors: Mapping[str, Tensor]) -> Traffic:
+class Copies:
+    """Bytes that a graph copies to lay a matrix product's operands out: heads repeated for grouped queries, transposes.
+
+    Only a copy of several times the memory that it shows counts: another one can be part of the op before it.
+    """
+
+    def __init__(self, graph: Graph) -> None:
+        self.graph = graph
+        self.nodes = graph.by_name()
+
+    def bytes(self, line: int) -> int:
+        """What is written and read again before the op at this position of the graph."""
+        total = 0
+        for name in dict.fromkeys(self.graph.nodes[line].operands()):
+            copied, node = 0, self.nodes[name]
+            while (is_view(node) or packet(node.op) in _COPIES) and node.args and isinstance(node.args[0], Ref):
+                kind = node.type
+                if packet(node.op) in _COPIES and isinstance(kind, TensorType):
+                    copied = elements(kind.shape) * kind.element_bytes
+                node = self.nodes[node.args[0].name]
+            shown = node.type
+            if isinstance(shown, TensorType) and copied >= 2 * elements(shown.shape) * shown.element_bytes:
+                total += 2 * copied
+        return total
+
+
+def traffic(
+    stage: Stage, wanted: Collection[str], space: Space, tensors: Mapping[str, Tensor], copies: Copies
+) -> Traffic:
     """What a stage moves. ``wanted`` are the tensors that are needed outside of it.
 
     As written, a matrix product is a kernel, and so is every stretch of other ops between matrix products: it reads
@@ -43,6 +78,7 @@ def traffic(stage: Stage, wanted: Collection[str], space: Space, tensors: Mappin
     written = 0
     for einsum in products:
         written += size(einsum.output) + sum(size(name) for name in {tensor_name(item) for item in einsum.reads})
+        written += copies.bytes(einsum.line)
     made_by_product = {einsum.output for einsum in products}
     read_by_product = {tensor_name(item) for einsum in products for item in einsum.reads}
     for stretch in _stretches([einsum for einsum in own if not is_contraction(einsum)]):

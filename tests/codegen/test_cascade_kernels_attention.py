@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from attention_cascades import BACKWARD, FORWARD, GROUPED
 from effcc.codegen.cascade_kernel import CascadeKernel, build, prepare_cascade
-from effcc.codegen.tiles import roles
+from effcc.codegen.tiles import crossing
 from effcc.ir.cascade import rank
 from effcc.ir.cascade_parser import parse_cascade
 from effcc.ir.tile import Cases, Skip, walk
@@ -74,7 +74,7 @@ def monkeypatch_module() -> Iterator[pytest.MonkeyPatch]:
 @pytest.fixture(scope="module")
 def cases(monkeypatch_module: pytest.MonkeyPatch) -> Mapping[str, Case]:
     source = fresh_random()
-    monkeypatch_module.setattr(roles, "threads", lambda: 2)
+    monkeypatch_module.setattr(crossing, "threads", lambda: 2)
     found = {name: attention_case(text, source, crossing="apart" not in name) for name, text in TEXTS.items()}
     build([each.kernel for each in found.values()])
     return found
@@ -115,7 +115,8 @@ def test_one_launch_and_nothing_stored(name: str, cases: Mapping[str, Case]) -> 
 
 @pytest.mark.parametrize("name", BACKWARD)
 def test_launches_of_gradients(name: str, cases: Mapping[str, Case]) -> None:
-    """With heads enough one launch walks keys and queries at once; else one streams keys (dQ) and one queries (dK, dV)."""
+    """With heads enough one launch walks keys and queries at once; else one streams keys (dQ) and one queries (dK,
+    dV)."""
 
     def walked(kernel: CascadeKernel) -> list[list[str]]:
         return [[loop.rank.name for loop in program.loops if loop.kind == "for"] for program in kernel.programs]
@@ -139,7 +140,8 @@ def test_launches_of_gradients(name: str, cases: Mapping[str, Case]) -> None:
     ],
 )
 def test_empty_tiles_are_skipped(name: str, skips: bool, cases_: bool, cases: Mapping[str, Case]) -> None:
-    """Only where nothing that a tile adds could be seen: a finite mask's tiles count, in rows that are masked altogether."""
+    """Only where nothing that a tile adds could be seen: a finite mask's tiles count, in rows that are masked
+    altogether."""
     for program in cases[name].kernel.programs:
         statements = list(walk(program.body))
         assert any(isinstance(item, Skip) for item in statements) == skips

@@ -68,6 +68,13 @@ def test_device_files_of_each_form_describe_the_device() -> None:
         gpus.find("mine")
 
 
+def test_a_known_device_under_another_name_keeps_what_the_file_leaves_out() -> None:
+    """The L4's base clock, which tells how far power holds it down, is in no data set's figures."""
+    entry = {"Device": "x", "Mem_Bw": 300, "Num_Sm": 60, "Core_Per_SM": 128, "Freq": 2040, "L2Cache": 48}
+    assert gpus.find("x", read_device(entry)).base_mhz == gpus.find("NVIDIA L4").base_mhz
+    assert gpus.find("x", read_device({**entry, "Mem_Bw": 600})).base_mhz == 0
+
+
 @pytest.mark.parametrize("name", [name for name in list_devices() if name in ("h100", "l4", "a100-80g", "rtx4090")])
 def test_a_device_of_the_planner_serves_as_a_device_file(name: str) -> None:
     from effcc.cost_model.devices import load_device

@@ -158,7 +158,9 @@ def test_dropout_on_the_weights_is_left_alone() -> None:
     (analysis, *_) = raise_and_analyse(run.graph, EVERYTHING)
     fused = _FUSE.apply(run.graph)
     verify(fused)
-    random = [node.name for node in run.graph.nodes if "rand" in node.op or "dropout" in node.op or "bernoulli" in node.op]
+    random = [
+        node.name for node in run.graph.nodes if "rand" in node.op or "dropout" in node.op or "bernoulli" in node.op
+    ]
     assert random
     assert [node.name for node in fused.nodes if node.name in random] == random
     assert set(random) & set(analysis.kept) or not analysis.groups

@@ -8,9 +8,8 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from effcc.passes.raising.choose import Choice
+from effcc.passes.raising.choose import Choice, choose
 from effcc.passes.raising.raise_graph import raise_graph
-from effcc.passes.raising.choose import choose
 from raised_graphs import EVERYTHING, Run, check_groups, check_raised, record
 from torch import Tensor
 

@@ -54,11 +54,14 @@ _OPS: dict[str, tuple[Callable[..., Tensor], Callable[[], tuple[Tensor, ...]]]] 
     "one hot": (lambda x, i: F.one_hot(i, 5) * x, lambda: (_x(3, 5), _index(5, 3))),
     "scatter": (lambda x, i: x.scatter(1, i, 2.0) + x.scatter(1, i, x[:, :1] * 2), lambda: (_x(3, 5), _index(5, 3, 1))),
     "cross entropy": (
-        lambda x, i: F.cross_entropy(x, i, ignore_index=1, label_smoothing=0.2) + F.cross_entropy(x, i, reduction="sum"),
+        lambda x, i: F.cross_entropy(x, i, ignore_index=1, label_smoothing=0.2)
+        + F.cross_entropy(x, i, reduction="sum"),
         lambda: (_x(6, 4), _index(4, 6)),
     ),
     "norms": (lambda x, w: F.layer_norm(x, (4,), w) + F.rms_norm(x, (4,), w, eps=1e-3), lambda: (_x(2, 3, 4), _x(4))),
-    "attention": (lambda q, k: F.scaled_dot_product_attention(q, k, k, is_causal=True), lambda: (_x(2, 5, 4), _x(2, 5, 4))),
+    "attention": (
+        lambda q, k: F.scaled_dot_product_attention(q, k, k, is_causal=True), lambda: (_x(2, 5, 4), _x(2, 5, 4))
+    ),
 }  # fmt: skip
 
 
@@ -70,7 +73,7 @@ def test_op(name: str, decomposed: bool) -> None:
     with torch.no_grad():
         (run,) = record(function, inputs, decomposed=decomposed)
     keep = [node.name for node in run.graph.nodes]
-    raised, compared = check_raised(run, keep=keep)
+    _, compared = check_raised(run, keep=keep)
     assert compared >= 1
     trained = [x.clone().requires_grad_() if x.is_floating_point() else x for x in inputs]
     if name not in ("sum of booleans", "any and all", "one hot"):
@@ -99,7 +102,9 @@ def test_a_product_with_zero_is_not_zero() -> None:
 _STAYS: dict[str, tuple[Callable[..., Tensor], Callable[[], tuple[Tensor, ...]], str]] = {
     "random": (lambda x: F.dropout(x, 0.5) * 2, lambda: (_x(3, 4),), "no rule"),
     "rounded to integers": (lambda x: x.long() * 2, lambda: (_x(3, 4),), "drops fractions"),
-    "rounded division": (lambda x: torch.div(x, 0.3, rounding_mode="floor") * 2, lambda: (_x(3, 4),), "rounded division"),
+    "rounded division": (
+        lambda x: torch.div(x, 0.3, rounding_mode="floor") * 2, lambda: (_x(3, 4),), "rounded division"
+    ),
     "no rule": (lambda x: torch.cumsum(x, 0) * 2, lambda: (_x(3, 4),), "no rule"),
     "sorted": (lambda x: x.sort(0).values + 1, lambda: (_x(3, 4),), "no rule"),
     "bits of integers": (lambda i: (i & 3) + 1, lambda: (_index(9, 5),), "bits"),

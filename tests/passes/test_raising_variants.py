@@ -70,7 +70,11 @@ def _one_pass(group: Group) -> bool:
     streamed = {symbol.name for symbol in group.streamed}
     inputs = {view.tensor for view in group.fused.inputs}
     return all(
-        count <= 1 for name, ranks in table.items() if name in inputs for rank, count in ranks.items() if rank in streamed
+        count <= 1
+        for name, ranks in table.items()
+        if name in inputs
+        for rank, count in ranks.items()
+        if rank in streamed
     )
 
 
@@ -89,9 +93,9 @@ def test_one_kernel_without_a_wide_tensor(variant: Variant) -> None:
 #: Variants whose backward is one group too: softmax's sum is exchanged with the output's.
 _BACKWARD = [
     "vanilla", "causal", "causal_tril", "alibi", "t5_relative", "softcap", "sliding_window", "prefix_lm",
-    "document_mask", "grouped_query", "grouped_query_expanded", "multi_query", "cross", "sink", "qk_norm", "temperature",
-    "sink_joined", "sigmoid", "gated", "latent", "additive_mask", "boolean_mask", "empty_rows", "padded", "builtin", "builtin_causal", "builtin_mask",
-    "joint_projection", "rotary",
+    "document_mask", "grouped_query", "grouped_query_expanded", "multi_query", "cross", "sink", "qk_norm",
+    "temperature", "sink_joined", "sigmoid", "gated", "latent", "additive_mask", "boolean_mask", "empty_rows",
+    "padded", "builtin", "builtin_causal", "builtin_mask", "joint_projection", "rotary",
 ]  # fmt: skip
 
 

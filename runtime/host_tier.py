@@ -1,0 +1,133 @@
+"""Values that leave the device between forward and backward: two ops, and the memory they put values in.
+
+``effcc::swap_out(x)`` copies x to the host and returns a handle: a tensor of one byte whose storage holds all of x.
+``effcc::swap_in(handle, size, stride, dtype, device)`` brings it back as a new tensor of that layout. What the forward
+saves is the handle, so the device's memory is free as soon as the copy is done.
+
+For a CUDA device the host is pinned memory, and copies run on a stream of their own. For the CPU, whose memory is the
+device, the host is a file: created, filled to its size (so that a full disk is an error here, not later) and unlinked
+at once, so that nothing is left behind however the process ends. The system writes it out as it needs memory.
+"""
+
+from __future__ import annotations
+
+import errno
+import mmap
+import os
+import tempfile
+from pathlib import Path
+
+import torch
+
+from ..errors import SwapError
+
+_library = torch.library.Library("effcc", "FRAGMENT")
+_library.define("swap_out(Tensor x) -> Tensor")
+_library.define("swap_in(Tensor handle, SymInt[] size, SymInt[] stride, ScalarType dtype, Device device) -> Tensor")
+
+_directory: Path | None = None
+_streams: dict[torch.device, torch.cuda.Stream] = {}
+
+
+def set_directory(path: str | os.PathLike[str] | None) -> None:
+    """Where files of swapped values lie; None: the system's temporary directory."""
+    global _directory
+    _directory = None if path is None else Path(path)
+
+
+def file_backed(size: int) -> torch.Tensor:
+    """``size`` bytes in an unlinked file, as a tensor. Raises SwapError for a full disk or a directory that cannot be
+    written to."""
+    folder = _directory or Path(tempfile.gettempdir())
+    try:
+        descriptor, name = tempfile.mkstemp(prefix="effcc-swap-", dir=folder)
+    except OSError as error:
+        raise SwapError(
+            f"no swap file can be made in {folder}: {error.strerror}",
+            where=str(folder),
+            remedy="Choose a directory that exists and can be written to.",
+        ) from error
+    try:
+        os.posix_fallocate(descriptor, 0, max(size, 1))
+        # The tensor's storage keeps the mapping, and the mapping the file. The allocator does not count it.
+        return torch.frombuffer(mmap.mmap(descriptor, max(size, 1)), dtype=torch.uint8)
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        raise SwapError(
+            f"{size} bytes cannot be swapped out: {error.strerror}",
+            where=str(folder),
+            remedy="Free space there, or choose another directory." if full else "Choose another directory.",
+        ) from error
+    finally:
+        os.unlink(name)
+        os.close(descriptor)
+
+
+def extent(x: torch.Tensor) -> int:
+    """Bytes that x spans in its storage, from its first element to its last."""
+    if x.numel() == 0:
+        return 0
+    last = sum((size - 1) * step for size, step in zip(x.size(), x.stride(), strict=True))
+    return (1 + last) * x.element_size()
+
+
+def stream_of(device: torch.device) -> torch.cuda.Stream:
+    """The stream that a device's copies run on."""
+    found = _streams.get(device)
+    if found is None:
+        found = _streams[device] = torch.cuda.Stream(device)
+    return found
+
+
+def swap_out(x: torch.Tensor) -> torch.Tensor:
+    size = extent(x)
+    if x.is_cuda:
+        host = torch.empty(max(size, 1), dtype=torch.uint8, pin_memory=True)
+        stream = stream_of(x.device)
+        stream.wait_stream(torch.cuda.current_stream(x.device))
+        with torch.cuda.stream(stream):
+            laid_out(host, x.size(), x.stride(), x.dtype).copy_(x, non_blocking=True)
+        x.record_stream(stream)
+    else:
+        host = file_backed(size)
+        laid_out(host, x.size(), x.stride(), x.dtype).copy_(x)
+    return host[:1]
+
+
+def swap_in(
+    handle: torch.Tensor, size: list[int], stride: list[int], dtype: torch.dtype, device: torch.device
+) -> torch.Tensor:
+    whole = torch.empty(0, dtype=torch.uint8, device="cpu").set_(handle.untyped_storage())  # type: ignore[call-overload]
+    source = laid_out(whole, torch.Size(size), tuple(stride), dtype)
+    result = torch.empty_strided(size, stride, dtype=dtype, device=device)
+    if device.type == "cuda":
+        stream = stream_of(device)
+        stream.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(stream):
+            result.copy_(source, non_blocking=True)
+        torch.cuda.current_stream(device).wait_stream(stream)
+        result.record_stream(stream)
+        return result
+    return result.copy_(source)
+
+
+def laid_out(host: torch.Tensor, size: torch.Size, stride: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """A view of the bytes ``host`` as a tensor of that layout."""
+    count = host.numel() // dtype.itemsize
+    return host[: count * dtype.itemsize].view(dtype).as_strided(size, stride)
+
+
+def _fake_out(x: torch.Tensor) -> torch.Tensor:
+    return torch.empty(1, dtype=torch.uint8, device="cpu")
+
+
+def _fake_in(
+    handle: torch.Tensor, size: list[int], stride: list[int], dtype: torch.dtype, device: torch.device
+) -> torch.Tensor:
+    return torch.empty_strided(size, stride, dtype=dtype, device=device)
+
+
+_library.impl("swap_out", swap_out, "CompositeExplicitAutograd")
+_library.impl("swap_in", swap_in, "CompositeExplicitAutograd")
+torch.library.register_fake("effcc::swap_out", _fake_out)
+torch.library.register_fake("effcc::swap_in", _fake_in)

@@ -1,0 +1,97 @@
+"""``options={"cascades": True}``: attention and losses written out in plain PyTorch become fused kernels, in training."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+
+import effcc
+import pytest
+import torch
+import torch.nn.functional as F
+from fresh_seed import fresh_random
+from torch.testing import assert_close
+
+pytestmark = pytest.mark.usefixtures("clean_compiler")
+
+Attention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+def scores(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+    return q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5
+
+
+def vanilla(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    return torch.softmax(scores(q, k), -1) @ v
+
+
+def causal(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    s = scores(q, k)
+    keep = torch.ones(s.shape[-2:], dtype=torch.bool).tril()
+    return torch.softmax(s.masked_fill(~keep, float("-inf")), -1) @ v
+
+
+def softcap(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    return torch.softmax(20 * torch.tanh(scores(q, k) / 20), -1) @ v
+
+
+def alibi(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    s = scores(q, k)
+    rows, columns = torch.arange(s.shape[-2])[:, None], torch.arange(s.shape[-1])[None, :]
+    slopes = 2.0 ** -torch.arange(1, q.shape[1] + 1, dtype=q.dtype)
+    return torch.softmax(s - slopes[:, None, None] * (rows - columns).abs(), -1) @ v
+
+
+@pytest.fixture
+def case(request: pytest.FixtureRequest) -> tuple[torch.Tensor, ...]:
+    """Queries, keys and values whose scores are far larger than they are; lengths that no tile divides."""
+    generator = fresh_random()
+    length = generator.randrange(600, 800)
+    torch.manual_seed(generator.randrange(1 << 30))
+    return tuple(torch.randn(1, 4, length, 16, dtype=torch.float64, requires_grad=True) for _ in range(3))
+
+
+@pytest.mark.parametrize(
+    "attention", [causal, *(pytest.param(f, marks=pytest.mark.slow) for f in (vanilla, softcap, alibi))]
+)
+def test_attention_trains_without_its_scores_in_memory(attention: Attention, case: tuple[torch.Tensor, ...]) -> None:
+    compiled = torch.compile(attention, backend="effcc", options={"cascades": True})
+    slope = torch.randn_like(case[0])
+    found, wanted = compiled(*case), attention(*case)
+    gradients = torch.autograd.grad(found, case, slope)
+    assert_close(found, wanted, rtol=1e-10, atol=1e-10)
+    for mine, theirs in zip(gradients, torch.autograd.grad(wanted, case, slope), strict=True):
+        assert_close(mine, theirs, rtol=1e-10, atol=1e-10)
+    length = case[0].shape[2]
+    whole = 4 * length * length * 8
+    for report in effcc.reports():
+        assert not report.fallbacks
+        assert report.measured_peak is not None and report.measured_peak < whole
+
+
+def test_without_the_option_nothing_is_fused(case: tuple[torch.Tensor, ...]) -> None:
+    torch.compile(causal, backend="effcc")(*case)
+    assert all("effcc.cascade" not in region.source for report in effcc.reports() for region in report.regions)
+
+
+def test_what_is_masked_out_altogether_is_eagers_nan() -> None:
+    size = random.randrange(600, 700)
+    q = torch.randn(1, 2, size, 16, dtype=torch.float64)
+    keep = torch.rand(size, size) < 0.5
+    keep[3] = False
+
+    def attention(q: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
+        return torch.softmax(scores(q, q).masked_fill(~keep, float("-inf")), -1) @ q
+
+    found = torch.compile(attention, backend="effcc", options={"cascades": True})(q, keep)
+    assert_close(found, attention(q, keep), rtol=1e-10, atol=1e-10, equal_nan=True)
+    assert found[:, :, 3].isnan().all() and F.one_hot(torch.tensor(3), size).sum() == found.isnan().any(-1)[0, 0].sum()
+
+
+def test_the_report_shows_what_was_fused() -> None:
+    q = torch.randn(1, 2, 640, 16)
+    torch.compile(vanilla, backend="effcc", options={"cascades": True})(q, q, q)
+    (report,) = effcc.reports()
+    (fused,) = report.cascades
+    assert "test_cascades_in_use.py" in fused.source and fused.certificates
+    assert fused.bytes_fused < fused.bytes_written / 2 and "#include" in fused.kernel
