@@ -1,5 +1,5 @@
-"""Cascades in ``torch.compile``: the groups that ``passes.raising`` chooses become one op each, in the joint or inference
-graph, before anything else rewrites it."""
+"""Cascades in ``torch.compile``: the groups that ``passes.raising`` chooses become one op each, in the joint or
+inference graph, before anything else rewrites it."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class CascadeFusion:
     refused: list[Refused] = field(default_factory=list)
 
     def __call__(self, graph: fx.Graph) -> None:
-        gm = graph.owning_module
+        gm: Any = graph.owning_module
         try:
             imported = from_fx(gm, "joint", "joint")
             if on_cpu(gm):
@@ -59,11 +59,13 @@ class CascadeFusion:
         with torch_internals.region_settings():
             build([kernels[group.name][1].kernel for group in taken])
         values = {node.name: node for node in graph.nodes}
-        for group in taken:
-            insert(graph, group, kernels[group.name][0], values)
-        torch_internals.stable_topological_sort(graph)
-        graph.eliminate_dead_code()
-        graph.lint()
+        try:
+            for group in taken:
+                insert(graph, group, kernels[group.name][0], values)
+        finally:  # each replacement by itself leaves a right graph, once it is in order
+            torch_internals.stable_topological_sort(graph)
+            graph.eliminate_dead_code()
+            graph.lint()
         self.reports += [report_of(group, kernels[group.name][1]) for group in taken]
 
 
@@ -97,7 +99,7 @@ def supported(groups: Sequence[Group], graph: fx.Graph) -> list[Group]:
 
 
 def insert(graph: fx.Graph, group: Group, text: str, values: dict[str, fx.Node]) -> None:
-    """One call of ``effcc.cascade``; its results take the place of the nodes in ``values`` that they are named after."""
+    """One call of ``effcc.cascade``; its results take the place of the nodes in ``values`` that have their names."""
     model = values[group.nodes[-1]]
     operands = [values[name] for name in group.operands]
     call = add(graph, model, torch.ops.effcc.cascade.default, text, operands)
@@ -124,17 +126,15 @@ def add(graph: fx.Graph, model: fx.Node, target: Any, *args: Any) -> fx.Node:
         node = graph.call_function(target, args)
     node.meta.update({key: value for key, value in model.meta.items() if key not in ("val", "tensor_meta")})
     given = fx.node.map_arg(args, lambda operand: operand.meta["val"])
-    with torch_internals.fake_mode_of(graph.owning_module):
+    gm: Any = graph.owning_module
+    with torch_internals.fake_mode_of(gm):
         node.meta["val"] = target(*given)
     return node
 
 
 def take_the_place(old: fx.Node, new: fx.Node) -> None:
     found, wanted = new.meta["val"], old.meta["val"]
-    assert (found.shape, found.stride(), found.dtype) == (wanted.shape, wanted.stride(), wanted.dtype), (
-        old,
-        found,
-        wanted,
-    )
+    same = (found.shape, found.stride(), found.dtype) == (wanted.shape, wanted.stride(), wanted.dtype)
+    assert same, f"{old} is {wanted}, its replacement {found}"
     old.replace_all_uses_with(new)
     new.meta["val"] = wanted

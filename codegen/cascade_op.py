@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -19,7 +20,7 @@ from ..passes.rewrite_cascade import Rewriting
 from .cascade_kernel import TORCH_DTYPES
 from .fused_kernel import FusedKernel, prepare_fused
 
-_library = torch.library.Library("effcc", "DEF")
+_library: Any = torch.library.Library("effcc", "FRAGMENT")  # type: ignore[no-untyped-call]
 _library.define("cascade(str text, Tensor[] operands) -> Tensor[]", tags=(torch.Tag.pt2_compliant_tag,))
 
 #: Rewritten forms that the compiler has at hand, by the cascade's text.
@@ -48,7 +49,7 @@ def run(text: str, operands: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     return list(kernel_of(text)(operands))
 
 
-@torch.library.register_fake("effcc::cascade", lib=_library)
+@torch.library.register_fake("effcc::cascade", lib=_library)  # type: ignore[untyped-decorator]
 def shapes(text: str, operands: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     return [_empty(kind, operands[0]) for kind in _results(text)]
 

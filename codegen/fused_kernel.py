@@ -54,7 +54,7 @@ class FusedKernel:
 
 @dataclass(frozen=True)
 class Placement:
-    """A cascade's tensor in its operand: ``steps[dimension][rank]`` and ``starts[dimension]`` are the coefficients of the
+    """A cascade's tensor in its operand: ``steps[dimension][rank]`` and ``starts[dimension]`` make up the
     index in that dimension of the operand."""
 
     shape: tuple[int, ...]

@@ -74,3 +74,25 @@ def test_auto_is_the_memory_of_the_device() -> None:
 
     found = effcc.plan(Tower(), (torch.ones(2, 8),), train=True, device="h200", memory_budget="auto")
     assert found.plan.budget == load_device("h200").memory
+
+
+def test_swapped_values_are_copies_in_the_plan(monkeypatch: pytest.MonkeyPatch) -> None:
+    from effcc import budget_planning
+
+    # As if the link were fast: recomputation would be chosen otherwise for tensors this small.
+    monkeypatch.setattr(budget_planning, "copy_seconds", lambda problem, device: lambda value: 1e-9)
+    budget = int(0.8 * plain_peak("h200"))
+    request = PlanRequest(model="Tower", train=True, optimizer="adamw", device="h200", memory_budget=budget, swap=True)
+    from effcc.planning import _spec_of_module
+
+    found = plan_model(request, spec=_spec_of_module(Tower(width=32, depth=4), INPUTS, None))
+    assert found.plan.peak["device"] <= budget and problems(found.plan) == []
+    out = [step for step in found.plan.steps if step.kind == "swap_out"]
+    back = [step for step in found.plan.steps if step.kind == "swap_in"]
+    assert len(out) == len(back) > 0
+    assert {step.stream for step in out} == {"copy out"} and {step.stream for step in back} == {"copy in"}
+    assert {step.phase for step in out} == {"forward"} and {step.phase for step in back} == {"backward"}
+    ends = {step.id: step.start + step.seconds for step in found.plan.steps}
+    for step in found.plan.steps:
+        assert all(ends[other] <= step.start + 1e-12 for other in step.depends)
+    assert found.activations[0].swapped_bytes > 0

@@ -1,4 +1,4 @@
-"""``options={"cascades": True}``: attention and losses written out in plain PyTorch become fused kernels, in training."""
+"""``options={"cascades": True}``: attention written out in plain PyTorch becomes fused kernels, in training, too."""
 
 from __future__ import annotations
 

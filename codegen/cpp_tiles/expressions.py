@@ -130,7 +130,7 @@ class Emitter:
                 text = self.value(term)
             elif len(factors) == 2 and not any(f.is_Pow for f in factors) and not term.is_number:
                 a, b = (self.value(factor) for factor in factors)
-                text = f"at::vec::{'fnmadd' if negative else 'fmadd'}({a}, {b}, {text})"
+                text = f"at::vec::fmadd({f'({a}).neg()' if negative else a}, {b}, {text})"
             elif negative:
                 text = f"({text}) - {self.value(-term)}"
             else:

@@ -211,7 +211,8 @@ inline void product(int64_t M, int64_t N, int64_t K, int64_t lda, int64_t ldb, i
       for (int64_t i = 0; i < M; ++i) std::fill(C + i * ldc, C + i * ldc + N, scalar_t(0));
     return;
   }
-#if USE_BRGEMM && COMPUTES_F32
+#if USE_BRGEMM && COMPUTES_F32 && defined(CPU_CAPABILITY_AVX512)
+  // oneDNN has micro-kernels for float32 where there is AVX-512.
   at::native::cpublas::brgemm(M, N, K, lda, ldb, ldc, add, A, B, C);
 #else
   plain_product(M, N, K, lda, ldb, ldc, add, A, B, C);

@@ -80,6 +80,8 @@ def lower(
 ) -> Lowered:
     """The programs that compute ``outputs``."""
     for rank_name, size in settings.sizes.items():
+        if size < 1:
+            raise NotLowerable(f"rank {rank_name} is empty")
         if size >= LARGEST_INDEX[settings.compute]:
             raise NotLowerable(f"rank {rank_name} is too long for exact comparisons in {settings.compute}")
     flow = dataflow(cascade, monoids)
