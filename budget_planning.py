@@ -52,9 +52,7 @@ class JointGraph:
     def split(self) -> tuple[fx.GraphModule, fx.GraphModule]:
         assert self.chosen is not None
         chosen = self.chosen
-        return split_saving(
-            self.module, self.search.problem, chosen.saved, self.outputs, self.static, chosen.swapped
-        )
+        return split_saving(self.module, self.search.problem, chosen.saved, self.outputs, self.static, chosen.swapped)
 
     @property
     def saved_bytes(self) -> int:

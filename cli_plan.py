@@ -37,7 +37,8 @@ def plan_command(
         str, typer.Option("--device", "-d", help="A name from 'effcc devices', or a device file.")
     ] = "cpu",
     memory_budget: Annotated[
-        str | None, typer.Option("--memory-budget", metavar="SIZE", help="Most bytes on the device: 8GiB, or auto (its memory).")
+        str | None,
+        typer.Option("--memory-budget", metavar="SIZE", help="Most bytes on the device: 8GiB, or auto (its memory)."),
     ] = None,
     swap: Annotated[
         bool, typer.Option("--swap", help="Under a budget, values may be swapped to the host as well.")

@@ -79,7 +79,9 @@ def swap(forward: fx.GraphModule, backward: fx.GraphModule, names: Collection[st
 
 def _origin(node: fx.Node) -> dict[str, Any]:
     """Where in the model a node comes from, for one that is made for it."""
-    return {key: node.meta[key] for key in ("stack_trace", "nn_module_stack", "fwd_nn_module_stack") if key in node.meta}
+    return {
+        key: node.meta[key] for key in ("stack_trace", "nn_module_stack", "fwd_nn_module_stack") if key in node.meta
+    }
 
 
 def node_of(gm: fx.GraphModule, problem: JointProblem, value: int) -> fx.Node:

@@ -79,7 +79,12 @@ class Options:
 
 
 _CHOICES = {"fallback": ("eager", "error"), "gemm": ("measure", "onednn", "blas")}
-_TYPES: dict[str, tuple[type, ...]] = {"verify": (bool,), "repeated_modules": (bool,), "swap": (bool,), "cascades": (bool,)}
+_TYPES: dict[str, tuple[type, ...]] = {
+    "verify": (bool,),
+    "repeated_modules": (bool,),
+    "swap": (bool,),
+    "cascades": (bool,),
+}
 _TEXTS = ("plan", "dump_dir", "device", "cache_dir", "swap_dir")
 
 

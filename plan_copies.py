@@ -20,10 +20,10 @@ def with_copies(plan: Plan, device: Device) -> Plan:
     tier = device.tiers.get("disk" if device.kind == "cpu" else "host")
     bytes_of = {buffer.id: buffer.bytes for buffer in plan.buffers}
     steps: list[Step] = []
-    fetched: dict[int, int] = {}
+    copied: dict[int, int] = {}
     compute = -1
     for step in plan.steps:
-        depends = {fetched[buffer] for buffer in step.reads if buffer in fetched}
+        depends = {copied[buffer] for buffer in step.reads if buffer in copied}
         if step.name in COPIES:
             kind, stream = COPIES[step.name]
             moved = max((bytes_of.get(b, 0) for b in (*step.reads, *step.writes)), default=0)
@@ -33,8 +33,7 @@ def with_copies(plan: Plan, device: Device) -> Plan:
             if compute >= 0:
                 depends.add(compute)
             step = msgspec.structs.replace(step, kind=kind, stream=stream, seconds=seconds, bytes_moved=moved, flop=0)
-            if kind == "swap_in":
-                fetched.update(dict.fromkeys(step.writes, step.id))
+            copied.update(dict.fromkeys(step.writes, step.id))
         else:
             compute = step.id
         steps.append(msgspec.structs.replace(step, depends=tuple(sorted({*step.depends, *depends}))))

@@ -16,11 +16,11 @@ from .activation_words import with_choices
 from .cost_model.devices import Device
 from .errors import BudgetError, OptionError
 from .formatting import bytes_text
-from .plan_copies import with_copies
 from .ir.graph import Graph
 from .ir.plan import GraphPlan, Plan
 from .options import parse_bytes
 from .passes.dump import PassRecord
+from .plan_copies import with_copies
 from .summary import Summary, device_named, summarize
 
 if TYPE_CHECKING:

@@ -1,7 +1,7 @@
 """``torch.ops.effcc.cascade``: a fused cascade as an op, so that partitioners and Inductor take it as it is.
 
-The op's text is the cascade's (``ir.fused_cascade_text``). Its kernel is made once a process, from that text alone: code
-that an earlier process compiled and cached finds everything it needs in its own call.
+The op's text is the cascade's (``ir.fused_cascade_text``). Its kernel is made once a process, from that text alone:
+code that an earlier process compiled and cached finds everything it needs in its own call.
 """
 
 from __future__ import annotations

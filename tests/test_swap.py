@@ -12,9 +12,8 @@ import pytest
 import torch
 from effcc.errors import SwapError
 from effcc.runtime import host_tier
-from torch.profiler import profile
-
 from test_memory_budget import gradients, measured_peak, tower
+from torch.profiler import profile
 
 pytestmark = pytest.mark.usefixtures("clean_compiler")
 

@@ -69,7 +69,10 @@ def block_of_entries(problem: JointProblem, blocks: Sequence[Block]) -> dict[int
 
 
 def options_of(
-    problem: JointProblem, blocks: Sequence[Block], uniform: Sequence[Candidate], crossing: frozenset[int],
+    problem: JointProblem,
+    blocks: Sequence[Block],
+    uniform: Sequence[Candidate],
+    crossing: frozenset[int],
     swap_seconds: Callable[[int], float] = lambda value: 0.0,
 ) -> tuple[list[list[Option]], Moments]:
     """Options of each block from candidates that treat all blocks by one price, and the moments they meet in."""
