@@ -38,7 +38,7 @@ def plan_command(
     ] = "cpu",
     memory_budget: Annotated[
         str | None,
-        typer.Option("--memory-budget", metavar="SIZE", help="Most bytes on the device: 8GiB, or auto (its memory)."),
+        typer.Option("--memory-budget", metavar="SIZE", help="Most bytes on the device: 8GiB, or auto."),
     ] = None,
     swap: Annotated[
         bool, typer.Option("--swap", help="Under a budget, values may be swapped to the host as well.")

@@ -21,9 +21,11 @@ import torch
 
 from ..errors import SwapError
 
-_library = torch.library.Library("effcc", "FRAGMENT")
-_library.define("swap_out(Tensor x) -> Tensor")
-_library.define("swap_in(Tensor handle, SymInt[] size, SymInt[] stride, ScalarType dtype, Device device) -> Tensor")
+_library = torch.library.Library("effcc", "FRAGMENT")  # type: ignore[no-untyped-call]
+_library.define("swap_out(Tensor x) -> Tensor")  # type: ignore[no-untyped-call]
+_library.define(  # type: ignore[no-untyped-call]
+    "swap_in(Tensor handle, SymInt[] size, SymInt[] stride, ScalarType dtype, Device device) -> Tensor"
+)
 
 _directory: Path | None = None
 _streams: dict[torch.device, torch.cuda.Stream] = {}
@@ -75,7 +77,7 @@ def stream_of(device: torch.device) -> torch.cuda.Stream:
     """The stream that a device's copies run on."""
     found = _streams.get(device)
     if found is None:
-        found = _streams[device] = torch.cuda.Stream(device)
+        found = _streams[device] = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
     return found
 
 
@@ -97,7 +99,7 @@ def swap_out(x: torch.Tensor) -> torch.Tensor:
 def swap_in(
     handle: torch.Tensor, size: list[int], stride: list[int], dtype: torch.dtype, device: torch.device
 ) -> torch.Tensor:
-    whole = torch.empty(0, dtype=torch.uint8, device="cpu").set_(handle.untyped_storage())  # type: ignore[call-overload]
+    whole = torch.empty(0, dtype=torch.uint8, device="cpu").set_(handle.untyped_storage())
     source = laid_out(whole, torch.Size(size), tuple(stride), dtype)
     result = torch.empty_strided(size, stride, dtype=dtype, device=device)
     if device.type == "cuda":
@@ -127,7 +129,7 @@ def _fake_in(
     return torch.empty_strided(size, stride, dtype=dtype, device=device)
 
 
-_library.impl("swap_out", swap_out, "CompositeExplicitAutograd")
-_library.impl("swap_in", swap_in, "CompositeExplicitAutograd")
+_library.impl("swap_out", swap_out, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
+_library.impl("swap_in", swap_in, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
 torch.library.register_fake("effcc::swap_out", _fake_out)
 torch.library.register_fake("effcc::swap_in", _fake_in)

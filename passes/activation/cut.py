@@ -45,8 +45,9 @@ class PricedCuts:
         crossing: frozenset[int] = frozenset(),
         swap_seconds: Callable[[int], float] | None = None,
     ) -> None:
-        """``swap_seconds``: what sending a value to the host and back costs; None: nothing is swapped. ``crossing``: values between layers, which the forward writes out anyway. Of equals they are kept first, so
-        that no layer's backward reaches back through the layers before it."""
+        """``swap_seconds``: what sending a value to the host and back costs; None: nothing is swapped. ``crossing``:
+        values between layers, which the forward writes out anyway. Of equals they are kept first, so that no layer's
+        backward reaches back through the layers before it."""
         problem = simulator.problem
         self.simulator, self.problem, self.crossing = simulator, problem, crossing
         self.swap_seconds = swap_seconds

@@ -18,7 +18,7 @@ MOST_READS = 4
 
 @dataclass(frozen=True)
 class Entry:
-    """One run of an op. ``again``: it runs for the second time, or (``fetched``) its result comes back from the host."""
+    """One run of an op. ``again``: it runs for the second time, or (``fetched``) its result comes from the host."""
 
     op: int
     backward: bool

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 
+import networkx
 import sympy
 
-from ...ir.cascade import Cascade, Equal, NotEqual, accesses, rank, ranks_of, tensor_name
+from ...ir.cascade import Cascade, Einsum, Equal, NotEqual, accesses, rank, ranks_of, tensor_name
 from ...ir.graph import Graph
 from ...ir.types import TensorType
 from ..cascade_analysis import group_of, rank_passes
@@ -89,7 +90,9 @@ class Candidates:
             leaks = self._leaks(found) | self._unmade(found)
             if not leaks:
                 return found
-            if any(outer_ranks(self.space.writer[name], self.space.sizes) for name in leaks if name in self.space.writer):
+            if any(
+                outer_ranks(self.space.writer[name], self.space.sizes) for name in leaks if name in self.space.writer
+            ):
                 raise NotFused("an op with wide tensors of its own needs parts of it")
             core = set(component.core) | leaks
             component = replace(component, core=tuple(e.output for e in self.space.einsums if e.output in core))
@@ -107,9 +110,11 @@ class Candidates:
             einsums.append(changed.get(einsum.output, einsum))
         inside = [einsum for einsum in einsums if einsum.output in core or einsum.output in parts]
         own, _ = unify_ranks(inside, self.rank_sizes, core | set(parts))
-        if len(core) <= _MAX_EXCHANGE:
-            own = list(exchange(Cascade(tuple(own)), always=True)[0].einsums)
         table = {einsum.output: einsum for einsum in own}
+        for chunk in _chunks(own):
+            if len(chunk) <= _MAX_EXCHANGE:
+                exchanged, _ = exchange(Cascade(tuple(chunk)), always=True)
+                table.update({einsum.output: einsum for einsum in exchanged.einsums})
         named = [table.get(einsum.output, einsum) for einsum in einsums]
         tensors = {**self.raised.tensors}
         for part, whole in parts.items():
@@ -235,6 +240,24 @@ class Candidates:
                 mine = None
             waiting += [(operand, mine) for operand in self.operands[at]]
         return leaks
+
+
+def _chunks(einsums: Sequence[Einsum]) -> list[list[Einsum]]:
+    """Einsums that read each other's results, apart from what only shares a mask: the layers of a model."""
+    writers = {einsum.output: einsum for einsum in einsums}
+    shared = {
+        einsum.output
+        for einsum in einsums
+        if einsum.reduction is None and not any(tensor_name(item) in writers for item in einsum.reads)
+    }
+    together = networkx.Graph()
+    together.add_nodes_from(writers)
+    for einsum in einsums:
+        reads = {tensor_name(item) for item in einsum.reads} & set(writers) - shared
+        together.add_edges_from((einsum.output, name) for name in reads)
+    order = {einsum.output: number for number, einsum in enumerate(einsums)}
+    chunks = [sorted(part, key=order.__getitem__) for part in networkx.connected_components(together)]
+    return [[writers[name] for name in chunk] for chunk in chunks if len(chunk) > 1]
 
 
 def _refuse_exact_comparisons(stage: Stage, tensors: Mapping[str, Tensor]) -> None:

@@ -85,33 +85,31 @@ class Staging:
     def _stages(self, core: frozenset[str], glue: set[str]) -> list[Stage]:
         hidden = self._parts_of_ops(core)
         kept = self._useful(core, glue, hidden)
-        stages = []
-        for level in sorted({self.inside[name] for name in kept}):
+        stages: list[Stage] = []
+        #: What later stages read, also to compute wide tensors again.
+        read: set[str] = set()
+        for level in sorted({self.inside[name] for name in kept}, reverse=True):
             own = {name for name in kept if self.inside[name] == level}
-            wanted = {name for name in own if self._leaves(name, level, kept)}
+            wanted = {name for name in own if name in read - self.component.wide or self._leaves(name, kept)}
             members = self._needed_for(wanted, own, hidden)
-            own = {name for name in members if self.inside.get(name, level) == level}
-            if own:
+            if any(self.inside.get(name, level) == level for name in members):
                 order = sorted(members, key=lambda name: self.space.position[name])
                 einsums = tuple(self.space.writer[name] for name in order)
-                stages.append(Stage(level, einsums, frozenset(own)))
-        return stages
+                read |= {tensor_name(item) for einsum in einsums for item in einsum.reads} - members
+                owned = frozenset(name for name in members if self.inside.get(name, level) == level)
+                stages.append(Stage(level, einsums, owned))
+        return stages[::-1]
 
     def _parts_of_ops(self, core: frozenset[str]) -> set[str]:
         """Tensors that only exist inside an op of which the core has a part: nothing else computes them."""
         lines = {self.space.writer[name].line for name in core}
         return {e.output for e in self.space.einsums if e.line in lines and e.output not in core}
 
-    def _leaves(self, name: str, level: Level, kept: Collection[str]) -> bool:
-        """Whether something outside of the stage needs the tensor; a wide one is computed again by other stages."""
+    def _leaves(self, name: str, kept: Collection[str]) -> bool:
+        """Whether something outside of all stages needs the tensor."""
         if name in self.needed:
             return True
-        for reader in self.space.readers.get(name, ()):
-            if reader.output not in kept:
-                return True
-            if self.inside[reader.output] != level and name not in self.component.wide:
-                return True
-        return False
+        return any(reader.output not in kept for reader in self.space.readers.get(name, ()))
 
     def _needed_for(self, wanted: set[str], own: set[str], hidden: set[str]) -> set[str]:
         """The Einsums that compute ``wanted``: of the stage, wide ones, and parts of the same ops."""
