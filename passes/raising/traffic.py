@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 
-from ...ir.cascade import Einsum, tensor_name
 from ...cost_model.op_classes import packet
+from ...ir.cascade import Einsum, tensor_name
 from ...ir.graph import Graph, Ref
 from ...ir.types import DTYPES, TensorType
 from ..effects import is_view
@@ -13,7 +13,6 @@ from .components import Space
 from .emit import Tensor, elements
 from .group import Traffic
 from .stages import Stage
-
 
 #: Ops that copy what they are given into another layout.
 _COPIES = frozenset({"aten.clone", "aten._unsafe_view", "aten.reshape", "aten.contiguous"})

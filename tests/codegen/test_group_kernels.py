@@ -1,4 +1,4 @@
-"""Kernels of the groups that plain PyTorch functions are raised to: each result against eager float64, NaNs included."""
+"""Kernels of the groups that plain functions are raised to: each result against eager float64, with its NaNs."""
 
 from __future__ import annotations
 
