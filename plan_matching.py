@@ -15,8 +15,8 @@ from .frontend.fx_import import from_fx
 from .ir.graph import Graph, Node
 from .ir.plan import GraphPlan, Plan
 from .ir.plan_file import load_plan
-from .ir.type_text import print_type
 from .ir.structural_hash import graph_hash, op_hashes
+from .ir.type_text import print_type
 
 __all__ = ["check_plan", "matching_plan"]
 

@@ -574,3 +574,13 @@ def fake_result(op: Any, value: Any) -> Any:
     """What an op returns for a fake tensor, as a fake tensor of the same mode."""
     with value.fake_mode:
         return op(value)
+
+
+def boxed(function: Callable[..., Any]) -> Callable[..., Any]:
+    """``function`` as AOTAutograd wants a compiled graph: it takes its arguments in a list that it may empty."""
+
+    def call(args: list[Any]) -> Any:
+        return function(*args)
+
+    call._boxed_call = True
+    return call

@@ -135,7 +135,8 @@ class _Exporter:
         return made
 
     def describe(self, node: Node, made: torch.fx.Node) -> None:
-        """Metadata as AOTAutograd leaves it: values, source lines, module path; and the names that comments in generated code have."""
+        """Metadata as AOTAutograd leaves it: values, source lines, module path. ``from_node`` is what comments in
+        generated code name."""
         if made.op == "call_function":
             made.meta["from_node"] = [NodeSource(made, "effcc")]
         if self.fakes is not None and node.type is not None:

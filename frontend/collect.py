@@ -118,8 +118,6 @@ class CollectingBackend:
 
     def _as_compiled(self, gm: torch.fx.GraphModule, example_inputs: Sequence[Any], found: AotGraphs) -> None:
         """The graphs that ``torch.compile(backend="effcc")`` compiles: after Inductor's passes on the joint graph."""
-        from functorch.compile import make_boxed_func
-
         def keep(module: torch.fx.GraphModule, inputs: Sequence[Any], **kwargs: Any) -> Callable[..., Any]:
             # Compiling rewrites a graph in place, and torch goes on with the one it gave.
             copy = torch.fx.GraphModule(module, module.graph)
@@ -131,7 +129,7 @@ class CollectingBackend:
                 found.forward = copy
                 total = len(_outputs(module))
                 found.outputs = total - torch_internals.saved_outputs(total)
-            return make_boxed_func(module.forward)
+            return torch_internals.boxed(module.forward)
 
         with torch_internals.joint_partitioner(self.partition):
             torch_internals.compile_fx(gm, example_inputs, keep)

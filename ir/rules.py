@@ -189,7 +189,9 @@ def cascades_match_their_nodes(graph: Graph) -> Iterator[Problem]:
             continue
         target = node.args[0] if node.args else None
         if not isinstance(target, Symbol) or target.text[1:] not in graph.cascades or node.kwargs:
-            yield Problem(index, f"%{node.name} names no cascade of this graph", f"write {CASCADE_OP}(@name, %values...)")
+            yield Problem(
+                index, f"%{node.name} names no cascade of this graph", f"write {CASCADE_OP}(@name, %values...)"
+            )
             continue
         fused, operands = graph.cascades[target.text[1:]], node.args[1:]
         given = [table[item.name].type if isinstance(item, Ref) else None for item in operands]

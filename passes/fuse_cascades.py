@@ -36,7 +36,7 @@ class FuseCascades:
            %o: f32[8,12,8] = getitem(%fused_o, 0)
     """
 
-    name: ClassVar[str] = "fuse_cascades"
+    name: ClassVar[str] = "fuse-cascades"
     saved_bytes: int = Choice.saved_bytes
     gain: float = Choice.gain
 

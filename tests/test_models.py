@@ -182,8 +182,8 @@ def test_training_step_in_bfloat16(name: str, no_fallbacks: None) -> None:
 
 @pytest.mark.parametrize("name", sweep([name for name in WITH_LAYERS if name != "t5"], FAST_FLOAT32))
 def test_marked_layers_are_compiled_once(name: str, mark_layers: Callable[[str], None], no_fallbacks: None) -> None:
-    """Layers marked with ``nested_compile_region``: regions called more than once, same results. (T5's layer returns one
-    of its inputs, and Dynamo refuses that for a marked region, whatever the backend.)"""
+    """Layers marked with ``nested_compile_region``: regions called more than once, same results. (T5's layer returns
+    one of its inputs, and Dynamo refuses that for a marked region, whatever the backend.)"""
     sample = build(name)
     reference = train_step(reference_of(sample), eager)
     other = train_step(cast(sample, torch.float32), inductor)
