@@ -4,8 +4,8 @@ inference graph, before anything else rewrites it."""
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -50,10 +50,11 @@ class CascadeFusion:
         kernels: dict[str, tuple[str, FusedKernel]] = {}
         for group in chosen.groups:
             try:
-                kernels[group.name] = prepare(replace(group.fused, wide=group.wide), group.rewriting)
+                kernels[group.name] = prepare(group.fused, group.rewriting)
             except NotLowerable as error:
                 self.refused.append(Refused(group.name, f"no kernel: {error.message}", group.location))
-        taken = supported([group for group in chosen.groups if group.name in kernels], graph)
+        without = [group.name for group in chosen.groups if group.name not in kernels]
+        taken = supported(chosen.groups, without, graph)
         if not taken:
             return
         with torch_internals.region_settings():
@@ -86,16 +87,17 @@ def on_cpu(gm: fx.GraphModule) -> bool:
     return all(value.device.type == "cpu" for value in values if isinstance(value, torch.Tensor))
 
 
-def supported(groups: Sequence[Group], graph: fx.Graph) -> list[Group]:
-    """The groups whose operands all come from the graph or from one of the groups."""
+def supported(groups: Sequence[Group], without_kernel: Collection[str], graph: fx.Graph) -> list[Group]:
+    """The groups that have kernels and operands; a component's groups all or none, for one that stays as it was written
+    needs the wide tensors that the others do without."""
     names = {node.name for node in graph.nodes}
     left = list(groups)
     while True:
         made = names | {name for group in left for name in group.results}
-        kept = [group for group in left if made.issuperset(group.operands)]
-        if len(kept) == len(left):
-            return kept
-        left = kept
+        failed = {g.component for g in left if g.name in without_kernel or not made.issuperset(g.operands)}
+        if not failed:
+            return left
+        left = [group for group in left if group.component not in failed]
 
 
 def insert(graph: fx.Graph, group: Group, text: str, values: dict[str, fx.Node]) -> None:
