@@ -118,6 +118,7 @@ class CollectingBackend:
 
     def _as_compiled(self, gm: torch.fx.GraphModule, example_inputs: Sequence[Any], found: AotGraphs) -> None:
         """The graphs that ``torch.compile(backend="effcc")`` compiles: after Inductor's passes on the joint graph."""
+
         def keep(module: torch.fx.GraphModule, inputs: Sequence[Any], **kwargs: Any) -> Callable[..., Any]:
             # Compiling rewrites a graph in place, and torch goes on with the one it gave.
             copy = torch.fx.GraphModule(module, module.graph)
@@ -232,7 +233,7 @@ class CollectingBackend:
 def _other_role(node: torch.fx.Node, phase: str) -> str:
     if node.name.startswith("tangents"):
         return "tangent"
-    if "rng" in node.name or "seed" in node.name:
+    if "rng" in node.name or ("seed" in node.name and phase != "backward"):  # a backward's seeds come from its forward
         return "seed"
     if isinstance(node.meta.get("val"), torch.SymInt):
         return "symbol"
