@@ -9,6 +9,7 @@ the graph is compiled as a whole, so that its tensors may stay channels-last fro
 from __future__ import annotations
 
 import os
+import weakref
 from collections.abc import Hashable, Iterator
 from dataclasses import dataclass, field
 
@@ -39,16 +40,16 @@ class ModuleGroup:
 
 @dataclass
 class ModuleGroups:
-    """Groups of one model. ``roots`` keeps the modules alive, so that an ``id`` is not used again."""
+    """Groups of one model. All is forgotten when one of the ``roots`` is freed: its ids may then be used again."""
 
     by_module: dict[int, ModuleGroup] = field(default_factory=dict)
     tensors: set[int] = field(default_factory=set)
     seen: set[int] = field(default_factory=set)
-    roots: list[torch.nn.Module] = field(default_factory=list)
+    roots: list[weakref.ref[torch.nn.Module]] = field(default_factory=list)
 
     def add(self, root: torch.nn.Module) -> None:
         """Find the groups below ``root``; its modules are afterwards in ``seen``."""
-        self.roots.append(root)
+        self.roots.append(weakref.ref(root, lambda _: self.forget()))
         owners = _tensor_owners(root)
         self.tensors.update(owners)
         modules = list(root.modules())
@@ -72,6 +73,10 @@ class ModuleGroups:
                 group = ModuleGroup((type(members[0]), key), class_name, len(members), shared_ids)
                 for member in members:
                     self.by_module[id(member)] = group
+
+    def forget(self) -> None:
+        for table in (self.by_module, self.tensors, self.seen, self.roots):
+            table.clear()
 
 
 def _tensors(module: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:

@@ -54,6 +54,8 @@ def test_known(name: str, cases: Mapping[str, Case]) -> None:
 @pytest.mark.parametrize(
     "name", ["stable softmax attention", "softcap", "attention with a sink", "entropy", "covariance"]
 )
+
+pytestmark = pytest.mark.slow  # dozens of kernels are compiled
 def test_one_pass_is_one_launch(name: str, cases: Mapping[str, Case]) -> None:
     """What was rewritten into one pass over its long rank is one launch, and leaves nothing between launches."""
     kernel = cases[name].kernel

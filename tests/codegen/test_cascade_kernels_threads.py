@@ -16,6 +16,8 @@ from fresh_seed import fresh_random
 from kernel_checks import Case, case
 from known_cascades import KNOWN
 
+pytestmark = pytest.mark.slow  # dozens of kernels are compiled
+
 GRADIENTS = KNOWN["gradients of linear and cross-entropy, L saved"].text
 #: One query or few over a long fiber, and fibers with nothing beside them.
 SPLIT = {

@@ -34,6 +34,8 @@ def operand(array: Any, kind: TensorType) -> torch.Tensor:
     "variant",
     [pytest.param(v, id=v.name, marks=() if v.name in _QUICK else pytest.mark.slow) for v in VARIANTS.values()],
 )
+
+pytestmark = pytest.mark.slow  # dozens of kernels are compiled
 def test_groups_of_the_joint_graph(variant: Variant) -> None:
     inputs = variant.inputs(fresh_random().getrandbits(32), torch.float64)
     (run,) = [each for each in record(variant.function, with_gradients(variant, inputs)) if each.phase == "joint"]
