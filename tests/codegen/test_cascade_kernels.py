@@ -18,6 +18,8 @@ from kernel_checks import SMALL_CACHES, Case, case
 from known_cascades import KNOWN, REFUSED
 from random_cascades import random_text
 
+pytestmark = pytest.mark.slow  # dozens of kernels are compiled
+
 TEXTS = {name: known.text for name, known in KNOWN.items()} | {name: entry[0] for name, entry in REFUSED.items()}
 
 
@@ -54,8 +56,6 @@ def test_known(name: str, cases: Mapping[str, Case]) -> None:
 @pytest.mark.parametrize(
     "name", ["stable softmax attention", "softcap", "attention with a sink", "entropy", "covariance"]
 )
-
-pytestmark = pytest.mark.slow  # dozens of kernels are compiled
 def test_one_pass_is_one_launch(name: str, cases: Mapping[str, Case]) -> None:
     """What was rewritten into one pass over its long rank is one launch, and leaves nothing between launches."""
     kernel = cases[name].kernel

@@ -16,6 +16,8 @@ from effcc.passes.raising.raise_graph import raise_graph
 from fresh_seed import fresh_random
 from raised_graphs import EVERYTHING, assert_close, record
 
+pytestmark = pytest.mark.slow  # dozens of kernels are compiled
+
 _QUICK = {"causal", "grouped_query", "differential", "empty_rows", "linear_cross_entropy_weighted", "joint_projection"}
 #: T5 computes its buckets from float32 logarithms, whatever the model's type.
 _TOLERANCE = {"t5_relative": 1e-6}
@@ -34,8 +36,6 @@ def operand(array: Any, kind: TensorType) -> torch.Tensor:
     "variant",
     [pytest.param(v, id=v.name, marks=() if v.name in _QUICK else pytest.mark.slow) for v in VARIANTS.values()],
 )
-
-pytestmark = pytest.mark.slow  # dozens of kernels are compiled
 def test_groups_of_the_joint_graph(variant: Variant) -> None:
     inputs = variant.inputs(fresh_random().getrandbits(32), torch.float64)
     (run,) = [each for each in record(variant.function, with_gradients(variant, inputs)) if each.phase == "joint"]
