@@ -27,6 +27,7 @@ def plain_peak(device: str) -> int:
     return planned(device, 1 << 40).plan.peak["device"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("device", ["cpu", "h200"])
 def test_budgets_are_kept_and_cost_more_the_smaller_they_are(device: str) -> None:
     plain = plain_peak(device)

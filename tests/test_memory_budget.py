@@ -88,6 +88,7 @@ def refused(model: nn.Module, inputs: dict[str, torch.Tensor], budget: int) -> B
     return caught.value
 
 
+@pytest.mark.slow
 def test_budgets_down_to_the_floor_are_kept_by_the_allocator() -> None:
     model, inputs = tower()
     eager = copy.deepcopy(model)
@@ -129,6 +130,7 @@ def test_dropout_is_replayed_bit_for_bit() -> None:
     assert measured_peak(model, inputs, step) <= int(0.8 * plain)
 
 
+@pytest.mark.slow
 def test_optimizer_state_counts_before_it_is_there() -> None:
     model, inputs = tower(rows=256)
     optimizer = torch.optim.AdamW(model.parameters())

@@ -18,6 +18,8 @@ from effcc.ir.tile import Cases, Skip, walk
 from fresh_seed import fresh_random
 from kernel_checks import Case, case
 
+pytestmark = pytest.mark.slow  # dozens of kernels are compiled
+
 TEXTS = {
     **FORWARD,
     "grouped": GROUPED,
