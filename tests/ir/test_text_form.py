@@ -282,7 +282,11 @@ def test_unknown_function_is_refused_by_name() -> None:
         ("forward(%b)", "forward(%b) forward(%b)", "'forward' is given twice"),
         ('"h = self.up(x)"', '"h = self.up(x)', "the string is not closed on its line"),
         ("  graph @layer", "  graph @layer phase=joint { return () }\n  graph @layer", "two subgraphs called @layer"),
-        ("return (%a, %t)", "returns (%a, %t)", "expected '%name = op(...)', 'alias', 'repeat', 'graph' or 'return'"),
+        (
+            "return (%a, %t)",
+            "returns (%a, %t)",
+            "expected '%name = op(...)', 'alias', 'repeat', 'cascade', 'graph' or 'return'",
+        ),
     ],
 )
 def test_errors_show_the_place(before: str, after: str, expected: str) -> None:

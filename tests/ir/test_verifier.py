@@ -63,6 +63,7 @@ CASES = [
     ("call(@layer, %y)", "call(@layer)", "%c gives @layer 0 arguments; it has 1 inputs"),
     ("call(@layer, %y)", "call(@layer, %w)", "%c passes %w of type f32[2] for input %i of type f32[4]"),
     ("call(@layer, %y)", "call(%y)", "%c calls no subgraph"),
+    ("aten.relu.default(%x)", "effcc.cascade.default(%x)", "names no cascade of this graph"),
     ("%c: (f32[4],)", "%c: (f32[4], f32[4])", "but @layer returns 1 values"),
     ("alias %a of %s", "alias %a of %q", "%q is not defined"),
     ("alias %s of %y", "alias %y of %s", "the base does not come before its alias"),
