@@ -14,7 +14,7 @@ from .cost_model.devices import load_device
 from .frontend.repeated_modules import trace_repeated_modules_once
 from .graph_compiler import Compilation, input_role
 from .options import Options, parse_options
-from .plan_matching import matching_plan
+from .plan_matching import decided_by, matching_plan
 from .runtime.cache_directory import code_directory
 
 _numbers = itertools.count()
@@ -39,6 +39,7 @@ def effcc(
     if settings.device is not None:
         load_device(settings.device)
     plan = matching_plan(settings.plan, gm, roles) if settings.plan is not None else None
+    settings = decided_by(plan, settings)
     compilation = Compilation(settings, next(_numbers), roles, plan)
     fusion = compilation.fusion if settings.cascades else None
     with (

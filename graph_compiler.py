@@ -225,7 +225,7 @@ class Compilation:
         budget = self.options.memory_budget
         if not isinstance(budget, int):
             return
-        plan = self.plan()
+        plan = self.planner.plan_or_none()
         if plan is None:
             raise BudgetError(
                 "this step's memory cannot be bounded: a graph has sizes that are known only at run time, or ops that "

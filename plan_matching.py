@@ -7,6 +7,7 @@ lines and devices do not count, so a plan made on a machine without a GPU fits t
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 
@@ -17,8 +18,9 @@ from .ir.plan import GraphPlan, Plan
 from .ir.plan_file import load_plan
 from .ir.structural_hash import graph_hash, op_hashes
 from .ir.type_text import print_type
+from .options import Options
 
-__all__ = ["check_plan", "matching_plan"]
+__all__ = ["check_plan", "decided_by", "matching_plan"]
 
 
 def matching_plan(path: str, gm: torch.fx.GraphModule, roles: Sequence[str]) -> Plan:
@@ -29,6 +31,14 @@ def matching_plan(path: str, gm: torch.fx.GraphModule, roles: Sequence[str]) -> 
     plan = load_plan(path).plan
     check_plan(plan, from_fx(gm, "captured", "joint", roles=roles), path)
     return plan
+
+
+def decided_by(plan: Plan | None, options: Options) -> Options:
+    """The options with what the plan was made under, where they do not say otherwise: its budget, and swapping."""
+    if plan is None or plan.budget is None or options.memory_budget is not None:
+        return options
+    swaps = any(step.kind == "swap_out" for step in plan.steps)
+    return replace(options, memory_budget=plan.budget, swap=options.swap or swaps)
 
 
 def check_plan(plan: Plan, captured: Graph, path: str = "") -> GraphPlan:

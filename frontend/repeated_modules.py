@@ -21,6 +21,8 @@ Use: ``@trace_repeated_modules_once`` on a backend function, for all frames comp
 from __future__ import annotations
 
 import contextlib
+import functools
+import os
 import threading
 import types
 from collections import OrderedDict
@@ -30,6 +32,8 @@ from typing import Any, TypeVar
 
 import torch
 
+from ..errors import PlanError
+from ..ir.plan_file import load_plan
 from .module_groups import ModuleGroup, ModuleGroups
 
 Backend = TypeVar("Backend", bound=Callable[..., Any])
@@ -195,7 +199,19 @@ def _wanted(options: object) -> bool:
     def given(name: str, default: object) -> object:
         return options.get(name, default) if isinstance(options, Mapping) else getattr(options, name, default)
 
-    return given("repeated_modules", True) is not False and given("memory_budget", None) is None
+    if given("repeated_modules", True) is False or given("memory_budget", None) is not None:
+        return False
+    path = given("plan", None)
+    try:
+        return not (isinstance(path, str | os.PathLike) and _has_budget(os.fspath(path), os.stat(path).st_mtime_ns))
+    except (OSError, PlanError):  # a plan that cannot be read is the backend's to refuse, too
+        return True
+
+
+@functools.lru_cache(maxsize=16)
+def _has_budget(path: str, _changed: int) -> bool:
+    """Whether a plan was made under a memory budget. Raises PlanError."""
+    return load_plan(path, validate=False).plan.budget is not None
 
 
 def is_active(compile_id: object) -> bool:

@@ -185,6 +185,22 @@ def test_a_plan_for_another_device_is_accepted(plan_path: Path) -> None:
     assert len(reports) == 2 and all(report.plan == planned for report in reports)
 
 
+def test_the_budget_of_a_plan_is_kept_where_it_runs(tmp_path: Path) -> None:
+    """Values are recomputed as the plan says, without the option being given again."""
+    x = torch.randn(2048, 32)
+
+    def build() -> nn.Module:
+        return nn.Sequential(*(models.Block(32) for _ in range(6)))
+
+    free = effcc.plan(build(), (x,), train=True)
+    budget = int(free.plan.peak["device"] * 0.8)
+    planned = effcc.plan(build(), (x,), train=True, memory_budget=budget)
+    planned.save(tmp_path / "p.effcc")
+    trained(build(), x, backend="effcc", options={"plan": str(tmp_path / "p.effcc")})
+    choice = effcc.reports()[-1].activation
+    assert choice is not None and choice.saved_bytes < choice.plain_saved_bytes
+
+
 @pytest.mark.parametrize(
     ("model", "width", "where"),
     [
