@@ -28,7 +28,7 @@ plan: setup
 		-o build/plan.effcc --report build/report.html --dump build/passes
 
 test: setup
-	$(BIN)/python -m pytest -c tests/pytest.ini tests
+	$(BIN)/python -m pytest -c tests/pytest.ini tests -n 2 --dist loadfile
 
 lint: setup
 	$(BIN)/ruff check .

@@ -1,7 +1,8 @@
 """effcc: a graph compiler and scheduler for PyTorch.
 
-``torch.compile(model, backend="effcc", options={...})`` compiles and runs; ``effcc.plan`` predicts memory and time on
-any device; ``effcc.reports`` tells what was compiled, what fell back and what it took.
+``torch.compile(model, backend="effcc", options={...})``, or ``effcc.compile(model, ...)``, compiles and runs;
+``effcc.plan`` predicts memory and time on any device; ``effcc.reports`` tells what was compiled, what fell back and what
+it took; ``effcc.explain`` says the same in words.
 """
 
 from __future__ import annotations
@@ -14,17 +15,32 @@ if TYPE_CHECKING:
     from .ir.plan_file import load_plan
     from .options import Options
     from .planning import plan
+    from .public import Explanation, compile, explain
     from .runtime.reports import reports
     from .runtime.reports import reset as reset_reports
 
 __version__ = "0.1.0"
 
-__all__ = ["EffccError", "Options", "__version__", "load_plan", "plan", "reports", "reset_reports"]
+__all__ = [
+    "EffccError",
+    "Explanation",
+    "Options",
+    "__version__",
+    "compile",
+    "explain",
+    "load_plan",
+    "plan",
+    "reports",
+    "reset_reports",
+]
 
 #: Public name -> (module, name in it). Imported on first use: commands that never run a model need not load torch.
 _PLACES = {
     "EffccError": ("errors", "EffccError"),
+    "Explanation": ("public", "Explanation"),
     "Options": ("options", "Options"),
+    "compile": ("public", "compile"),
+    "explain": ("public", "explain"),
     "load_plan": ("ir.plan_file", "load_plan"),
     "plan": ("planning", "plan"),
     "reports": ("runtime.reports", "reports"),

@@ -81,5 +81,5 @@ def with_choices(plan: Plan, choices: Sequence[ActivationChoice]) -> Plan:
 
 def _runs_again(step: Step, again: frozenset[str]) -> bool:
     """Whether a step of the backward ends in an op of the forward that runs again."""
-    made = step.phase == "backward" and step.kind in ("kernel", "library") and len(step.ops) > 1
-    return made and step.ops[1] in again
+    made = step.phase == "backward" and step.kind in ("kernel", "library") and bool(step.ops)
+    return made and step.ops[-1] in again

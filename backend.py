@@ -4,20 +4,26 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from . import torch_internals
 from .budget_loop import compile_within_budget
+from .cascade_fusion import RefusedKernelError
 from .cost_model.devices import load_device
 from .frontend.repeated_modules import trace_repeated_modules_once
 from .graph_compiler import Compilation, input_role
+from .logs import logger, set_up_once
 from .options import Options, parse_options
+from .passes.raising.choose import Refused
 from .plan_matching import decided_by, matching_plan
 from .runtime.cache_directory import code_directory
+from .runtime.reports import forget
 
 _numbers = itertools.count()
+_log = logger("compile")
 
 
 @trace_repeated_modules_once
@@ -34,6 +40,7 @@ def effcc(
     Raises OptionError for unknown options, DeviceError for an unknown device, PlanError for a plan that does not fit
     the model.
     """
+    set_up_once()
     roles = [input_role(node) for node in gm.graph.find_nodes(op="placeholder")]
     settings = parse_options(options)
     if settings.device is not None:
@@ -41,13 +48,30 @@ def effcc(
     plan = matching_plan(settings.plan, gm, roles) if settings.plan is not None else None
     settings = decided_by(plan, settings)
     compilation = Compilation(settings, next(_numbers), roles, plan)
-    fusion = compilation.fusion if settings.cascades else None
+    again = " again (effcc.explain() says why)" if torch_internals.is_recompilation() else ""
+    _log.info("graph %d of %d nodes is compiled%s", compilation.number, len(gm.graph.nodes), again)
     with (
         torch_internals.graph_settings(),
         torch_internals.cache_directory(code_directory(settings.chosen_cache())),
         torch_internals.inductor_settings(torch_internals.mode_options(mode)),
-        torch_internals.joint_pass(fusion, "effcc cascades"),
     ):
-        if settings.memory_budget is not None:
-            return compile_within_budget(gm, example_inputs, compilation)
-        return torch_internals.compile_fx(gm, example_inputs, compilation.compile)  # type: ignore[no-any-return]
+        try:
+            # What is compiled is changed on the way, and may be needed once more.
+            first = torch_internals.copy_graph(gm) if settings.cascades else gm
+            return compile_graph(first, example_inputs, compilation)
+        except Exception as error:
+            cause = torch_internals.compile_error_cause(error)
+            if not isinstance(cause, RefusedKernelError):
+                raise
+            forget(list(compilation.planner.members))
+            without = Compilation(replace(settings, cascades=False), compilation.number, roles, plan)
+            without.fusion.refused.append(Refused("", cause.message))
+            return compile_graph(gm, example_inputs, without)
+
+
+def compile_graph(
+    gm: torch.fx.GraphModule, example_inputs: Sequence[Any], compilation: Compilation
+) -> Callable[..., Any]:
+    if compilation.options.memory_budget is not None:
+        return compile_within_budget(gm, example_inputs, compilation)
+    return compilation.run(gm, example_inputs)

@@ -51,10 +51,10 @@ def compile_within_budget(
         before = torch_internals.copy_graph(gm)
         try:
             with torch_internals.joint_partitioner(planner.partition), torch_internals.inductor_settings(settings):
-                made = torch_internals.compile_fx(before, example_inputs, current.compile)
+                made = current.run(before, example_inputs)
             if planner.choice is not None:
                 note_graph(inputs, planner.choice.saved_bytes)
-            return made  # type: ignore[no-any-return]
+            return made
         except Exception as error:
             if not isinstance(torch_internals.compile_error_cause(error), OverBudgetError):
                 raise

@@ -12,17 +12,25 @@ import torch
 import torch.fx as fx
 
 from . import torch_internals
-from .codegen.cascade_kernel import build
+from .codegen.cascade_kernel import CascadeKernel, begin
 from .codegen.cascade_op import prepare
 from .codegen.fused_kernel import FusedKernel
 from .codegen.tiles.errors import NotLowerable
-from .errors import EffccError
+from .errors import CompileError, EffccError
 from .frontend.fx_import import from_fx
 from .ir.graph import Graph
 from .passes.raising.choose import Choice, Refused, choose
 from .passes.raising.group import Group
 from .passes.raising.raise_graph import raise_graph
 from .runtime.reports import CascadeReport
+
+#: In the metadata of nodes that have been looked at: of a repeated layer's body, the forward and the backward come by
+#: once more after it was partitioned.
+_SEEN = "effcc_cascades_seen"
+
+
+class RefusedKernelError(CompileError):
+    """The C++ compiler does not take a kernel that is in the graph already."""
 
 
 @dataclass
@@ -32,9 +40,21 @@ class CascadeFusion:
     choice: Choice = field(default_factory=Choice)
     reports: list[CascadeReport] = field(default_factory=list)
     refused: list[Refused] = field(default_factory=list)
+    #: Being compiled in the background.
+    kernels: list[CascadeKernel] = field(default_factory=list)
+
+    def finish(self) -> None:
+        """Wait for the kernels. Raises ``RefusedKernelError``."""
+        try:
+            for kernel in self.kernels:
+                kernel.finish()
+        except CompileError as error:
+            raise RefusedKernelError(error.message, remedy="Compile with options={'cascades': False}.") from error
 
     def __call__(self, graph: fx.Graph) -> None:
         gm: Any = graph.owning_module
+        if any(_SEEN in node.meta for node in graph.nodes if node.op == "call_function"):
+            return
         try:
             imported = from_fx(gm, "joint", "joint")
             if on_cpu(gm):
@@ -43,6 +63,8 @@ class CascadeFusion:
             self.refused.append(Refused("", f"the graph is not analysed: {error.message}"))
         except Exception as error:  # a fault of the analysis costs the fusion, not the compilation
             self.refused.append(Refused("", f"the analysis failed: {type(error).__name__}: {error}"))
+        for node in graph.nodes:
+            node.meta[_SEEN] = True
 
     def fuse(self, graph: fx.Graph, imported: Graph) -> None:
         chosen = choose(raise_graph(imported), self.choice)
@@ -58,7 +80,9 @@ class CascadeFusion:
         if not taken:
             return
         with torch_internals.region_settings():
-            build([kernels[group.name][1].kernel for group in taken])
+            made = [kernels[group.name][1].kernel for group in taken]
+            begin(made)
+            self.kernels += made
         values = {node.name: node for node in graph.nodes}
         try:
             for group in taken:

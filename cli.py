@@ -13,17 +13,23 @@ import typer
 from . import __version__
 from .cli_calibrate import calibrate_command
 from .cli_devices import devices_command
+from .cli_docs import docs_command
 from .cli_explain import explain_command
+from .cli_export import export_command
 from .cli_inspect import inspect_command
 from .cli_map_memory import map_memory_command
 from .cli_opt import opt_command
 from .cli_passes import passes_command
+from .cli_place_experts import place_experts_command
 from .cli_plan import plan_command
 from .cli_predict import predict_app
 from .cli_report import report_command
 from .cli_run import run_command
+from .cli_simulate import simulate_app
+from .cli_trace_experts import trace_experts_command
 from .cli_verify import verify_command
 from .errors import EffccError
+from .logs import set_up as set_up_logs
 
 #: Exit code after Ctrl-C: what a shell gives for SIGINT, and typer too.
 INTERRUPTED = 130
@@ -53,17 +59,22 @@ def _global_options(
     ] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an unexpected error.")] = False,
 ) -> None:
-    pass
+    set_up_logs()
 
 
 app.command("plan", rich_help_panel="Plan")(plan_command)
 app.command("run", rich_help_panel="Plan")(run_command)
 app.command("verify", rich_help_panel="Plan")(verify_command)
 app.command("map-memory", rich_help_panel="Plan")(map_memory_command)
+app.command("place-experts", rich_help_panel="Plan")(place_experts_command)
+app.command("trace-experts", rich_help_panel="Plan")(trace_experts_command)
 app.add_typer(predict_app, name="predict", rich_help_panel="Plan")
+app.add_typer(simulate_app, name="simulate", rich_help_panel="Plan")
 app.command("explain", rich_help_panel="Read")(explain_command)
 app.command("inspect", rich_help_panel="Read")(inspect_command)
 app.command("report", rich_help_panel="Read")(report_command)
+app.command("export", rich_help_panel="Read")(export_command)
+app.command("docs", rich_help_panel="Read")(docs_command)
 app.command("opt", rich_help_panel="Compiler")(opt_command)
 app.command("passes", rich_help_panel="Compiler")(passes_command)
 app.command("devices", rich_help_panel="Devices")(devices_command)
@@ -97,7 +108,7 @@ def describe(error: BaseException) -> tuple[str, int]:
     """What is printed for an error, and the exit code."""
     ours = _effcc_error(error)
     if ours is not None:
-        return f"effcc: error: {ours}", 2
+        return f"effcc: error: {ours}\n  effcc docs {type(ours).__name__} says more", 2
     if isinstance(error, OSError) and error.strerror:
         place = f"\n  at {error.filename}" if error.filename else ""
         return f"effcc: error: {error.strerror}{place}", 2

@@ -9,32 +9,67 @@ import typer
 
 from .cli_support import JsonOption, console, open_plan, print_json, table
 from .formatting import bytes_text, count_text, seconds_text
+from .suggestions import suggestions
 from .summary import Summary, device_of, summarize
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from .cost_model.devices import Device
+    from .inspection.candidates import Verdict
     from .ir.plan import Plan
+    from .ir.plan_file import PlanFile
 
 
 def explain_command(
     plan: Annotated[Path, typer.Argument(help="A plan file made by 'effcc plan'.")],
     top: Annotated[int, typer.Option("--top", min=1, help="Rows in each table.")] = 10,
+    cascades: Annotated[
+        bool,
+        typer.Option("--cascades", help="Also which reductions could be one kernel, and why others stay. Seconds."),
+    ] = False,
     json: JsonOption = False,
 ) -> None:
     """Explain a plan: who holds the peak, what is slow and why, which ops fell back, what the solvers proved."""
-    loaded = open_plan(plan).plan
+    file = open_plan(plan)
+    loaded = file.plan
     summary = summarize(loaded)
+    verdicts, skipped = _verdicts(file) if cascades else ([], [])
     if json:
-        print_json({"summary": summary, "fallbacks": fallback_rows(loaded), "solvers": solver_rows(loaded)})
+        more = {"cascades": verdicts, "cascades_skipped": skipped} if cascades else {}
+        rows = {"summary": summary, "fallbacks": fallback_rows(loaded), "solvers": solver_rows(loaded)}
+        print_json(rows | {"suggestions": suggestions(loaded, summary)} | more)
         return
-    print_explanation(console(), loaded, summary, top)
+    out = console()
+    print_explanation(out, loaded, summary, top)
+    if cascades:
+        _cascades(out, verdicts, skipped)
+
+
+def _verdicts(file: PlanFile) -> tuple[list[Verdict], list[str]]:
+    from .inspection.candidates import cascade_verdicts
+    from .inspection.stages import graphs_of
+
+    return cascade_verdicts(graphs_of(file))
+
+
+def _cascades(out: Console, verdicts: list[Verdict], skipped: list[str]) -> None:
+    if not verdicts:
+        out.print("No dependent reductions: nothing could be fused into a one-pass kernel.")
+    rows = table("fused", "where", "module", "tensor", "why", title="Cascades: dependent reductions as one kernel")
+    for each in verdicts:
+        rows.add_row(each.verdict, each.source, each.module, each.tensor, each.why)
+    if verdicts:
+        out.print(rows)
+    for name in skipped:
+        out.print(f"not looked at: {name}", markup=False)
 
 
 def print_explanation(out: Console, plan: Plan, summary: Summary, top: int) -> None:
     for line in summary.words:
         out.print(line, markup=False)
+    for number, line in enumerate(suggestions(plan, summary), start=1):
+        out.print(f"  {number}. {line}", markup=False)
     _holders(out, summary, top)
     _steps(out, plan, summary, top)
     _fallbacks(out, plan, top)

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Annotated
 import msgspec
 import typer
 
-from .activation_words import choice_figures
 from .cli_support import JsonOption, check_writable, console, heading, print_json, quiet_torch, stage, write_text
 from .errors import OptionError
 from .summary import device_of
@@ -100,11 +99,12 @@ def plan_command(
         planned = plan_model(request, lambda description: stage(description, quiet=json))
         with stage("mlir", quiet=json or not emit):
             mlir, not_lowered = _emit_mlir(request, output) if emit else ({}, [])
-    _finish(planned, mlir | _write(planned, output, page, dump_dir), not_lowered, json)
+    folder = Path(model.rpartition(".py")[0]).parent
+    _finish(planned, mlir | _write(planned, output, page, dump_dir, folder), not_lowered, json)
 
 
-def _write(planned: Planned, output: Path, report: Path | None, dump_dir: Path | None) -> dict[str, str]:
-    """Write the files; what was written, the report last."""
+def _write(planned: Planned, output: Path, report: Path | None, dump_dir: Path | None, folder: Path) -> dict[str, str]:
+    """Write the files; what was written, the report last. ``folder`` is the model file's."""
     from .ir.plan_file import load_plan
 
     planned.save(output)
@@ -114,7 +114,7 @@ def _write(planned: Planned, output: Path, report: Path | None, dump_dir: Path |
     if report is not None:
         from .report.page import render_report
 
-        write_text(report, render_report(load_plan(output, validate=False), dump_dir, pareto=planned.pareto))
+        write_text(report, render_report(load_plan(output, validate=False), dump_dir, folder=folder))
         paths["report"] = str(report)
     return paths
 
@@ -133,6 +133,8 @@ def _emit_mlir(request: PlanRequest, output: Path) -> tuple[dict[str, str], list
 def _finish(planned: Planned, paths: dict[str, str], more_notes: list[str], json: bool) -> None:
     summary = planned.summary
     if json:
+        from .activation_words import choice_figures
+
         print_json(
             {
                 "summary": summary,

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import json as json_module
 import os
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -32,6 +33,10 @@ def run_command(
     report: Annotated[
         Path | None, typer.Option("--report", help="Also write the HTML report, measured figures in it.")
     ] = None,
+    trace: Annotated[
+        Path | None,
+        typer.Option("--trace", help="Also write a Perfetto trace: the plan's timeline, and a measured one."),
+    ] = None,
     json: JsonOption = False,
 ) -> None:
     """Run a plan's model on this machine and print predicted beside measured time and peak memory.
@@ -44,18 +49,29 @@ def run_command(
     from .measuring import measure
 
     loaded = open_plan(plan)
-    if report is not None:
-        check_writable(report)
+    for output in (report, trace):
+        if output is not None:
+            check_writable(output)
+    events: list[dict[str, Any]] = []
     # What the model prints goes where it cannot be taken for our output.
     with quiet_torch(), contextlib.redirect_stdout(sys.stderr):
         measured = measure(
-            plan, loaded.plan, model, rounds=rounds, seed=seed, progress=lambda text: stage(text, quiet=json)
-        )
+            plan, loaded.plan, model, rounds=rounds, seed=seed, progress=lambda text: stage(text, quiet=json),
+            trace=events.extend if trace is not None else None,
+        )  # fmt: skip
     predicted_peak = loaded.plan.peak.get("device", 0)
     if report is not None:
+        from .inspection.stages import dumps_beside
         from .report.page import render_report
 
-        write_text(report, render_report(loaded, measured={"seconds": measured.seconds, "peak": measured.peak}))
+        figures = {"seconds": measured.seconds, "peak": measured.peak, "memory": measured.memory}
+        folder = Path(model.rpartition(".py")[0]).parent
+        write_text(report, render_report(loaded, dumps_beside(plan, loaded), figures, folder))
+    if trace is not None:
+        from .export.chrome_trace import chrome_trace
+
+        made = chrome_trace(loaded.plan, events, measured.memory, measured.seconds)
+        write_text(trace, json_module.dumps(made) + "\n")
     if json:
         print_json(
             {
@@ -63,6 +79,7 @@ def run_command(
                 "measured": measured,
                 "device": loaded.plan.device,
                 "report": str(report) if report is not None else None,
+                "trace": str(trace) if trace is not None else None,
             }
         )
         return
@@ -81,5 +98,7 @@ def run_command(
         out.print(f"The plan is for {loaded.plan.device}; this machine ran it on {measured.device}.")
     if report is not None:
         out.print(f"report: {report}", markup=False)
+    if trace is not None:
+        out.print(f"trace:  {trace}", markup=False)
     for reason in measured.fallbacks:
         out.print(f"fallback: {reason}", markup=False)

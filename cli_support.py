@@ -135,7 +135,8 @@ def quiet_torch() -> Iterator[None]:
 
 @contextlib.contextmanager
 def stage(description: str, quiet: bool = False) -> Iterator[None]:
-    """Shows on a terminal what is going on, with a spinner, and how long it took; silent elsewhere."""
+    """Shows on a terminal what is going on, with a spinner, what the work logs of itself (``logs``), and how long it
+    took; silent elsewhere."""
     err = error_console()
     if quiet or not err.is_terminal:
         yield
@@ -144,7 +145,39 @@ def stage(description: str, quiet: bool = False) -> Iterator[None]:
 
     from rich.text import Text
 
+    from .logs import watching
+
     begin = time.perf_counter()
-    with err.status(Text(f"{description} ...")):
+    spinner = err.status(Text(f"{description} ..."))
+    with spinner, watching(lambda message: spinner.update(Text(f"{description}: {message}", overflow="ellipsis"))):
         yield
     err.print(f"{description}: {time.perf_counter() - begin:.1f} s", markup=False, style="dim")
+
+
+@contextlib.contextmanager
+def paged() -> Iterator[Console]:
+    """Standard output; on a terminal, what is longer than the screen goes through ``$PAGER``, else less."""
+    out = console()
+    if not out.is_terminal:
+        yield out
+        return
+    with out.capture() as captured:
+        yield out
+    text = captured.get()
+    if text.count("\n") < out.height or not _through_pager(text):
+        sys.stdout.write(text)
+
+
+def _through_pager(text: str) -> bool:
+    """Whether the text was shown by a pager. ``PAGER=cat`` switches it off."""
+    import os
+    import shlex
+    import subprocess
+
+    command = shlex.split(os.environ.get("PAGER") or "less")
+    try:
+        # Of less: leave when all fits, show colours, keep the screen. A user's own LESS has the last word.
+        subprocess.run(command, input=text.encode(), env={"LESS": "FRX"} | os.environ, check=False)
+    except OSError:
+        return False
+    return True

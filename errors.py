@@ -14,6 +14,13 @@ class EffccError(Exception):
         if remedy:
             parts.append(f"  {remedy}")
         super().__init__("\n".join(parts))
+        # Shown below a traceback, and not part of the message.
+        self.add_note(f"effcc docs {type(self).__name__} says more")
+
+    @property
+    def docs(self) -> str:
+        """The error's page, relative to the package: what raises it, and what to do."""
+        return f"docs/errors/{type(self).__name__}.md"
 
 
 class OptionError(EffccError):
@@ -90,3 +97,19 @@ class KernelDataError(EffccError):
 
 class SwapError(EffccError):
     """A value cannot be swapped out or brought back: no space, no such directory."""
+
+
+class PlacementError(EffccError):
+    """Expert routing, loads or a placement are malformed, or the numbers of experts, slots and ranks do not fit."""
+
+
+class PipelineDataError(EffccError):
+    """A file of measured pipelines is malformed, or lacks what a prediction needs."""
+
+
+class ExpertParallelError(EffccError):
+    """Experts cannot be spread over the ranks as asked, or a rank failed while they ran."""
+
+
+class PipelineError(EffccError):
+    """A step cannot be cut into stages or sharded, or a rank of a pipeline failed; ``where`` is rank and pass."""

@@ -38,12 +38,13 @@ from .held_elsewhere import Elsewhere
 from .ir.plan import Plan
 from .options import Options
 from .passes.manager import DUMP_VARIABLE
+from .passes.raising.choose import Choice, Rates
 from .runtime.cache_directory import usable_directory
 from .runtime.compiled_graph import CompiledGraph
 from .runtime.peak_meter import PeakMeter
 from .runtime.reports import GraphReport, RegionReport, add_report
 from .step_planner import Member, StepPlanner, move_to_scratch
-from .summary import summarize
+from .summary import device_named, summarize
 
 
 @dataclass
@@ -69,6 +70,12 @@ class Compilation:
 
     def __post_init__(self) -> None:
         self.planner = StepPlanner(self.options.device or "cpu")
+        self.fusion.choice = Choice(Rates.of(device_named(self.options.device or "cpu")))
+
+    def run(self, gm: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        """Compile Dynamo's graph, forward and backward."""
+        with torch_internals.joint_pass(self.fusion if self.options.cascades else None, "effcc cascades"):
+            return torch_internals.compile_fx(gm, example_inputs, self.compile)  # type: ignore[no-any-return]
 
     def compile(self, gm: torch.fx.GraphModule, example_inputs: Sequence[Any], **kwargs: Any) -> Any:
         """Inductor's ``inner_compile``: ``gm`` (forward, backward or inference) as a boxed callable."""
@@ -190,6 +197,7 @@ class Compilation:
             for identity, layout in layouts.items():
                 code = member.compiled.code[identity]
                 move_to_scratch(member.result, member.compiled.functions[identity], code, layout)
+        self.fusion.finish()
         self.keep_budget()
         for key, (member, record) in self.records.items():
             save_record(key, with_scratch(record, scratch.get(member.name, {})))

@@ -33,6 +33,12 @@ class Measured:
     held_before: int
     device: str
     fallbacks: tuple[str, ...] = ()
+    #: Bytes held at equal distances over a step; empty where the device's allocator keeps no record of it.
+    memory: tuple[int, ...] = ()
+
+
+#: Points of the curve of memory over a step.
+POINTS = 400
 
 
 def measure(
@@ -43,8 +49,10 @@ def measure(
     rounds: int,
     seed: int,
     progress: Callable[[str], AbstractContextManager[None]],
+    trace: Callable[[list[dict[str, Any]]], None] | None = None,
 ) -> Measured:
-    """Build the model with random weights, compile it with the plan at ``path`` and measure steps of it.
+    """Build the model with random weights, compile it with the plan at ``path`` and measure steps of it. ``trace`` is
+    given the trace events of one more step.
 
     Raises:
         ModelFileError: the file is at fault, or the model fails while it runs.
@@ -63,7 +71,7 @@ def measure(
         step()
         step()
     with progress("measure memory"):
-        before, extra = held(), peak_of(step, device)
+        before, (extra, curve) = held(), memory_of(step, device)
     times = []
     with progress(f"time {rounds} rounds"):
         for _ in range(rounds):
@@ -72,9 +80,13 @@ def measure(
             if device.type == "cuda":
                 torch.cuda.synchronize()
             times.append(time.perf_counter() - begin)
+    if trace is not None:
+        with progress("trace a step"):
+            trace(trace_of(step))
     rows = [f"{row.op}: {row.reason} ({row.source})" for report in reports() for row in report.fallbacks]
     fallbacks = tuple(dict.fromkeys(rows))
-    return Measured(statistics.median(times), tuple(times), before + extra, before, device.type, fallbacks)
+    memory = tuple(before + change for change in curve)
+    return Measured(statistics.median(times), tuple(times), before + extra, before, device.type, fallbacks, memory)
 
 
 Step = Callable[[], Any]
@@ -264,20 +276,60 @@ def _autocast(spec: Any, device: torch.device) -> Any:
 
 def peak_of(step: Step, device: torch.device) -> int:
     """The most bytes that a step holds beyond what was held before it, by the allocator's own record."""
+    return memory_of(step, device)[0]
+
+
+def memory_of(step: Step, device: torch.device) -> tuple[int, tuple[int, ...]]:
+    """``peak_of``, and what is held beyond at equal distances over the step (on a CPU; elsewhere nothing)."""
     if device.type == "cuda":
         torch.cuda.synchronize()
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
         step()
         torch.cuda.synchronize()
-        return int(torch.cuda.max_memory_allocated() - before)
+        return int(torch.cuda.max_memory_allocated() - before), ()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         kept = step()
     del kept
-    from .torch_internals import memory_events
+    from .torch_internals import memory_timeline
 
     running = highest = 0
-    for change in memory_events(profile):
+    history: list[tuple[float, int]] = []
+    for moment, change in memory_timeline(profile):
         running += change
         highest = max(highest, running)
-    return highest
+        history.append((moment, running))
+    return highest, _sampled(history)
+
+
+def _sampled(history: list[tuple[float, int]]) -> tuple[int, ...]:
+    """The most that was held in each of ``POINTS`` equal spans of time."""
+    if not history:
+        return ()
+    length = history[-1][0] or 1.0
+    curve = [0] * POINTS
+    held, reached = 0, 0
+    for moment, size in history:
+        index = min(int(moment / length * POINTS), POINTS - 1)
+        for between in range(reached + 1, index + 1):
+            curve[between] = held
+        curve[index] = max(curve[index], size)
+        held, reached = size, index
+    return tuple(curve)
+
+
+def trace_of(step: Step) -> list[dict[str, Any]]:
+    """Trace events of one step, as torch's profiler records them."""
+    import json
+    import tempfile
+
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    if torch.cuda.is_available():
+        activities.append(torch.profiler.ProfilerActivity.CUDA)
+    with torch.profiler.profile(activities=activities) as profile:
+        step()
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "trace.json"
+        profile.export_chrome_trace(str(path))
+        events: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))["traceEvents"]
+    return events

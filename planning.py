@@ -15,9 +15,10 @@ import msgspec
 from .activation_words import with_choices
 from .cost_model.devices import Device
 from .errors import BudgetError, OptionError
-from .formatting import bytes_text
+from .formatting import bytes_text, seconds_text
 from .ir.graph import Graph
-from .ir.plan import GraphPlan, Plan
+from .ir.plan import GraphPlan, Plan, TradePoint
+from .logs import logger
 from .options import parse_bytes
 from .passes.dump import PassRecord
 from .plan_copies import with_copies
@@ -68,7 +69,7 @@ class PlanRequest:
     verify: bool = True
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Planned:
     """A checked plan with the text of its graphs."""
 
@@ -85,6 +86,29 @@ class Planned:
     def summary(self) -> Summary:
         """Peak, time, who holds the peak: as figures, and in ``summary.words`` as sentences."""
         return summarize(self.plan)
+
+    def __repr__(self) -> str:
+        peak = bytes_text(self.plan.peak.get("device", 0))
+        fallbacks = f", {len(self.plan.fallbacks)} fallbacks" if self.plan.fallbacks else ""
+        return (
+            f"<Planned {self.plan.model} on {self.plan.device}: peak {peak}, {seconds_text(self.plan.seconds)}, "
+            f"{len(self.plan.steps)} steps{fallbacks}>"
+        )
+
+    def __str__(self) -> str:
+        return "\n".join((f"{self.plan.model} on {self.plan.device}", *self.summary.words))
+
+    def _repr_html_(self) -> str:
+        from .report.notebook import plan_html
+
+        return plan_html(self.plan)
+
+    def report(self) -> str:
+        """The whole report, as one HTML page."""
+        from .ir.plan_file import decode_plan, encode_plan
+        from .report.page import render_report
+
+        return render_report(decode_plan(encode_plan(self.plan, self.graphs_text, {}), validate=False))
 
     def save(self, path: str | Path) -> None:
         """Write ``plan.effcc``, for ``torch.compile(options={"plan": path})`` and the commands. Raises OutputError."""
@@ -167,6 +191,8 @@ def plan_model(
     with progress("capture"):
         spec = spec or _load(request.model)
         captured = _capture(request, device, spec, planner)
+        for line in (*captured.notes, *_graph_breaks(captured)):
+            logger("capture").info("%s", line)
     manager = PassManager(passes, dump_dir=request.dump_dir, verify=request.verify)
     graphs: list[Graph] = []
 
@@ -186,7 +212,12 @@ def plan_model(
                 bindings=captured.sizes,
                 region_buffers=_ordered_memory(device, captured.sizes) if budgeted else _region_buffers(device),
             )
-            return with_copies(plan, device)
+            plan = with_copies(plan, device)
+        logger("plan").info(
+            "%s: %d steps, %d buffers, peak %s, %.3g s",
+            plan.model, len(plan.steps), len(plan.buffers), bytes_text(plan.peak.get("device", 0)), plan.seconds,
+        )  # fmt: skip
+        return plan
 
     made = make(captured)
     curve: tuple[ParetoPoint, ...] = ()
@@ -206,6 +237,10 @@ def plan_model(
         made,
         graphs=_captured_identities(made, captured),
         notes=(*made.notes, *captured.notes, *_graph_breaks(captured), *(planner.notes if planner else ())),
+        curve=tuple(
+            TradePoint(peak=point.peak, seconds=point.seconds, bound=point.bound, saved_bytes=point.saved_bytes)
+            for point in curve
+        ),
     )
     choices = tuple(planner.choices(request.memory_budget)) if planner is not None else ()
     made = with_choices(made, choices)

@@ -24,6 +24,8 @@ class Holder:
     bytes: int
     count: int
     decision: str
+    #: Id of the first of the buffers.
+    first: int = -1
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,8 @@ class StepGroup:
     bytes_moved: int
     bound: str
     place: str
+    #: Position of the first of the steps.
+    first: int = 0
 
 
 @dataclass(frozen=True)
@@ -154,7 +158,7 @@ def holders(buffers: Iterable[Buffer]) -> tuple[Holder, ...]:
         key = (buffer.role, what, named, buffer.decision)
         groups.setdefault(key, []).append(buffer)
     found = [
-        Holder(role, what, module, sum(b.bytes for b in members), len(members), decision)
+        Holder(role, what, module, sum(b.bytes for b in members), len(members), decision, members[0].id)
         for (role, what, module, decision), members in groups.items()
     ]
     return tuple(sorted(found, key=lambda holder: (-holder.bytes, holder.role, holder.what)))
@@ -178,11 +182,15 @@ def step_bound(step: Step, device: Device | None, dtype: str) -> str:
 def step_groups(plan: Plan, device: Device | None) -> tuple[StepGroup, ...]:
     """Steps folded where they run the same ops of the same region in the same phase, longest first."""
     groups: dict[tuple[str, ...], list[Step]] = {}
-    for step in plan.steps:
+    begins: dict[tuple[str, ...], int] = {}
+    for position, step in enumerate(plan.steps):
         if step.kind != "free":
-            groups.setdefault((step.name, step.kind, step.phase, step.stream, *_work(step)), []).append(step)
+            key = (step.name, step.kind, step.phase, step.stream, *_work(step))
+            groups.setdefault(key, []).append(step)
+            begins.setdefault(key, position)
     found = []
-    for (name, kind, phase, stream, *_), members in groups.items():
+    for key, members in groups.items():
+        name, kind, phase, stream, *_ = key
         flop, moved = sum(s.flop for s in members), sum(s.bytes_moved for s in members)
         spent: dict[str, float] = {}
         for step in members:
@@ -192,8 +200,9 @@ def step_groups(plan: Plan, device: Device | None) -> tuple[StepGroup, ...]:
         sources = list(dict.fromkeys(step.source for step in members if step.source))
         place = " in ".join(part for part in (sources[0] if sources else "", modules[0] if modules else "") if part)
         seconds = sum(step.seconds for step in members)
-        bound = max(spent, key=lambda key: spent[key])
-        found.append(StepGroup(name, kind, phase, stream, len(members), seconds, flop, moved, bound, place))
+        bound = max(spent, key=lambda each: spent[each])
+        count = len(members)
+        found.append(StepGroup(name, kind, phase, stream, count, seconds, flop, moved, bound, place, begins[key]))
     return tuple(sorted(found, key=lambda group: -group.seconds))
 
 

@@ -13,6 +13,8 @@ import os
 import platform
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -334,6 +336,13 @@ def structured_trace(name: str, text: Callable[[], str]) -> None:
     trace_structured("artifact", metadata_fn=lambda: {"name": name, "encoding": "string"}, payload_fn=text)
 
 
+def debug_directory() -> Path:
+    """The folder of this run that ``TORCH_COMPILE_DEBUG=1`` makes torch write to."""
+    from torch._dynamo.utils import get_debug_dir
+
+    return Path(get_debug_dir())
+
+
 def cudagraphs_wanted(kwargs: dict[str, Any]) -> bool:
     """Whether this compilation is to be recorded as a CUDA graph (``mode="reduce-overhead"``)."""
     return bool(kwargs.get("cudagraphs") or False)
@@ -350,12 +359,13 @@ def inductor_settings(settings: dict[str, Any]) -> contextlib.AbstractContextMan
     return inductor_config.patch(settings)  # type: ignore[no-any-return]
 
 
-def memory_events(profile: Any) -> Iterator[int]:
-    """Bytes that each allocation (positive) or release (negative) changed, in order, from a finished
+def memory_timeline(profile: Any) -> list[tuple[float, int]]:
+    """(seconds since the first, bytes) of each allocation (positive) and release (negative), in order, from a finished
     ``torch.profiler.profile(profile_memory=True)``."""
-    for event in profile.profiler.kineto_results.events():
-        if event.name() == "[memory]":
-            yield event.nbytes()
+    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    events.sort(key=lambda event: event.start_ns())
+    begin = events[0].start_ns() if events else 0
+    return [((event.start_ns() - begin) * 1e-9, event.nbytes()) for event in events]
 
 
 def joint_partitioner(partition: Callable[..., Any] | None) -> contextlib.AbstractContextManager[Any]:
@@ -452,12 +462,20 @@ def copy_graph(gm: torch.fx.GraphModule) -> torch.fx.GraphModule:
     return torch.fx.GraphModule(gm, graph)
 
 
-def load_cpp_library(source: str) -> Any:
-    """C++ with ``extern "C"`` functions compiled by Inductor's builder (its flags, vector instructions, OpenMP and code
-    cache) and loaded: a ``ctypes`` library. Raises CppCompileError."""
+def start_cpp_library(source: str) -> Callable[[], Any]:
+    """Begin to compile C++ with ``extern "C"`` functions by Inductor's builder (its flags, vector instructions, OpenMP
+    and code cache), in the background. The result waits for it and gives the loaded ``ctypes`` library; it raises
+    CppCompileError."""
     from torch._inductor.codecache import CppCodeCache
 
-    return CppCodeCache.load(source)
+    load: Callable[[], Any] = CppCodeCache.load_async(source, submit_fn=_compiler_threads().submit)
+    return load
+
+
+@functools.cache
+def _compiler_threads() -> ThreadPoolExecutor:
+    """The compilers are processes of their own; threads only wait for them."""
+    return ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="effcc-compile")
 
 
 @contextlib.contextmanager
@@ -584,3 +602,38 @@ def boxed(function: Callable[..., Any]) -> Callable[..., Any]:
 
     call._boxed_call = True
     return call
+
+
+@dataclass(frozen=True)
+class CompilationRecord:
+    """One frame that Dynamo compiled: the function with its file and line, and why it was compiled again ("" for the
+    first time)."""
+
+    where: str
+    reason: str
+
+
+def compilations() -> list[CompilationRecord]:
+    """What Dynamo has compiled in this process, as far as it remembers, oldest first."""
+    from torch._dynamo.utils import get_compilation_metrics
+
+    return [
+        CompilationRecord(f"{each.co_name} at {each.co_filename}:{each.co_firstlineno}", each.recompile_reason or "")
+        for each in get_compilation_metrics()
+        if each.co_name
+    ]
+
+
+def is_recompilation() -> bool:
+    """Whether the frame that is being compiled was compiled before."""
+    from torch._guards import CompileContext
+
+    current = CompileContext.current_compile_id()
+    return current is not None and bool(current.frame_compile_id)
+
+
+def graph_breaks() -> dict[str, int]:
+    """Reasons of graph breaks so far, with their number."""
+    from torch._dynamo.utils import counters
+
+    return dict(counters["graph_break"])

@@ -9,46 +9,20 @@ The library is found again by its source in Inductor's code cache, and in this p
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 
 from .. import torch_internals
 from ..errors import CompileError, ShapeError
-from ..ir.cascade import Cascade, accesses, is_rank
+from ..ir.cascade import Cascade
 from ..ir.cascade_printer import print_cascade
 from ..ir.tile import Program
 from ..passes.rewrite_cascade import Rewriting, rewrite
 from .cpp_tiles.printer import Function, print_function, print_source
-from .tiles.errors import NotLowerable
-from .tiles.lower import Operand, Settings, lower
+from .prepared import DTYPE_NAMES, TORCH_DTYPES, TensorInfo, checked, prepared, wanted_outputs
 from .tiles.roles import Caches, threads
-
-#: Element types of kernels -> torch's.
-TORCH_DTYPES = {
-    "f32": torch.float32,
-    "f64": torch.float64,
-    "bf16": torch.bfloat16,
-    "f16": torch.float16,
-    "i64": torch.int64,
-    "i32": torch.int32,
-    "i16": torch.int16,
-    "i8": torch.int8,
-    "u8": torch.uint8,
-    "b1": torch.bool,
-}
-DTYPE_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
-
-
-@dataclass(frozen=True)
-class TensorInfo:
-    """How a tensor lies in memory: shape, element type, and which dimension has stride 1 (None: not known)."""
-
-    shape: tuple[int, ...]
-    dtype: str
-    unit: int | None
 
 
 class CascadeKernel:
@@ -73,14 +47,24 @@ class CascadeKernel:
         )
         self._sizes = dict(sizes)
         self._entries: list[Any] = []
+        #: Waits for the library that has been begun, and loads it.
+        self._load: Callable[[], Any] | None = None
 
     @property
     def source(self) -> str:
         """The C++ of this kernel alone."""
         return print_source(self.functions)
 
-    def bind(self, library: Any) -> None:
-        """Take the functions from a loaded library."""
+    def finish(self) -> None:
+        """Wait until the kernel is compiled. Raises ``CompileError`` if the C++ compiler refuses it."""
+        if self._entries:
+            return
+        begin([self])
+        assert self._load is not None
+        try:
+            library = self._load()
+        except torch_internals.COMPILER_ERRORS as error:
+            raise _refused(error) from error
         self._entries = [getattr(library, function.name) for function in self.functions]
         for entry in self._entries:
             entry.restype = None
@@ -92,16 +76,15 @@ class CascadeKernel:
 
         Raises ``ShapeError`` for a tensor that is missing or does not lie as the kernel was made for.
         """
-        if not self._entries:
-            build([self])
+        self.finish()
         tensors: dict[str, torch.Tensor] = {}
         for name, info in self.inputs.items():
             if name not in inputs:
                 raise ShapeError(f"no value for the input {name}", where=name, remedy="Pass every input.")
-            tensors[name] = _checked(name, inputs[name], info)
+            tensors[name] = checked(name, inputs[name], info)
         for name, info in self.outputs.items():
             if out is not None and name in out:
-                tensors[name] = _checked(name, out[name], info)
+                tensors[name] = checked(name, out[name], info)
             else:
                 tensors[name] = _empty(info)
         for name, info in self.buffers.items():
@@ -132,41 +115,34 @@ def _empty(info: TensorInfo) -> torch.Tensor:
     return torch.empty(info.shape, dtype=TORCH_DTYPES[info.dtype])
 
 
-def _checked(name: str, tensor: torch.Tensor, info: TensorInfo) -> torch.Tensor:
-    if tuple(tensor.shape) != info.shape or tensor.dtype != TORCH_DTYPES[info.dtype]:
-        found = f"{DTYPE_NAMES.get(tensor.dtype, tensor.dtype)}{list(tensor.shape)}"
-        raise ShapeError(
-            f"{name} is {found}; the kernel was made for {info.dtype}{list(info.shape)}",
-            where=name,
-            remedy="Compile the cascade for these sizes.",
-        )
-    if info.unit is not None and tensor.shape[info.unit] > 1 and tensor.stride(info.unit) != 1:
-        raise ShapeError(
-            f"the elements of {name} are not neighbours along dimension {info.unit}",
-            where=name,
-            remedy="Compile with units={name: None}, or make the tensor contiguous.",
-        )
-    return tensor
-
-
 _prepared: dict[object, CascadeKernel] = {}
 
 
-def build(kernels: Sequence[CascadeKernel]) -> None:
-    """Compile kernels as one library. Parsing torch's headers takes longer than most kernels, so many at a time are
-    faster. Raises ``CompileError`` if the C++ compiler refuses one."""
-    waiting = [kernel for kernel in kernels if not kernel._entries]
+def begin(kernels: Sequence[CascadeKernel]) -> None:
+    """Compile kernels as one library in the background. Parsing torch's headers takes longer than most kernels, so many
+    at a time are faster. Raises ``CompileError`` where there is no C++ compiler."""
+    waiting = [kernel for kernel in kernels if kernel._load is None]
     if not waiting:
         return
+    source = print_source(function for kernel in waiting for function in kernel.functions)
     try:
-        library = torch_internals.load_cpp_library(
-            print_source(function for kernel in waiting for function in kernel.functions)
-        )
+        load = torch_internals.start_cpp_library(source)
     except torch_internals.COMPILER_ERRORS as error:
-        cause = torch_internals.compile_error_cause(error)
-        raise CompileError(f"the C++ compiler refused a generated kernel: {cause}", remedy="Report it.") from error
+        raise _refused(error) from error
     for kernel in waiting:
-        kernel.bind(library)
+        kernel._load = load
+
+
+def build(kernels: Sequence[CascadeKernel]) -> None:
+    """Compile kernels as one library, now. Raises ``CompileError`` if the C++ compiler refuses one."""
+    begin(kernels)
+    for kernel in kernels:
+        kernel.finish()
+
+
+def _refused(error: Exception) -> CompileError:
+    cause = torch_internals.compile_error_cause(error)
+    return CompileError(f"the C++ compiler refused a generated kernel: {cause}", remedy="Report it.")
 
 
 def compile_cascade(cascade: Cascade | Rewriting, *arguments: Any, **named: Any) -> CascadeKernel:
@@ -202,8 +178,7 @@ def prepare_cascade(
     """
     rewriting = cascade if isinstance(cascade, Rewriting) else rewrite(cascade)
     text = print_cascade(rewriting.cascade)
-    written = cascade if isinstance(cascade, Cascade) else cascade.cascade
-    wanted = tuple(outputs if outputs is not None else written.outputs)
+    wanted = wanted_outputs(cascade, outputs)
     given = {name: dtypes if isinstance(dtypes, str) else dtypes.get(name) for name in rewriting.cascade.tensors}
     key = (
         text,
@@ -217,69 +192,25 @@ def prepare_cascade(
         (crossing, splitting, threads()),
     )
     if key not in _prepared:
-        infos = _infos(rewriting.cascade, sizes, given, units or {}, shapes or {}, wanted)
-        compute = "f64" if any(info.dtype == "f64" for info in infos.values()) else "f32"
-        operands = {name: Operand(info.dtype, info.unit) for name, info in infos.items()}
         limits = caches or Caches.of_this_machine()
-        settings = Settings(sizes, operands, compute, wide, limits, crossing, splitting)
-        _prepared[key] = _prepare(rewriting, wanted, infos, settings, comment or text)
+        found = prepared(
+            rewriting,
+            sizes,
+            dtypes,
+            wanted,
+            units,
+            shapes,
+            wide,
+            machine=limits,
+            crossing=crossing,
+            splitting=splitting,
+        )
+        functions = [
+            print_function(program, found.sizes, found.shapes, (comment or text) if number == 0 else "")
+            for number, program in enumerate(found.programs)
+        ]
+        _prepared[key] = CascadeKernel(functions, found.sizes, found.inputs, found.outputs, found.buffers)
     return _prepared[key]
 
 
-def _infos(
-    cascade: Cascade,
-    sizes: Mapping[str, int],
-    dtypes: Mapping[str, str | None],
-    units: Mapping[str, int | None],
-    shapes: Mapping[str, Sequence[int]],
-    wanted: Sequence[str],
-) -> dict[str, TensorInfo]:
-    """Every input's and output's place in memory."""
-    wide = any(dtypes.get(name) == "f64" for name in cascade.inputs)
-    found: dict[str, TensorInfo] = {}
-    for einsum in cascade.einsums:
-        for item in accesses(einsum.body):
-            name = str(item.func.__name__)
-            if name in cascade.definitions or name in found:
-                continue
-            shape = shapes.get(name) or [_extent(name, index, sizes) for index in item.args]
-            unit = units.get(name, len(shape) - 1 if shape else None)
-            found[name] = TensorInfo(tuple(shape), dtypes.get(name) or "f32", unit)
-    for name in wanted:
-        if name not in cascade.definitions:
-            raise NotLowerable(f"the rewritten cascade does not compute {name}", where=name)
-        shape = [sizes[symbol.name] for symbol in cascade.definitions[name].kept]
-        dtype = dtypes.get(name) or ("f64" if wide else "f32")
-        found[name] = TensorInfo(tuple(shape), dtype, units.get(name, len(shape) - 1 if shape else None))
-    return found
-
-
-def _extent(name: str, index: object, sizes: Mapping[str, int]) -> int:
-    symbol = getattr(index, "name", None)
-    if symbol is None or symbol not in sizes or not is_rank(index):
-        raise NotLowerable(f"the shape of {name}, read at {index}, is not known", where=name)
-    return sizes[symbol]
-
-
-def _prepare(
-    rewriting: Rewriting, wanted: Sequence[str], infos: Mapping[str, TensorInfo], settings: Settings, comment: str
-) -> CascadeKernel:
-    lowered = lower(rewriting.cascade, rewriting.monoids, wanted, settings)
-    programs = lowered.programs
-    sizes = {**settings.sizes, **lowered.sizes}
-    full = dict(sizes)
-    shapes: dict[str, Sequence[int]] = {name: info.shape for name, info in infos.items()}
-    buffers: dict[str, TensorInfo] = {}
-    for program in programs:
-        for item in program.tensors:
-            if item.name not in infos:
-                shape = tuple(sizes[rank.name] for rank in item.ranks)
-                buffers[item.name] = TensorInfo(shape, item.dtype, item.unit)
-                shapes[item.name] = shape
-            full.update({rank.name: extent for rank, extent in zip(item.ranks, shapes[item.name], strict=True)})
-    functions = [
-        print_function(program, full, shapes, comment if number == 0 else "") for number, program in enumerate(programs)
-    ]
-    inputs = {name: info for name, info in infos.items() if name not in wanted}
-    outputs = {name: infos[name] for name in wanted}
-    return CascadeKernel(functions, full, inputs, outputs, buffers)
+__all__ = ["DTYPE_NAMES", "TORCH_DTYPES", "CascadeKernel", "TensorInfo", "build", "compile_cascade", "prepare_cascade"]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,13 +19,16 @@ from ..ir.parser import parse_fused_cascade
 from ..ir.types import TensorType, contiguous_stride
 from ..passes.rewrite_cascade import Rewriting
 from .cascade_kernel import TORCH_DTYPES
-from .fused_kernel import FusedKernel, prepare_fused
+from .fused_kernel import FusedKernel, PlacedKernel, prepare_fused
 
 _library: Any = torch.library.Library("effcc", "FRAGMENT")  # type: ignore[no-untyped-call]
 _library.define("cascade(str text, Tensor[] operands) -> Tensor[]", tags=(torch.Tag.pt2_compliant_tag,))
 
-#: Rewritten forms that the compiler has at hand, by the cascade's text.
+#: Rewritten forms and kernels that this process has at hand, by the op's text.
 _rewritten: dict[str, Rewriting] = {}
+_kernels: dict[str, FusedKernel] = {}
+#: Text of a cascade without its workspace -> the op's text.
+_texts: dict[str, str] = {}
 
 
 def cascade_text(fused: FusedCascade) -> str:
@@ -33,20 +37,42 @@ def cascade_text(fused: FusedCascade) -> str:
 
 def prepare(fused: FusedCascade, rewriting: Rewriting) -> tuple[str, FusedKernel]:
     """The op's text for a cascade, and its kernel, not compiled yet. Raises ``NotLowerable``."""
-    text = cascade_text(fused)
-    _rewritten.setdefault(text, rewriting)
-    return text, kernel_of(text)
+    plain = cascade_text(fused)
+    if plain not in _texts:
+        kernel = prepare_fused(fused, rewriting, wide=frozenset(fused.wide))
+        own = kernel.kernel
+        text = cascade_text(replace(fused, thread_bytes=own.scratch_bytes, shared_bytes=own.buffer_bytes))
+        _rewritten[text], _kernels[text], _texts[plain] = rewriting, kernel, text
+    return _texts[plain], _kernels[_texts[plain]]
 
 
-@functools.cache
 def kernel_of(text: str) -> FusedKernel:
-    fused = parse_fused_cascade(text)
-    return prepare_fused(fused, _rewritten.get(text), wide=frozenset(fused.wide))
+    kernel = _kernels.get(text)
+    if kernel is None:
+        fused = parse_fused_cascade(text)
+        kernel = _kernels[text] = prepare_fused(fused, _rewritten.get(text), wide=frozenset(fused.wide))
+    return kernel
 
 
 @torch.library.impl(_library, "cascade", "CPU")
 def run(text: str, operands: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     return list(kernel_of(text)(operands))
+
+
+@torch.library.impl(_library, "cascade", "CUDA")
+def run_on_gpu(text: str, operands: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    with torch.cuda.device(operands[0].device):
+        return list(gpu_kernel_of(text, operands[0].device.index)(operands))
+
+
+@functools.cache
+def gpu_kernel_of(text: str, device: int) -> PlacedKernel[Any]:
+    """The kernel in Triton, with the schedule that is settled for this GPU."""
+    from .triton_tiles.settle import placed
+    from .triton_tiles.target import Target
+
+    fused = parse_fused_cascade(text)
+    return placed(fused, _rewritten.get(text), Target.of_cuda(device), wide=frozenset(fused.wide))
 
 
 @torch.library.register_fake("effcc::cascade", lib=_library)  # type: ignore[untyped-decorator]

@@ -6,8 +6,9 @@ for each rank and an offset, which is all that a kernel needs of it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, Generic, Protocol, TypeAlias, TypeVar
 
 import sympy
 import torch
@@ -21,10 +22,21 @@ from .cascade_kernel import TORCH_DTYPES, CascadeKernel, prepare_cascade
 from .tiles.errors import NotLowerable
 
 
-class FusedKernel:
+class Kernel(Protocol):
+    """A cascade's kernel for some processor, called with its tensors by name."""
+
+    def __call__(
+        self, inputs: Mapping[str, torch.Tensor], out: Mapping[str, torch.Tensor] | None = None
+    ) -> dict[str, torch.Tensor]: ...
+
+
+K = TypeVar("K", bound=Kernel)
+
+
+class PlacedKernel(Generic[K]):
     """Callable on operands, as ``FusedCascade`` lists them. ``kernel`` is the cascade's own."""
 
-    def __init__(self, fused: FusedCascade, kernel: CascadeKernel, bindings: Mapping[str, int]) -> None:
+    def __init__(self, fused: FusedCascade, kernel: K, bindings: Mapping[str, int]) -> None:
         self.fused, self.kernel = fused, kernel
         self.bindings = dict(bindings)
         self._shapes = [_numbers(result.shape, bindings) for result in fused.results]
@@ -43,13 +55,17 @@ class FusedKernel:
             raise ShapeError(f"{len(operands)} operands for {len(self.fused.operands)}", where="a fused cascade")
         if results is None:
             results = [
-                torch.empty_strided(shape, stride, dtype=TORCH_DTYPES[kind.dtype])
+                torch.empty_strided(shape, stride, dtype=TORCH_DTYPES[kind.dtype], device=operands[0].device)
                 for kind, shape, stride in zip(self.fused.results, self._shapes, self._strides, strict=True)
             ]
         inputs = {view.tensor: place.view(operands[view.position]) for view, place in self._inputs}
         outputs = {view.tensor: place.view(results[view.position]) for view, place in self._outputs}
         self.kernel(inputs, outputs)
         return tuple(results)
+
+
+#: In C++.
+FusedKernel: TypeAlias = PlacedKernel[CascadeKernel]
 
 
 @dataclass(frozen=True)
@@ -92,10 +108,23 @@ def prepare_fused(
     wide: frozenset[str] = frozenset(),
     bindings: Mapping[str, int] | None = None,
 ) -> FusedKernel:
-    """The kernel of a fused cascade, compiled at its first call or by ``cascade_kernel.build([it.kernel])``.
+    """The C++ kernel of a fused cascade, compiled at its first call or by ``cascade_kernel.build([it.kernel])``.
 
     ``rewriting`` is ``rewrite(fused.cascade)`` if it is at hand; ``wide`` names tensors that must not be stored;
     ``bindings`` gives size symbols their values. Raises ``NotLowerable``."""
+    return prepare_with(prepare_cascade, fused, rewriting, wide=wide, bindings=bindings)
+
+
+def prepare_with(
+    prepare: Callable[..., K],
+    fused: FusedCascade,
+    rewriting: Rewriting | None = None,
+    *,
+    wide: frozenset[str] = frozenset(),
+    bindings: Mapping[str, int] | None = None,
+    **settings: Any,
+) -> PlacedKernel[K]:
+    """The kernel that ``prepare`` makes of a cascade, called as ``prepare_cascade`` is, with further ``settings``."""
     rewriting = rewriting or rewrite(fused.cascade)
     bindings = bindings or {}
     sizes = {name: _number(size, bindings) for name, size in fused.sizes.items()}
@@ -111,7 +140,7 @@ def prepare_fused(
             place = placement(view, sizes, bindings)
             shapes[view.tensor] = place.shape
             units[view.tensor] = _unit(place, kind, bindings)
-    kernel = prepare_cascade(
+    kernel = prepare(
         rewriting,
         sizes,
         dtypes,
@@ -119,8 +148,9 @@ def prepare_fused(
         units=units,
         shapes=shapes,
         wide=wide,
+        **settings,
     )
-    return FusedKernel(fused, kernel, bindings)
+    return PlacedKernel(fused, kernel, bindings)
 
 
 def _unit(place: Placement, kind: TensorType, bindings: Mapping[str, int]) -> int | None:

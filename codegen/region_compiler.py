@@ -12,6 +12,7 @@ from torch._dynamo.exc import SkipFrame
 
 from .. import torch_internals
 from ..errors import CompileError
+from ..logs import logger
 from .empty_reductions import fill_empty_statistics
 from .kernel_batch import Collector, collecting, describe
 from .known_faults import known_fault
@@ -20,6 +21,8 @@ from .segments import EAGER, Segment, copy_module, cut
 
 #: A kernel in a generated wrapper: ``async_compile.cpp_pybinding(...)``, ``async_compile.triton(...)``.
 _KERNEL = re.compile(r"^\w+ = async_compile\.(?!wait)", re.MULTILINE)
+
+_log = logger("compile")
 
 
 @dataclass(frozen=True)
@@ -87,6 +90,7 @@ def compile_segments(
         collector = Collector()
         retry = False
         fallbacks = [*found]
+        distinct = len({segment.identity for segment in segments})
         for segment in segments:
             if segment.identity in code:
                 continue
@@ -98,6 +102,7 @@ def compile_segments(
                 fallbacks += faults
                 continue
             collector.region = segment.identity
+            _log.info("region %d of %d, %d ops", len(code) + 1, distinct, len(segment.ops))
             try:
                 code[segment.identity] = compile_segment(segment, kwargs, gemm, donated[segment.identity], collector)
                 collector.flush()

@@ -130,7 +130,9 @@ class Device(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         return figure.value
 
     def efficiency_of(self, kind: str) -> float:
-        figure = self.efficiency.get(kind)
+        """Fraction of the roofline that kernels of a class reach; a generated cascade is as attention where the file
+        says nothing of it."""
+        figure = self.efficiency.get(kind) or (self.efficiency.get("attention") if kind == "cascade" else None)
         return figure.value if figure is not None else 1.0
 
     def link(self, scope: str) -> Link:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from ..ir.graph import Argument, Node
 from .op_classes import ATTENTION_BACKWARD, ATTENTION_FORWARD, packet
-from .tensors import Tensor, TensorTable
+from .tensors import Tensor, TensorTable, evaluate
 
 Shape = tuple[int, ...]
 
@@ -201,6 +201,16 @@ def _pair(first: int, second: int) -> Callable[[Call], int]:
     return lambda call: _product(call.shape(first), call.shape(second))
 
 
+def _cascade(call: Call) -> int:
+    """Two operations for each point of an Einsum that sums a product of tensors."""
+    fused = call.table.cascade(call.node)
+    if fused is None:
+        return 0
+    sizes = {name: evaluate(size, call.table.bindings) for name, size in fused.sizes.items()}
+    sums = [einsum for einsum in fused.cascade.einsums if einsum.reduction == "sum" and len(einsum.reads) > 1]
+    return sum(2 * math.prod(sizes[symbol.name] for symbol in einsum.space) for einsum in sums)
+
+
 FORMULAS: dict[str, Callable[[Call], int]] = {
     **dict.fromkeys(
         ("aten.mm", "aten.bmm", "aten.matmul", "aten.mv", "aten.dot", "aten.vdot", "aten._scaled_mm", "aten._int_mm"),
@@ -222,6 +232,7 @@ FORMULAS: dict[str, Callable[[Call], int]] = {
     "aten.convolution_backward": _convolution_backward,
     **dict.fromkeys(ATTENTION_FORWARD, _attention),
     **dict.fromkeys(ATTENTION_BACKWARD, _attention_backward),
+    "effcc.cascade": _cascade,
     "aten._flash_attention_forward": _rows_first(_attention_flop),
     "aten._efficient_attention_forward": _rows_first(_attention_flop),
     "aten._flash_attention_backward": _rows_first(_backward_flop),

@@ -2,7 +2,7 @@
 
 Kinds: ``structural`` (input, constant, getitem, call: no work of its own), ``view`` (shares storage, free),
 ``creation`` (writes only), ``pointwise``, ``reduction`` (including norms and softmax), ``index`` (gather and scatter),
-``sort``, ``gemm``, ``convolution``, ``attention``, ``collective`` and ``opaque`` (an op of another library: nothing is
+``sort``, ``gemm``, ``convolution``, ``attention``, ``cascade`` (a fused one), ``collective`` and ``opaque`` (an op of another library: nothing is
 known). An ATen op that is in no table counts as pointwise.
 """
 
@@ -100,6 +100,7 @@ _TABLE: dict[str, str] = {
     **dict.fromkeys(GEMM, "gemm"),
     **dict.fromkeys(CONVOLUTION, "convolution"),
     **dict.fromkeys(ATTENTION, "attention"),
+    "effcc.cascade": "cascade",
     **dict.fromkeys(REDUCTION, "reduction"),
     **dict.fromkeys(GATHER | SCATTER, "index"),
     **dict.fromkeys(SORT, "sort"),

@@ -19,7 +19,7 @@ from .flops import Call, contraction_flop, executed_fraction
 from .fusion import Kernel, group_kernels
 from .op_classes import kind_of, packet
 from .storages import StorageTable, storage_table
-from .tensors import Bindings, Tensor, TensorTable, called
+from .tensors import Bindings, Tensor, TensorTable, called, evaluate
 
 
 @dataclass(frozen=True)
@@ -227,6 +227,15 @@ def _vector_flop(node: Node, table: TensorTable) -> int:
         shape = Call(node, table).shape(1 if "backward" in node.op else 0)
         keys = Call(node, table).shape(2 if "backward" in node.op else 1)
         return 4 * math.prod(shape[:-1]) * keys[-2] if len(keys) >= 2 and shape else 0
+    if kind == "cascade":  # each point of a map or of a sum without a product
+        fused = table.cascade(node)
+        sizes = {name: evaluate(size, table.bindings) for name, size in fused.sizes.items()} if fused else {}
+        einsums = fused.cascade.einsums if fused else ()
+        return sum(
+            math.prod(sizes[symbol.name] for symbol in einsum.space)
+            for einsum in einsums
+            if einsum.reduction != "sum" or len(einsum.reads) == 1
+        )
     if kind == "index":
         return sum(tensor.elements for tensor in table.read(node)[1:]) if packet(node.op) in op_classes.SCATTER else 0
     return 0

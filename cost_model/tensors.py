@@ -9,7 +9,8 @@ from dataclasses import dataclass, replace
 import sympy
 
 from ..errors import ShapeError
-from ..ir.graph import Graph, Node, Ref, Symbol
+from ..ir.fused_cascade import FusedCascade
+from ..ir.graph import CASCADE_OP, Graph, Node, Ref, Symbol
 from ..ir.types import DTYPES, Size, TensorType, TupleType, Type
 
 Bindings = Mapping[str, int]
@@ -92,6 +93,11 @@ class TensorTable:
         self._nodes = graph.by_name()
         self._tensors: dict[str, tuple[Tensor, ...]] = {}
         self._spans: dict[str, list[slice] | None] = {}
+
+    def cascade(self, node: Node) -> FusedCascade | None:
+        """The fused cascade that a node runs."""
+        target = node.args[0] if node.op == CASCADE_OP and node.args else None
+        return self.graph.cascades.get(target.text.removeprefix("@")) if isinstance(target, Symbol) else None
 
     def node(self, name: str) -> Node:
         return self._nodes[name]

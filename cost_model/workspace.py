@@ -17,6 +17,9 @@ def workspace_bytes(node: Node, table: TensorTable, device: Device) -> int:
     """Bytes that the op holds at most beyond its operands and results."""
     if device.kind != "cpu":
         return 0
+    fused = table.cascade(node)
+    if fused is not None:
+        return fused.thread_bytes * device.thread_count + fused.shared_bytes
     base = packet(node.op)
     if base in ATTENTION_FORWARD:
         return _attention(Call(node, table), device, 0)

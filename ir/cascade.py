@@ -217,6 +217,11 @@ class Einsum:
     def reads(self) -> tuple[AppliedUndef, ...]:
         return tuple(accesses(self.body))
 
+    @cached_property
+    def read_ranks(self) -> tuple[tuple[str, frozenset[sympy.Symbol]], ...]:
+        """(tensor, ranks in its indices) of each of ``reads``."""
+        return tuple((tensor_name(item), frozenset().union(*map(ranks_of, item.args))) for item in self.reads)
+
 
 @dataclass(frozen=True)
 class Cascade:

@@ -46,6 +46,8 @@ class FusedCascade:
     input of the cascade, ``outputs`` the tensors that are wanted, which need not be outputs of the cascade in the sense
     that nothing reads them. ``dtypes``: tensor -> the element type it has in the model, for every tensor the cascade
     writes; a kernel computes in float32 or better whatever they are. ``wide`` are tensors that a kernel never stores.
+    ``thread_bytes`` and ``shared_bytes``: what its kernel holds while it runs, for each thread and once; 0 where it has
+    not been generated.
     """
 
     cascade: Cascade
@@ -56,3 +58,5 @@ class FusedCascade:
     outputs: tuple[TensorView, ...]
     dtypes: Mapping[str, str] = field(default_factory=dict)
     wide: tuple[str, ...] = ()
+    thread_bytes: int = 0
+    shared_bytes: int = 0

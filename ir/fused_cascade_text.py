@@ -7,11 +7,14 @@
       size m = 12
       input 0 [2, 12, 4, 8] "In[b,m,h,d] = X[b,m,8*h + d]"
       output 0 [2, 12, 4, 8] "O[b,m,h,f] = X[b,m,8*h + f]"
-      type "O" f32
+      type O f32
+      wide S
+      workspace 69632 0
       "S[b,h,m,n] = sum[d] In[b,m,h,d]*In2[b,n,h,d]"
     }
 
 ``input 0`` says which element of operand 0 (written ``X``) a tensor's element is, after the sizes of its ranks.
+``workspace`` has the bytes that the kernel holds for each thread, and once.
 """
 
 from __future__ import annotations
@@ -48,6 +51,8 @@ def fused_cascade_lines(name: str, fused: FusedCascade) -> Iterator[str]:
         yield f"  type {tensor} {dtype}"
     for tensor in fused.wide:
         yield f"  wide {tensor}"
+    if fused.thread_bytes or fused.shared_bytes:
+        yield f"  workspace {fused.thread_bytes} {fused.shared_bytes}"
     for einsum in fused.cascade.einsums:
         yield f"  {quote(print_einsum(einsum))}"
     yield "}"
@@ -75,6 +80,7 @@ def read_fused_cascade(
     outputs: list[TensorView] = []
     dtypes: dict[str, str] = {}
     wide: list[str] = []
+    workspace = (0, 0)
     lines: list[str] = []
     while not scanner.take("}"):
         start = scanner.skip()
@@ -91,12 +97,16 @@ def read_fused_cascade(
             dtypes[tensor] = word()
         elif scanner.word("wide"):
             wide.append(word())
+        elif scanner.word("workspace"):
+            workspace = (count(), count())
         elif (line := scanner.string()) is not None:
             lines.append(line)
         else:
-            scanner.fail("expected 'size', 'input', 'output', 'type', 'wide', an Einsum in quotes or '}'", start)
+            scanner.fail("expected 'size', 'input', 'output', 'type', 'wide', 'workspace', an Einsum in quotes or '}'", start)
     cascade = _parsed(scanner, "\n".join(lines))
-    return FusedCascade(cascade, sizes, operands, results, tuple(inputs), tuple(outputs), dtypes, tuple(wide))
+    return FusedCascade(
+        cascade, sizes, operands, results, tuple(inputs), tuple(outputs), dtypes, tuple(wide), *workspace
+    )
 
 
 def _tensors(scanner: Scanner, types: tuple[Type, ...]) -> tuple[TensorType, ...]:

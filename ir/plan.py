@@ -67,7 +67,7 @@ class Step(msgspec.Struct, frozen=True, kw_only=True):
     bytes_moved: int = 0
     #: Region or subgraph this step runs, equal for repeats of one layer.
     region: str = ""
-    #: Ops of the graph the step covers (first and last name, and their number).
+    #: Names of the ops of its graph, or subgraph, that the step computes; none where the generated code does not say.
     ops: tuple[str, ...] = ()
     source: str = ""
     module: str = ""
@@ -113,6 +113,15 @@ class InputSpec(msgspec.Struct, frozen=True, kw_only=True):
     shape: tuple[str, ...] = ()
 
 
+class TradePoint(msgspec.Struct, frozen=True, kw_only=True):
+    """What one peak would cost: a step's seconds, a bound that no choice is below, and the bytes kept for the backward."""
+
+    peak: int
+    seconds: float
+    bound: float
+    saved_bytes: int
+
+
 class Plan(msgspec.Struct, frozen=True, kw_only=True):
     """An execution plan for one device."""
 
@@ -134,3 +143,5 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     optimizer: str = ""
     notes: tuple[str, ...] = ()
     inputs: tuple[InputSpec, ...] = ()
+    #: Time against memory, where it was asked for.
+    curve: tuple[TradePoint, ...] = ()

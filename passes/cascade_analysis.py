@@ -135,15 +135,17 @@ def _count(cascade: Cascade, found: RankPasses, tensor: str) -> int:
 
 def _readers(cascade: Cascade, found: RankPasses, tensor: str) -> set[int]:
     """The Einsums that read the tensor over the group, or a tensor derived from it that keeps the group."""
+    by_tensor: dict[str, list[int]] = {}
+    for position in found.einsum:
+        for name, ranks in cascade.einsums[position].read_ranks:
+            if ranks & found.group:
+                by_tensor.setdefault(name, []).append(position)
     readers: set[int] = set()
     reached, queue = {tensor}, [tensor]
     while queue:
-        name = queue.pop()
-        for position in found.einsum:
-            einsum = cascade.einsums[position]
-            if not any(tensor_name(item) == name and carries(item, found.group) for item in einsum.reads):
-                continue
+        for position in by_tensor.get(queue.pop(), ()):
             readers.add(position)
+            einsum = cascade.einsums[position]
             if _written_with(einsum, found.group) and einsum.output not in reached:
                 reached.add(einsum.output)
                 queue.append(einsum.output)

@@ -10,7 +10,8 @@ rewrite: ``D[m] = sum[n] P[m,n] * DP[m,n]``  ->  ``D[m] = sum[f] DO[m,f] * O[m,f
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import permutations
 
@@ -18,12 +19,12 @@ import networkx
 import sympy
 from sympy.core.function import AppliedUndef
 
-from ..ir.cascade import Cascade, Einsum, access, accesses, ranks_of, tensor_name
+from ..ir.cascade import Cascade, Einsum, access, accesses, is_rank, ranks_of, tensor_name
 from .cascade_analysis import rank_groups, rank_passes
 from .certificate import Certificate
 from .normal_form import normal_form
 
-#: Renamings of an Einsum's ranks are tried one by one; beyond this many ranks none is.
+#: Ranks that no index names alone are tried one by one; an Einsum of more ranks than this is not looked at.
 _MAX_RANKS = 6
 
 
@@ -120,18 +121,43 @@ def _renamings(
     other: Einsum, body: sympy.Expr, einsum: Einsum, wanted: sympy.Expr
 ) -> Iterator[dict[sympy.Symbol, sympy.Symbol]]:
     """Renamings of the other Einsum's ranks under which it varies with the same tensors over the same ranks."""
-    theirs = sorted(other.space, key=lambda s: (s not in other.reduced, s.name))
-    ours = sorted(ranks_of(wanted), key=lambda s: s.name)
+    theirs, ours = frozenset(other.space), ranks_of(wanted)
     if len(theirs) != len(ours):
         return
-    goal = {item for item in accesses(wanted) if ranks_of(item) & set(einsum.reduced)}
-    for order in permutations(ours):
-        renaming = dict(zip(theirs, order, strict=True))
-        if {renaming[symbol] for symbol in other.reduced} != set(einsum.reduced):
+    goal = [item for item in accesses(wanted) if ranks_of(item) & set(einsum.reduced)]
+    varying = [item for item in accesses(body) if ranks_of(item) & set(other.reduced)]
+    if Counter(map(tensor_name, goal)) != Counter(map(tensor_name, varying)):
+        return
+    for bound in _matches(varying, goal, {}):
+        free = sorted(theirs - set(bound), key=lambda s: s.name)
+        left = sorted(ours - set(bound.values()), key=lambda s: s.name)
+        for order in permutations(left):
+            renaming = {**bound, **dict(zip(free, order, strict=True))}
+            if {renaming[symbol] for symbol in other.reduced} != set(einsum.reduced):
+                continue
+            if set(goal) == {item.xreplace(renaming) for item in varying}:
+                yield renaming
+
+
+def _matches(
+    items: Sequence[AppliedUndef], goal: Sequence[AppliedUndef], bound: dict[sympy.Symbol, sympy.Symbol]
+) -> Iterator[dict[sympy.Symbol, sympy.Symbol]]:
+    """Bindings of ranks under which each item can be one of ``goal``, told by those indices that are a rank alone."""
+    if not items:
+        yield bound
+        return
+    for number, wanted in enumerate(goal):
+        if tensor_name(wanted) != tensor_name(items[0]):
             continue
-        items = {item.xreplace(renaming) for item in accesses(body)}
-        if goal == {item for item in items if ranks_of(item) & set(einsum.reduced)}:
-            yield renaming
+        found = dict(bound)
+        for index, target in zip(items[0].args, wanted.args, strict=True):
+            if not (index.is_Symbol and is_rank(index)):
+                continue
+            if not target.is_Symbol or found.setdefault(index, target) != target:
+                break
+        else:
+            if len(set(found.values())) == len(found):
+                yield from _matches(items[1:], [*goal[:number], *goal[number + 1 :]], found)
 
 
 def _ratio(wanted: sympy.Expr, known: sympy.Expr, reduced: frozenset[sympy.Symbol]) -> sympy.Expr | None:

@@ -40,7 +40,7 @@ class Piece:
 
 @dataclass(frozen=True)
 class FlatKernel:
-    """One launch over pieces (indices). ``first`` and ``last`` op with their number stand in ``ops``."""
+    """One launch over pieces (indices). ``ops``: names of the ops it computes, in the order of its region."""
 
     kind: str
     name: str
@@ -195,7 +195,7 @@ class _Flattener:
                     reads=tuple(dict.fromkeys(reads[index])),
                     writes=tuple(dict.fromkeys(writes[index])),
                     cost=costs[index],
-                    ops=(covered[0].name, covered[-1].name, str(len(covered))) if covered else (),
+                    ops=tuple([node.name for node in covered]),
                     source=source_text(where),
                     module=where.module,
                 )

@@ -11,11 +11,14 @@ import networkx
 from ..ir.fused_cascade import FusedCascade
 from ..ir.graph import CASCADE_OP, Graph, Node, Ref, Symbol
 from ..ir.types import TensorType, TupleType
+from ..logs import logger
 from .effects import Storages, has_effect, written_names
 from .raising.choose import Choice, choose
 from .raising.group import Group, Rest
 from .raising.raise_graph import raise_graph
 from .rewriting import rebuild, with_subgraphs
+
+_log = logger("cascades")
 
 
 @dataclass(frozen=True)
@@ -42,8 +45,12 @@ class FuseCascades:
 
     def apply(self, graph: Graph) -> Graph:
         graph = with_subgraphs(graph, self.apply)
-        groups = choose(raise_graph(graph), Choice(saved_bytes=self.saved_bytes, gain=self.gain)).groups
-        return fuse(graph, groups) if groups else graph
+        chosen = choose(raise_graph(graph), Choice(saved_bytes=self.saved_bytes, gain=self.gain))
+        for group in chosen.groups:
+            _log.info("%s of %s becomes one kernel", group.name, graph.name)
+        for refused in chosen.refused:
+            _log.info("%s of %s stays: %s", refused.tensor, graph.name, refused.why)
+        return fuse(graph, chosen.groups) if chosen.groups else graph
 
 
 def fuse(graph: Graph, groups: Sequence[Group]) -> Graph:

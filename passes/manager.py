@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shlex
 import sys
@@ -16,10 +17,13 @@ from ..errors import EffccError, PassError
 from ..ir.graph import Graph
 from ..ir.printer import print_graph
 from ..ir.verifier import verify
+from ..logs import logger
 from .dump import DumpFolder, PassRecord
 from .pipeline import Pass, pass_text
 
 DUMP_VARIABLE = "EFFCC_DUMP"
+
+_log = logger("passes")
 
 
 class Callback(Protocol):
@@ -32,8 +36,9 @@ class Callback(Protocol):
 class PassManager:
     """An ordered list of passes and what watches them.
 
-    ``dump_dir`` (or the variable ``EFFCC_DUMP``) receives the dumps described in ``passes/dump.py``. ``records`` tells
-    afterwards what each pass did. ``publish(name, text)`` receives the same dumps as they are made.
+    ``dump_dir`` (or the variable ``EFFCC_DUMP``, or torch's debug folder) receives the dumps described in
+    ``passes/dump.py``. ``records`` tells afterwards what each pass did. ``publish(name, text)`` receives the same dumps
+    as they are made.
     """
 
     passes: Sequence[Pass]
@@ -45,7 +50,7 @@ class PassManager:
 
     def run(self, graph: Graph) -> Graph:
         """The graph after all passes. Raises PassError, which tells how to repeat the failure, if one breaks."""
-        directory = self.dump_dir or os.environ.get(DUMP_VARIABLE) or None
+        directory = self.dump_dir or os.environ.get(DUMP_VARIABLE) or _debug_directory()
         dump = _Dump(DumpFolder(Path(directory)) if directory else None, self.publish or _trace_to_torch)
         dump.begin(graph)
         if self.verify:
@@ -70,9 +75,21 @@ class PassManager:
             self.records.append(record)
             raise _failure(pass_, graph, file, error) from error
         self.records.append(dump.success(pass_, graph, after, seconds, changed))
+        sizes = f"{len(graph.nodes)} -> {len(after.nodes)} ops" if changed else "unchanged"
+        _log.log(logging.INFO if changed else logging.DEBUG, "%s on %s: %s, %.1f ms",
+                 pass_.name, graph.name, sizes, 1e3 * seconds)  # fmt: skip
         if self.callback:
             self.callback("after", pass_, after)
         return after
+
+
+def _debug_directory() -> Path | None:
+    """With ``TORCH_COMPILE_DEBUG=1``, where torch's compiler is loaded: a folder beside what Inductor writes."""
+    if os.environ.get("TORCH_COMPILE_DEBUG") != "1" or "torch._inductor.config" not in sys.modules:
+        return None
+    from ..torch_internals import debug_directory
+
+    return debug_directory() / "effcc"
 
 
 class _Dump:

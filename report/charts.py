@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
@@ -11,6 +12,7 @@ from ..ir.plan import Buffer, Plan, Step
 from ..summary import live_use, memory_use, module_class
 
 WIDTH, LEFT, RIGHT, TOP, BOTTOM = 1000, 78, 14, 12, 30
+MEMORY_HEIGHT = 320
 PLOT = WIDTH - LEFT - RIGHT
 #: Columns of the memory chart: about one per pixel.
 COLUMNS = 450
@@ -53,14 +55,24 @@ def by_module(buffer: Buffer) -> str:
     return ".".join(module_class(buffer.module).split(".")[:4]) or f"({buffer.role})"
 
 
-def memory_chart(plan: Plan, group: Callable[[Buffer], str], capacity: int | None, label: str) -> str:
-    """Stacked areas of live bytes on the device, the arenas' extent as a line, and lines for budget and capacity."""
+def memory_chart(
+    plan: Plan,
+    group: Callable[[Buffer], str],
+    capacity: int | None,
+    label: str,
+    key: str = "",
+    measured: Sequence[float] = (),
+) -> str:
+    """Stacked areas of live bytes on the device, the arenas' extent as a line, and lines for budget and capacity.
+
+    ``key`` names the grouping for the page's script. ``measured``: bytes held at equal distances over a step that ran.
+    """
     use = memory_use(plan)
     live = live_use(plan)
     axis = clock(plan, len(use))
     columns = _columns(axis, live)
     shares = _stack(plan, group, len(use), columns)
-    top = max([*use, plan.budget or 0, 1])
+    top = max([*use, *map(int, measured), plan.budget or 0, 1])
     if capacity is not None and capacity <= 3 * top:
         top = max(top, capacity)
     top = int(top * 1.06)
@@ -68,8 +80,10 @@ def memory_chart(plan: Plan, group: Callable[[Buffer], str], capacity: int | Non
     def y(value: float) -> float:
         return TOP + (height - TOP - BOTTOM) * (1 - value / top)
 
-    height = 320
-    parts = [_svg(height, label), *_grid(axis, height), *_byte_grid(top, y)]
+    height = MEMORY_HEIGHT
+    names = escape(json.dumps(list(shares)))
+    more = f' data-memory="{key}" data-top="{top}" data-names="{names}" tabindex="0"' if key else ""
+    parts = [_svg(height, label, more), *_grid(axis, height), *_byte_grid(top, y)]
     base = [0.0] * len(columns)
     for index, (name, values) in enumerate(shares.items()):
         upper = [low + value for low, value in zip(base, values, strict=True)]
@@ -78,6 +92,8 @@ def memory_chart(plan: Plan, group: Callable[[Buffer], str], capacity: int | Non
         parts.append(f'<path class="s{index}" d="{points}"><title>{escape(title)}</title></path>')
         base = upper
     parts.append(f'<path class="use" d="{_line(axis, columns, [float(use[c]) for c in columns], y)}"/>')
+    if measured:
+        parts.append(f'<path class="measured" d="{_even(measured, y)}"><title>measured</title></path>')
     for size, css, text in ((plan.budget, "budget", "budget"), (capacity, "capacity", "device memory")):
         if size is not None and size <= top:
             line = f'x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y(size):.1f}" y2="{y(size):.1f}"'
@@ -107,29 +123,30 @@ def schedule_chart(plan: Plan) -> str:
         return ""
     axis = clock(plan, len(plan.steps))
     position = {step.id: index for index, step in enumerate(plan.steps)}
-    streams = list(dict.fromkeys(step.stream for step in steps))
+    streams = list(dict.fromkeys((step.device, step.stream) for step in steps))
+    several = len({device for device, _ in streams}) > 1
     row, height = 34, TOP + 34 * len(streams) + BOTTOM
     parts = [_svg(height, "Schedule: one row a stream, time to the right"), *_grid(axis, height)]
     kinds: dict[str, int] = {}
-    for index, stream in enumerate(streams):
+    for index, (device, stream) in enumerate(streams):
         y = TOP + row * index
-        parts.append(f'<text class="axis" x="{LEFT - 6}" y="{y + 20}" text-anchor="end">{escape(stream)}</text>')
-        spans = [
-            _span(step, axis, position[step.id])
-            for step in sorted((s for s in steps if s.stream == stream), key=lambda s: (s.start, position[s.id]))
-        ]
-        for begin, end, kind, title in _merge(spans):
-            css = kinds.setdefault(kind, len(kinds))
+        name = f"{device}: {stream}" if several else stream
+        parts.append(f'<text class="axis" x="{LEFT - 6}" y="{y + 20}" text-anchor="end">{escape(name)}</text>')
+        mine = (step for step in steps if (step.device, step.stream) == (device, stream))
+        spans = [_span(step, axis, position[step.id]) for step in sorted(mine, key=lambda s: (s.start, position[s.id]))]
+        for begin, end, kind, title, where in _merge(spans):
+            css = min(kinds.setdefault(kind, len(kinds)), SERIES)
             width = max(end - begin, 0.6)
             parts.append(
-                f'<rect class="s{css}" x="{begin:.1f}" y="{y + 4}" width="{width:.1f}" height="{row - 10}" rx="1">'
+                f'<rect class="s{css}" data-s="{where}" x="{begin:.1f}" y="{y + 4}" width="{width:.1f}" '
+                f'height="{row - 10}" rx="1">'
                 f"<title>{escape(title)}</title></rect>"
             )
     parts.append("</svg>")
     return "\n".join([*parts, _legend(list(kinds))])
 
 
-Span = tuple[float, float, str, str]
+Span = tuple[float, float, str, str, int]
 
 
 def _span(step: Step, axis: Clock, position: int) -> Span:
@@ -141,7 +158,8 @@ def _span(step: Step, axis: Clock, position: int) -> Span:
     title = f"{step.kind} {step.name}\n{seconds_text(step.seconds)}"
     if step.module or step.source:
         title += f"\n{step.module} {step.source}"
-    return begin, end, f"{step.phase} {step.kind}", title
+    kind = step.kind if step.kind == step.phase else f"{step.phase} {step.kind}"
+    return begin, end, kind, title, position
 
 
 def _merge(spans: Sequence[Span]) -> list[Span]:
@@ -159,7 +177,7 @@ def _merge(spans: Sequence[Span]) -> list[Span]:
     for run in runs:
         first = run[0]
         title = first[3] if len(run) == 1 else f"{len(run)} steps from {first[3].partition(chr(10))[0]}"
-        merged.append((first[0], max(span[1] for span in run), first[2], title))
+        merged.append((first[0], max(span[1] for span in run), first[2], title, first[4]))
     return merged
 
 
@@ -224,8 +242,16 @@ def _line(axis: Clock, columns: Sequence[int], values: Sequence[float], y: Calla
     return "".join([*parts, f"H{WIDTH - RIGHT}"])
 
 
-def _svg(height: int, label: str) -> str:
-    return f'<svg viewBox="0 0 {WIDTH} {height}" role="img" aria-label="{escape(label)}"><title>{escape(label)}</title>'
+def _even(values: Sequence[float], y: Callable[[float], float]) -> str:
+    """A curve over the whole width through values at equal distances."""
+    step = PLOT / max(len(values) - 1, 1)
+    points = (f"{LEFT + index * step:.1f} {y(value):.1f}" for index, value in enumerate(values))
+    return "M" + "L".join(points)
+
+
+def _svg(height: int, label: str, more: str = "") -> str:
+    head = f'<svg viewBox="0 0 {WIDTH} {height}" role="img" aria-label="{escape(label)}"{more}>'
+    return f"{head}<title>{escape(label)}</title>"
 
 
 def _grid(axis: Clock, height: int) -> list[str]:

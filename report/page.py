@@ -2,26 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import jinja2
 
 from .. import __version__
-from ..budget_planning import ParetoPoint
 from ..cli_explain import why
 from ..formatting import bytes_text, count_text, seconds_text
-from ..ir.plan import Plan
+from ..inspection.candidates import cascade_verdicts
+from ..inspection.stages import graphs_of
 from ..ir.plan_file import PlanFile
-from ..passes.dump import PassRecord, read_records
-from ..summary import Summary, device_of, summarize
+from ..suggestions import suggestions
+from ..summary import device_of, summarize
+from .cascades import cascade_views
 from .charts import by_module, by_role, memory_chart, schedule_chart
+from .data import page_data
+from .differences import pass_views
 from .pareto import pareto_chart
+from .source import source_listings
 
 #: IR and generated code beyond this many characters is cut: the page must stay small. ``effcc inspect`` shows all.
 TEXT_LIMIT = 1_500_000
 ROWS = 200
+#: What a page may wait for the analysis of cascades; ``effcc explain --cascades`` looks at every graph.
+ANALYSIS_SECONDS = 15.0
 
 
 @dataclass(frozen=True)
@@ -37,16 +44,21 @@ class Listing:
 def render_report(
     loaded: PlanFile,
     dumps: Path | None = None,
-    measured: dict[str, float] | None = None,
-    pareto: Sequence[ParetoPoint] = (),
+    measured: Mapping[str, Any] | None = None,
+    folder: Path | None = None,
 ) -> str:
-    """The page for a plan file; ``dumps`` adds the list of passes, ``measured`` figures beside the predicted ones.
+    """The page for a plan file; ``dumps`` adds what each pass changed, ``measured`` figures beside the predicted ones.
 
-    ``measured`` may hold ``seconds`` and ``peak`` (bytes). ``pareto``: points of time against memory to draw.
+    ``measured`` may hold ``seconds``, ``peak`` (bytes) and ``memory`` (bytes held at equal distances over a step). The
+    model's files are looked for at their recorded paths and in ``folder``.
     """
     plan = loaded.plan
     summary = summarize(plan)
     device = device_of(plan)
+    curve: Sequence[float] = (measured or {}).get("memory", ())
+    graphs = graphs_of(loaded)
+    verdicts, skipped = cascade_verdicts(graphs, ANALYSIS_SECONDS)
+    place = {buffer.id: index for index, buffer in enumerate(plan.buffers)}
     template = _environment().get_template("page.html.j2")
     return template.render(
         version=__version__,
@@ -56,54 +68,27 @@ def render_report(
         measured=measured or {},
         suggestions=suggestions(plan, summary),
         memory=[
-            ("by role", memory_chart(plan, by_role, summary.capacity, "Memory over time by role")),
-            ("by module", memory_chart(plan, by_module, summary.capacity, "Memory over time by module")),
+            (f"by {key}", memory_chart(plan, group, summary.capacity, f"Memory over time by {key}", key, curve))
+            for key, group in (("module", by_module), ("role", by_role))
         ],
         schedule=schedule_chart(plan),
-        pareto=pareto_chart(pareto, plan.budget),
+        pareto=pareto_chart(plan.curve, plan.budget),
+        holders=[(holder, place.get(holder.first, 0)) for holder in summary.holders[:ROWS]],
         groups=[
             (group, why(group.seconds, group.flop, group.bytes_moved, group.bound, device, plan.dtype, group.count))
             for group in summary.groups[:ROWS]
         ],
         total_seconds=sum(group.seconds for group in summary.groups) or 1.0,
-        repeats=[group for group in summary.groups if group.count > 1][:ROWS],
-        passes=_passes(dumps),
+        cascades=cascade_views(graphs),
+        verdicts=verdicts[:ROWS],
+        skipped=skipped,
+        passes=pass_views(dumps),
+        sources=source_listings(plan, graphs, [folder] if folder is not None else []),
         listings=_listings(loaded),
         manifest=loaded.manifest,
         rows=ROWS,
+        data=page_data(plan, curve),
     )
-
-
-def suggestions(plan: Plan, summary: Summary) -> list[str]:
-    """Up to three things that would change the most, read off the plan's own figures."""
-    found: list[tuple[float, str]] = []
-    peak = max(summary.peak, 1)
-    for role, text in (
-        ("saved", "Saved activations hold {share}: a smaller batch or sequence shrinks them in proportion."),
-        ("optimizer", "Optimizer state holds {share}: an optimizer with less state, or sharding it, frees that."),
-        ("parameter", "Parameters hold {share}: a narrower --dtype or sharding reduces them."),
-        ("gradient", "Gradients hold {share}: a narrower --dtype halves them."),
-        ("unused gaps", "Gaps between buffers hold {share}: placement leaves that unused."),
-    ):
-        size = summary.roles.get(role, 0)
-        if size > 0.1 * peak:
-            share = f"{bytes_text(size)} ({100 * size / peak:.0f} % of the peak)"
-            found.append((size / peak, text.format(share=share)))
-    total = sum(summary.bounds.values()) or 1.0
-    for bound, text in (
-        ("launch", "Launching kernels takes {share} of the time: larger batches or fewer, larger regions help."),
-        ("copy", "Copies between memories take {share} of the time: a larger budget needs fewer of them."),
-    ):
-        spent = summary.bounds.get(bound, 0.0)
-        if spent > 0.15 * total:
-            found.append((spent / total, text.format(share=f"{100 * spent / total:.0f} %")))
-    if plan.fallbacks:
-        found.append((0.5, f"{len(plan.fallbacks)} ops fall back: their reasons are listed below."))
-    return [text for _, text in sorted(found, key=lambda item: -item[0])[:3]]
-
-
-def _passes(dumps: Path | None) -> tuple[PassRecord, ...]:
-    return read_records(dumps) if dumps is not None and dumps.is_dir() else ()
 
 
 def _listings(loaded: PlanFile) -> list[Listing]:

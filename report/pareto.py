@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from html import escape
 
-from ..budget_planning import ParetoPoint
 from ..formatting import bytes_text, seconds_text
+from ..ir.plan import TradePoint
 
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 1000, 300, 86, 20, 16, 36
 
 
-def pareto_chart(points: Sequence[ParetoPoint], budget: int | None) -> str:
+def pareto_chart(points: Sequence[TradePoint], budget: int | None) -> str:
     """SVG: predicted time of a step over its peak, the bound below which no choice gets, and the budget."""
     if not points:
         return ""

@@ -6,8 +6,9 @@ import functools
 import threading
 import warnings
 from collections import deque
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
+from html import escape
 
 from ..ir.graph import Graph
 from ..ir.plan import Plan
@@ -47,7 +48,7 @@ class CascadeReport:
     kernel: str
 
 
-@dataclass
+@dataclass(repr=False)
 class GraphReport:
     """``seconds`` are those of the runs so far (last 100). ``make_plan`` gives the plan of the step that the graph
     belongs to (forward and backward share one)."""
@@ -96,6 +97,18 @@ class GraphReport:
         """Predicted peak of the whole step in bytes, parameters and inputs included."""
         return self.plan.peak.get("device", 0) if self.plan is not None else None
 
+    def __repr__(self) -> str:
+        parts = [f"{len(self.regions)} regions", f"{self.kernels} kernels"]
+        if self.cascades:
+            parts.append(f"{len(self.cascades)} cascades")
+        parts.append(f"{len(self.fallbacks)} fallbacks")
+        if self.measured_peak is not None:
+            parts.append(f"peak {self.measured_peak / 2**20:.3g} MiB")
+        return f"<GraphReport {self.name} ({self.phase}): {', '.join(parts)}, {self.runs} runs>"
+
+    def _repr_html_(self) -> str:
+        return _table([self])
+
     def fall_back(self, op: str, reason: str, source: str, function: str = "") -> None:
         """Enter what runs as eager ops, and tell the user the first time that a reason comes up. ``function`` is the
         host module's name of a region that has lost its kernels."""
@@ -126,6 +139,32 @@ class GraphReport:
         return sum(region.kernels for region in self.regions)
 
 
+class Reports(list[GraphReport]):
+    """A list of reports that a notebook shows as a table."""
+
+    def _repr_html_(self) -> str:
+        return _table(self)
+
+
+def _table(reports: Sequence[GraphReport]) -> str:
+    """One row a graph, and below it what fell back."""
+    head = ("graph", "phase", "regions", "kernels", "fallbacks", "runs", "median time", "peak of the first run")
+    rows = []
+    for report in reports:
+        seconds, peak = report.measured_seconds, report.measured_peak
+        cells = (
+            report.name, report.phase, len(report.regions), report.kernels, len(report.fallbacks), report.runs,
+            "" if seconds is None else f"{1e3 * seconds:.3g} ms", "" if peak is None else f"{peak / 2**20:.3g} MiB",
+        )  # fmt: skip
+        rows.append("".join(f"<td>{escape(str(cell))}</td>" for cell in cells))
+        rows += [
+            f'<td></td><td colspan="{len(head) - 1}">{escape(f"{row.op}: {row.reason} ({row.source})")}</td>'
+            for row in report.fallbacks
+        ]
+    body = "".join(f"<tr>{row}</tr>" for row in rows)
+    return f"<table><tr>{''.join(f'<th>{name}</th>' for name in head)}</tr>{body}</table>"
+
+
 _reports: list[GraphReport] = []
 _lock = threading.Lock()
 #: A long-lived process that recompiles often keeps this many of the newest.
@@ -138,10 +177,10 @@ def add_report(report: GraphReport) -> None:
         del _reports[:-LIMIT]
 
 
-def reports() -> list[GraphReport]:
+def reports() -> Reports:
     """The reports of all graphs compiled in this process, oldest first."""
     with _lock:
-        return list(_reports)
+        return Reports(_reports)
 
 
 def forget(names: Collection[str]) -> None:

@@ -14,9 +14,12 @@ import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
+
+if TYPE_CHECKING:
+    from command_line import Effcc, Result
 
 _default = Path(tempfile.gettempdir()) / f"effcc-tests-{getpass.getuser()}-torch{importlib.metadata.version('torch')}"
 CACHE = Path(os.environ.get("EFFCC_TEST_CACHE") or _default)
@@ -66,6 +69,52 @@ def compiled(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
         return torch.compile(model, backend="effcc", options=found | (options or {}), **settings)
 
     return compile_
+
+
+@pytest.fixture
+def effcc(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Effcc:
+    """Runs a command in this process, as the ``effcc`` script does."""
+    from command_line import Result
+    from effcc import cli
+
+    monkeypatch.setenv("COLUMNS", "200")
+
+    def run(*arguments: object) -> Result:
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as exit:
+            cli.main([str(argument) for argument in arguments])
+        out, err = capsys.readouterr()
+        return Result(exit.value.code or 0, out, err)
+
+    return run
+
+
+@pytest.fixture
+def sample(tmp_path: Path) -> Path:
+    """The plan of ``sample_plan`` as a file."""
+    from sample_plan import write_sample
+
+    return write_sample(tmp_path)
+
+
+@pytest.fixture
+def linear(tmp_path: Path) -> Path:
+    """A model file: two linear layers and a GELU."""
+    from command_line import LINEAR
+
+    path = tmp_path / "linear.py"
+    path.write_text(LINEAR)
+    return path
+
+
+@pytest.fixture
+def dead(tmp_path: Path) -> Path:
+    """IR text with a value that nobody reads, and one that is computed twice."""
+    from command_line import DEAD
+
+    path = tmp_path / "dead.ir"
+    path.write_text(DEAD)
+    return path
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -79,3 +80,22 @@ def results(processes: Sequence[subprocess.Popen[str]], seconds: float = 300) ->
 
 def run(code: str, cache: Path, more: Mapping[str, str] | None = None) -> Any:
     return results([start(code, cache, more)])[0]
+
+
+def rank_variables(ranks: int) -> list[dict[str, str]]:
+    """What torch.distributed reads in each of so many processes on this machine, at a port that is free."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    common = {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "WORLD_SIZE": str(ranks),
+        "GLOO_SOCKET_IFNAME": "lo",
+    }
+    return [common | {"RANK": str(rank)} for rank in range(ranks)]
+
+
+def run_ranks(code: str, cache: Path, ranks: int, seconds: float = 300) -> list[Any]:
+    """``code`` in so many processes of one torch.distributed group; the results of each."""
+    return results([start(code, cache, variables) for variables in rank_variables(ranks)], seconds)

@@ -5,13 +5,12 @@ Each process compares with an eager copy of the same training; the parent sees t
 
 from __future__ import annotations
 
-import socket
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch.distributed
-from subprocesses import STEP, results, start
+from subprocesses import STEP, run_ranks
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="this torch has no gloo")
 
@@ -45,16 +44,7 @@ def finish(**more):
 
 def in_processes(code: str, cache: Path, count: int = 2) -> list[Any]:
     """``code`` after HEAD in ``count`` ranks; what each tells."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    common = {
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "WORLD_SIZE": str(count),
-        "GLOO_SOCKET_IFNAME": "lo",
-    }
-    found = results([start(HEAD + code, cache, common | {"RANK": str(rank)}) for rank in range(count)], 500)
+    found = run_ranks(HEAD + code, cache, count, 500)
     assert sorted(each["rank"] for each in found) == list(range(count))
     return found
 

@@ -1,4 +1,4 @@
-"""docs/ir.md and docs/passes.md say what the code does."""
+"""docs/ir.md, docs/passes.md and the pages of the passes say what the code does."""
 
 from __future__ import annotations
 
@@ -17,13 +17,14 @@ from effcc.passes.pipeline import PIPELINES, all_passes, parse_pipeline, pass_op
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 IR = (DOCS / "ir.md").read_text(encoding="utf-8")
 PASSES = (DOCS / "passes.md").read_text(encoding="utf-8")
+PASS_PAGES = {path.stem: path.read_text(encoding="utf-8") for path in sorted((DOCS / "passes").glob("*.md"))}
 
 
 def blocks(text: str, language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
 
 
-@pytest.mark.parametrize("text", blocks(IR, "ir") + blocks(PASSES, "ir"))
+@pytest.mark.parametrize("text", [block for page in (IR, PASSES, *PASS_PAGES.values()) for block in blocks(page, "ir")])
 def test_examples_are_sound_graphs(text: str) -> None:
     graph = parse_graph(text)
     verify(graph)
@@ -31,7 +32,8 @@ def test_examples_are_sound_graphs(text: str) -> None:
 
 
 def test_both_pages_have_examples() -> None:
-    assert len(blocks(IR, "ir")) == 2 and len(blocks(PASSES, "ir")) >= 2
+    assert len(blocks(IR, "ir")) == 3 and len(blocks(PASSES, "ir")) >= 2
+    assert all(len(blocks(page, "ir")) == 2 for page in PASS_PAGES.values())
 
 
 def test_tables_are_complete() -> None:
@@ -46,19 +48,22 @@ def test_tables_are_complete() -> None:
 
 def test_every_pass_and_option_is_described() -> None:
     found, _ = all_passes()
-    described = set(re.findall(r"^### ([\w-]+)$", PASSES, re.MULTILINE))
-    assert described == set(found)
+    assert set(PASS_PAGES) == set(found)
     for name, cls in found.items():
-        section = PASSES.partition(f"### {name}\n")[2].partition("\n### ")[0]
+        assert f"[`{name}`](passes/{name}.md)" in PASSES
+        assert PASS_PAGES[name].startswith(f"# {name}\n")
         for option in pass_options(cls):
-            assert f"`{option}`" in section, f"{name}: {option}"
+            assert f"| `{option}` |" in PASS_PAGES[name], f"{name}: {option}"
     for name, text in PIPELINES.items():
         assert f"`{name}`" in PASSES and f"`{text}`" in PASSES
 
 
-def test_the_page_shows_what_the_passes_do() -> None:
-    """Each ``before`` block, with the pipeline above it, gives the block after it."""
-    shown = re.findall(r"`effcc opt before\.ir -p ([^`]+)`.*?```ir\n(.*?)```.*?```ir\n(.*?)```", PASSES, re.DOTALL)
+@pytest.mark.parametrize("name", ["passes", *PASS_PAGES])
+def test_the_page_shows_what_the_pass_does(name: str) -> None:
+    """The ``before`` block, with the pipeline above it, gives the block after it."""
+    page = PASSES if name == "passes" else PASS_PAGES[name]
+    shown = re.findall(r"`effcc opt before\.ir -p ([^`]+)`.*?```ir\n(.*?)```.*?```ir\n(.*?)```", page, re.DOTALL)
     assert shown
     for pipeline, before, after in shown:
+        assert before != after
         assert print_graph(PassManager(parse_pipeline(pipeline)).run(parse_graph(before))) == after

@@ -16,7 +16,8 @@ from effcc.ir.plan import Buffer, Plan, Step
 from effcc.ir.plan_file import load_plan
 from effcc.passes.dump import DumpFolder, PassRecord
 from effcc.report.charts import LEFT, PLOT, by_module, by_role, memory_chart, schedule_chart
-from effcc.report.page import TEXT_LIMIT, render_report, suggestions
+from effcc.report.page import TEXT_LIMIT, render_report
+from effcc.suggestions import suggestions
 from effcc.summary import live_use, memory_use, peak_position, summarize
 from fresh_seed import fresh_random
 from sample_plan import FORWARD, MIB, make_sample, write_sample
@@ -118,9 +119,9 @@ def test_what_a_plan_says_is_escaped(tmp_path: Path) -> None:
     text = render_report(planted)
     shown = Page(text)
     assert attack in shown.text
-    assert text.count("<script") == 1
+    assert text.count("<script") == 2  # data and code
     assert "<img" not in text
-    assert shown.references == honest.references
+    assert set(shown.references) <= set(honest.references)
 
 
 def test_passes_are_listed_where_there_are_dumps(tmp_path: Path) -> None:

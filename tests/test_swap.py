@@ -35,7 +35,7 @@ def swap_directory(tmp_path: Path) -> Path:
         torch.empty(0, 4),
         torch.tensor([True, False, True]),
     ],
-    ids=str,
+    ids=lambda value: f"{value.dtype}-{list(value.shape)}-{value.stride()}",
 )
 def test_what_comes_back_is_bit_identical(value: torch.Tensor) -> None:
     handle = torch.ops.effcc.swap_out(value)

@@ -9,6 +9,7 @@ from sympy.core.function import AppliedUndef
 
 from ...ir.cascade import COMPARISONS, Maximum, accesses, is_rank, is_size, ranks_of, tensor_name
 from ...ir.tile import Loop, Skip
+from ..tiles.facts import comparison_text
 from .frame import Frame
 from .names import count, integer, origin, size_name, stride, tensor
 
@@ -48,7 +49,7 @@ def bound(frame: Frame, condition: sympy.Expr, certain: bool) -> str:
         "==": (f"{low} == 0 && {high} == 0", f"{low} <= 0 && {high} >= 0"),
         "!=": (f"{low} > 0 || {high} < 0", f"!({low} == 0 && {high} == 0)"),
     }
-    return table[_text(condition)][0 if certain else 1]
+    return table[comparison_text(condition)][0 if certain else 1]
 
 
 def loop_ends(frame: Frame, loop: Loop) -> tuple[str, str, list[str]]:
@@ -91,7 +92,7 @@ def _narrow(frame: Frame, rank: sympy.Symbol, condition: sympy.Expr, lower: list
     rest = sympy.expand(difference - slope * rank)
     others = [s for s in own if s != rank]
     low, high = _ends(frame, rest, others)
-    text = _text(condition)
+    text = comparison_text(condition)
     # slope * rank + rest (text) 0; the rest is anywhere between its ends.
     below = (text in ("<", "<=") and slope > 0) or (text in (">", ">=") and slope < 0) or text == "=="
     above = (text in ("<", "<=") and slope < 0) or (text in (">", ">=") and slope > 0) or text == "=="
@@ -116,10 +117,6 @@ def _difference(frame: Frame, condition: sympy.Expr) -> tuple[sympy.Expr | None,
     if any(not difference.coeff(s).is_number for s in own):
         return None, []
     return difference, own
-
-
-def _text(condition: sympy.Expr) -> str:
-    return next(text for text, cls in COMPARISONS.items() if isinstance(condition, cls))
 
 
 def _ends(frame: Frame, e: sympy.Expr, own: list[sympy.Symbol]) -> tuple[str, str]:

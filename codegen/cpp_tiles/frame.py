@@ -2,24 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import sympy
-from sympy.core.function import AppliedUndef
 
-from ...ir.cascade import accesses, is_rank, ranks_of, tensor_name
-from ...ir.tile import (
-    MAKERS,
-    Cases,
-    Loop,
-    Map,
-    Program,
-    Statement,
-    Tensor,
-    expressions,
-    walk,
-)
+from ...ir.cascade import accesses, tensor_name
+from ...ir.tile import MAKERS, Cases, Loop, Map, Statement
+from ..tiles.facts import Facts, read_by
 from .names import count, inside, origin, pointer, size_name
 
 #: A row of this many elements or more gets a few more, so that rows do not fall onto the same cache sets.
@@ -27,16 +17,9 @@ _PADDED, _PADDING = 64, 16
 
 
 @dataclass
-class Frame:
-    """``steps``: walked rank -> its loop's step. ``sizes`` are the numbers the program was made for: they decide which
-    accesses can leave their tensor, and how large the scratch is; all other sizes are arguments of the kernel."""
+class Frame(Facts):
+    """The sizes also decide how large the scratch is; all other sizes are arguments of the kernel."""
 
-    program: Program
-    sizes: Mapping[str, int]
-    shapes: Mapping[str, Sequence[int]]
-    steps: dict[sympy.Symbol, int] = field(default_factory=dict)
-    tensors: dict[str, Tensor] = field(default_factory=dict)
-    values: dict[str, tuple[sympy.Symbol, ...]] = field(default_factory=dict)
     #: Ranks whose loops are open where the printer is, and those that are open where a value is first made. A value
     #: has a whole dimension for a rank that is walked only later; a statement inside that loop means the loop's part
     #: of it.
@@ -44,9 +27,7 @@ class Frame:
     made_in: dict[str, frozenset[sympy.Symbol]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.steps = {loop.rank: loop.step for loop in self.program.loops}
-        self.tensors = {item.name: item for item in self.program.tensors}
-        self.values = self.program.values
+        super().__post_init__()
         self._note_scopes(self.program.body, frozenset())
 
     def _note_scopes(self, body: Sequence[Statement], walked: frozenset[sympy.Symbol]) -> None:
@@ -59,9 +40,6 @@ class Frame:
                 self.made_in.setdefault(tensor_name(item.target), walked)
 
     # Ranks ------------------------------------------------------------------------------------------------------------
-
-    def is_point(self, rank: sympy.Symbol) -> bool:
-        return self.steps.get(rank) == 1
 
     def coordinate(self, rank: sympy.Symbol) -> str:
         """The rank's coordinate in the whole, inside the loops of a nest."""
@@ -128,43 +106,10 @@ class Frame:
             total = total // last * (last + self.padding(name))
         return -(-total * item_bytes // 64) * 64
 
-    # Tensors ----------------------------------------------------------------------------------------------------------
-
-    def can_leave(self, item: AppliedUndef) -> bool:
-        """Whether an access to memory may lie outside the tensor for some coordinates."""
-        name = tensor_name(item)
-        for position, index in enumerate(item.args):
-            extent = self.shapes[name][position]
-            if index.is_Symbol and is_rank(index) and self.size(index) <= extent:
-                continue
-            low = high = sympy.expand(index).xreplace(
-                {s: sympy.Integer(self.sizes[s.name]) for s in index.free_symbols if not is_rank(s)}
-            )
-            for s in ranks_of(index):
-                slope = low.coeff(s)
-                ends = (sympy.Integer(0), slope * (self.size(s) - 1))
-                low, high = (
-                    low.xreplace({s: sympy.Integer(0)}) + min(ends),
-                    high.xreplace({s: sympy.Integer(0)}) + max(ends),
-                )
-            if low < 0 or high >= extent:
-                return True
-        return False
-
-    def size(self, rank: sympy.Symbol) -> int:
-        return self.sizes[dict(self.program.alias).get(rank, rank).name]
-
 
 def last_reads(body: Sequence[Statement]) -> dict[str, int]:
     """Value -> position of the last statement of the body that reads or changes it."""
-    found: dict[str, int] = {}
-    for position, item in enumerate(body):
-        for inner in walk((item,)):
-            for e in expressions(inner):
-                found.update({tensor_name(each): position for each in accesses(e)})
-            if isinstance(inner, MAKERS):
-                found[tensor_name(inner.target)] = position
-    return found
+    return {name: position for position, item in enumerate(body) for name in read_by(item)}
 
 
 def reused(body: Sequence[Statement], frame: Frame, outer: frozenset[str]) -> dict[str, str]:

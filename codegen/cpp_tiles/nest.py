@@ -16,7 +16,7 @@ from ...ir.cascade import IDENTITY, accesses, is_rank, ranks_of, tensor_name
 from ...ir.tile import Carry, Load, Map, Reduce, State, Store
 from .expressions import Emitter
 from .frame import Frame
-from .names import CPP_TYPES, count, inside, integer, origin, pointer, size_name, stride, tensor
+from .names import CPP_TYPES, count, indented, inside, integer, origin, pointer, size_name, stride, tensor
 
 Elementwise = Load | Map | Reduce | State | Carry | Store
 _OPERATIONS = {"sum": 0, "prod": 1, "max": 2, "min": 3}
@@ -187,20 +187,20 @@ class NestWriter:
     def loop(self, rank: sympy.Symbol, inner: list[str]) -> list[str]:
         i = inside(rank)
         head = f"for (int64_t {i} = 0; {i} < {self.frame.length(rank)}; ++{i}) {{"
-        return [head, *_indented(inner), "}"]
+        return [head, *indented(inner), "}"]
 
     def vector_loop(self, rank: sympy.Symbol, inner: list[str]) -> list[str]:
         i, length = inside(rank), self.frame.length(rank)
         step = f"step_{rank.name}"
         lines = [f"const auto {step} = [&](auto whole, int64_t {i}, int64_t w, int64_t lane) {{"]
-        lines += [*_indented(["constexpr bool full = decltype(whole)::value;", *inner]), "};"]
+        lines += [*indented(["constexpr bool full = decltype(whole)::value;", *inner]), "};"]
         lines.append(f"int64_t {i} = 0;")
         if self.lanes > 1:
             lines.append(f"for (; {i} + {self.lanes} * VL <= {length}; {i} += {self.lanes} * VL) {{")
             lines += [f"  {step}(std::true_type{{}}, {i} + {k} * VL, VL, {k});" for k in range(self.lanes)] + ["}"]
         lines.append(f"for (; {i} + VL <= {length}; {i} += VL) {step}(std::true_type{{}}, {i}, VL, 0);")
         lines.append(f"if ({i} < {length}) {step}(std::false_type{{}}, {i}, {length} - {i}, 0);")
-        return ["{", *_indented(lines), "}"]
+        return ["{", *indented(lines), "}"]
 
 
 def _join(reduction: str, a: str, b: str) -> str:
@@ -208,10 +208,6 @@ def _join(reduction: str, a: str, b: str) -> str:
         return f"{a} {'+' if reduction == 'sum' else '*'} {b}"
     operation = _OPERATIONS[reduction]
     return f"across<{operation}>(reduced(Vec({a}), Vec({b}), std::integral_constant<int, {operation}>{{}}))"
-
-
-def _indented(lines: Sequence[str]) -> list[str]:
-    return [f"  {line}" for line in lines]
 
 
 __all__ = ["CPP_TYPES", "NestWriter", "count", "groups", "integer", "pointer", "size_name", "stride", "tensor"]

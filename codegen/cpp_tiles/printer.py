@@ -16,7 +16,6 @@ from sympy.core.function import AppliedUndef
 
 from ...ir.cascade import ranks_of, tensor_name
 from ...ir.tile import (
-    GRID,
     MAKERS,
     Cases,
     Dot,
@@ -27,13 +26,12 @@ from ...ir.tile import (
     Skip,
     State,
     Statement,
-    Store,
-    expressions,
     walk,
 )
+from ..tiles.facts import around_the_grid, changed_by, sizes_of
 from .bounds import base, bound, loop_ends
 from .frame import Frame, reused
-from .names import CPP_TYPES, count, inside, origin, pointer, size_name, stride, tensor
+from .names import CPP_TYPES, count, indented, inside, origin, pointer, size_name, stride, tensor
 from .nest import NestWriter, groups
 from .prelude import INCLUDES, PRELUDE
 
@@ -90,30 +88,10 @@ class _ProgramWriter:
         self.frame = Frame(program, sizes, shapes)
         self.item_bytes = 8 if program.compute == "f64" else 4
         self.scratch = 0
-        self.sizes = self._sizes()
-
-    def _sizes(self) -> tuple[str, ...]:
-        found: dict[str, None] = {}
-        alias = dict(self.program.alias)
-
-        def note(symbols: object) -> None:
-            for symbol in sorted(symbols, key=lambda s: s.name):  # type: ignore[call-overload]
-                plain = alias.get(symbol, symbol)
-                found.setdefault(plain.name.strip("|"))
-
-        for declared in self.program.tensors:
-            note(declared.ranks)
-        for item in walk(self.program.body):
-            if isinstance(item, Loop):
-                note([item.rank])
-            for e in expressions(item):
-                note(s for s in e.free_symbols)
-            if isinstance(item, (*MAKERS, Store)):
-                note(item.target.free_symbols)
-        return tuple(found)
+        self.sizes = sizes_of(program)
 
     def lines(self) -> list[str]:
-        before, grid, body, after = _parts(self.program.body)
+        before, grid, body, after = around_the_grid(self.program.body)
         head = "void** tensors, const int64_t* numbers, char* scratch, int64_t scratch_bytes"
         lines = [f'extern "C" void {_NAME}({head}) {{']
         setup = self._arguments()
@@ -137,12 +115,12 @@ class _ProgramWriter:
             *first,
             f"#pragma omp for schedule({schedule})",
             "for (int64_t block = 0; block < blocks; ++block) {",
-            *_indented([*_decoded(grid), *inner]),
+            *indented([*_decoded(grid), *inner]),
             "}",
             *(self._merged(before, after) if after else []),
         ]
-        parallel = ["#pragma omp parallel if (blocks > 1)", "{", *_indented(region), "}"]
-        return [*lines, *_indented([*setup, f"const int64_t blocks = {total};", *parallel]), "}", ""]
+        parallel = ["#pragma omp parallel if (blocks > 1)", "{", *indented(region), "}"]
+        return [*lines, *indented([*setup, f"const int64_t blocks = {total};", *parallel]), "}", ""]
 
     def _merged(self, before: Sequence[Statement], after: Sequence[Statement]) -> list[str]:
         """The workers' states summed into the first one's, and what is done with them."""
@@ -156,7 +134,7 @@ class _ProgramWriter:
                 f"  for (int64_t t = 1; t < omp_get_num_threads(); ++t) ({mine})[i] += ({mine})[t * apart + i];",
             ]
         rebased = [f"{pointer(name)} -= omp_get_thread_num() * apart;" for name in names]
-        return [*lines, "#pragma omp single", "{", *_indented([*rebased, *self._body(after)]), "}"]
+        return [*lines, "#pragma omp single", "{", *indented([*rebased, *self._body(after)]), "}"]
 
     def _arguments(self) -> list[str]:
         lines = []
@@ -194,7 +172,7 @@ class _ProgramWriter:
                 total += self._place(item.body, placed, lines, outer | frozenset(placed))
             elif isinstance(item, Cases):
                 # Values that both branches make lie outside of what the branches share.
-                for name in sorted(_made(item.full) & _made(item.partial) - placed):
+                for name in sorted(changed_by(item.full) & changed_by(item.partial) - placed):
                     lines.append(f"scalar_t* {pointer(name)} = take(at, {self.frame.elements(name)});")
                     total += self.frame.bytes(name, self.item_bytes)
                     placed.add(name)
@@ -227,7 +205,7 @@ class _ProgramWriter:
 
         def flush() -> None:
             for shape, items in groups(waiting, self.frame):  # type: ignore[arg-type]
-                lines.extend(["{", *_indented(NestWriter(self.frame, shape, items).lines()), "}"])
+                lines.extend(["{", *indented(NestWriter(self.frame, shape, items).lines()), "}"])
             waiting.clear()
 
         for item in body:
@@ -253,7 +231,7 @@ class _ProgramWriter:
         if isinstance(item, Cases):
             head = f"if ({bound(self.frame, item.condition, certain=True)}) {{"
             full, partial = self._body(item.full), self._body(item.partial)
-            return [head, *_indented(full), "} else {", *_indented(partial), "}"]
+            return [head, *indented(full), "} else {", *indented(partial), "}"]
         rank = item.rank
         o = origin(rank)
         self.frame.walked.add(rank)
@@ -265,7 +243,7 @@ class _ProgramWriter:
         self.frame.walked.add(rank)
         inner = self._body(item.body)
         self.frame.walked.discard(rank)
-        return ["{", *_indented([*lines, *_indented(inner), "}"]), "}"]
+        return ["{", *indented([*lines, *indented(inner), "}"]), "}"]
 
     def _is_transposition(self, item: Load) -> bool:
         """A whole tile of two dimensions, from memory where the first dimension's elements are neighbours."""
@@ -360,22 +338,6 @@ class _ProgramWriter:
         return found
 
 
-def _parts(
-    body: Sequence[Statement],
-) -> tuple[Sequence[Statement], list[Loop], Sequence[Statement], Sequence[Statement]]:
-    """(what each worker does first, the grid's loops, what is in them, what is done with the workers' sums)."""
-    at = next((p for p, item in enumerate(body) if isinstance(item, Loop) and item.kind == GRID), None)
-    if at is None:
-        return [], [], body, []
-    before, after = body[:at], body[at + 1 :]
-    grid: list[Loop] = []
-    inside: Sequence[Statement] = [body[at]]
-    while len(inside) == 1 and isinstance(inside[0], Loop) and inside[0].kind == GRID:
-        grid.append(inside[0])
-        inside = inside[0].body
-    return before, grid, inside, after
-
-
 def _decoded(grid: Sequence[Loop]) -> list[str]:
     """The coordinates that a block number stands for."""
     lines = ["int64_t rest = block;"]
@@ -385,14 +347,6 @@ def _decoded(grid: Sequence[Loop]) -> list[str]:
         if g.step > 1:
             lines.append(f"const int64_t {count(g.rank)} = std::min<int64_t>({g.step}, {size_name(name)} - {o});")
     return [*lines, "(void)rest;"]
-
-
-def _made(body: Sequence[Statement]) -> set[str]:
-    return {tensor_name(item.target) for item in walk(tuple(body)) if isinstance(item, MAKERS)}
-
-
-def _indented(lines: Sequence[str]) -> list[str]:
-    return [f"  {line}" for line in lines]
 
 
 __all__ = ["Function", "inside", "print_function", "print_source"]

@@ -36,7 +36,7 @@ from .dataflow import Value, dataflow, following
 from .errors import NotLowerable
 from .launches import Kernel, Launches, substituted
 from .predicates import certain_part, conditions, decidable, limit, where_false, where_true
-from .roles import Caches, Roles, choose_roles
+from .roles import Caches, Machine, Roles, choose_roles
 from .split import Parts, choose_parts, merging
 
 #: Index variables are compared as floating-point numbers: exact below this.
@@ -62,7 +62,7 @@ class Settings:
     operands: Mapping[str, Operand]
     compute: str = "f32"
     wide: frozenset[str] = frozenset()
-    caches: Caches = field(default_factory=Caches.of_this_machine)
+    machine: Machine = field(default_factory=Caches.of_this_machine)
     crossing: bool = True
     splitting: bool = True
 
@@ -93,7 +93,8 @@ def lower(
     sizes: dict[str, int] = {}
     for kernel in kernels:
         lowering = _Lowering(launches, kernel, settings, cascade)
-        parts = choose_parts(kernel, lowering.roles, settings.sizes, rank(f"part{len(programs)}"))
+        part = rank(f"part{len(programs)}")
+        parts = choose_parts(kernel, lowering.roles, settings.sizes, part, settings.machine.workers)
         if (
             parts is not None
             and settings.splitting
@@ -113,7 +114,7 @@ class _Lowering:
         self.parts: Parts | None = None
         units = {key: operand.unit for key, operand in settings.operands.items()}
         item_bytes = 8 if settings.compute == "f64" else 4
-        self.roles = choose_roles(launches, kernel, settings.sizes, units, settings.caches, item_bytes)
+        self.roles = choose_roles(launches, kernel, settings.sizes, units, settings.machine, item_bytes)
         taken = {*launches.flow.inputs, *launches.outputs, *launches.buffers, *kernel.names}
         taken |= {following(value) for value in launches.flow.values}
         taken |= {symbol.name for symbol in cascade.ranks} | set(settings.sizes)

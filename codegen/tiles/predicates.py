@@ -7,7 +7,8 @@ skipped), everywhere (no mask is applied), or partly. Nothing here knows where a
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import sympy
 
@@ -20,6 +21,7 @@ from ...ir.cascade import (
     accesses,
     ranks_of,
 )
+from .facts import comparison_text
 
 _COMPARISONS = tuple(COMPARISONS.values())
 
@@ -70,10 +72,8 @@ def where_true(e: sympy.Expr, known: frozenset[sympy.Expr]) -> sympy.Expr:
     args = [where_true(argument, known) for argument in e.args]
     if isinstance(e, Where):
         rest = [part for part in sympy.Mul.make_args(args[0]) if part not in known]
-        if not rest:
-            return args[1]
-        return Where(sympy.Mul(*rest), args[1], args[2])
-    return e.func(*args)
+        return decided(Where, [sympy.Mul(*rest), args[1], args[2]])
+    return decided(e.func, args)
 
 
 def where_false(e: sympy.Expr, condition: sympy.Expr) -> sympy.Expr:
@@ -82,7 +82,23 @@ def where_false(e: sympy.Expr, condition: sympy.Expr) -> sympy.Expr:
         return e
     if isinstance(e, Where) and e.args[0] == condition:
         return where_false(e.args[2], condition)
-    return e.func(*(where_false(argument, condition) for argument in e.args))
+    return decided(e.func, [where_false(argument, condition) for argument in e.args])
+
+
+def decided(func: Any, args: Sequence[sympy.Expr]) -> sympy.Expr:
+    """``func(*args)``; a comparison of numbers as 1 or 0, and of a choice by a number the branch that it takes. Masks
+    made of masks (``where(where(n <= m, 1, 0) == 0, -inf, S)``) come to that."""
+    if func in _COMPARISONS and all(part.is_Number and part is not sympy.nan for part in args):
+        text = comparison_text(func(*args))
+        left, right = args
+        held = {
+            "<": left < right, "<=": left <= right, ">": left > right, ">=": left >= right,
+            "==": left == right, "!=": left != right,
+        }[text]  # fmt: skip
+        return sympy.Integer(bool(held))
+    if func is Where and args[0].is_Number:
+        return args[2] if args[0] == 0 else args[1]
+    return func(*args)
 
 
 def limit(e: sympy.Expr) -> sympy.Expr | None:

@@ -9,9 +9,10 @@ from __future__ import annotations
 import functools
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import sympy
 
@@ -20,6 +21,21 @@ from .launches import WHOLE, Kernel, Launches
 from .operands import split_product
 
 _SYSFS = Path("/sys/devices/system/cpu/cpu0/cache")
+
+
+class Machine(Protocol):
+    """A processor that kernels are made for: how many blocks keep it busy, and how long tiles are."""
+
+    @property
+    def workers(self) -> int:
+        """Blocks that it works on at once."""
+
+    @property
+    def shortest(self) -> int:
+        """Tiles are not made shorter than this to have twice as many blocks as workers."""
+
+    def lengths(self, kernel: Kernel, held: Sequence[int], depth: int, item_bytes: int) -> tuple[int, int]:
+        """Tile lengths (rows, streamed). ``held``: elements that a row of each state has; ``depth``: of an operand."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +58,23 @@ class Caches:
             if kind in ("Data", "Unified") and size.endswith("K"):
                 found[int(level)] = int(size[:-1]) << 10
         return Caches(found.get(1, Caches.first), found.get(2, Caches.second))
+
+    @property
+    def workers(self) -> int:
+        return threads()
+
+    @property
+    def shortest(self) -> int:
+        return 16
+
+    def lengths(self, kernel: Kernel, held: Sequence[int], depth: int, item_bytes: int) -> tuple[int, int]:
+        """Scores, a packed and a plain operand and the state within the second-level cache."""
+        room, most = self.second * 3 // 4 // item_bytes, max(held, default=1)
+        for row in (128, 64, 32, 16):
+            for column in (512, 256, 128, 64):
+                if row * column + 2 * column * depth + row * (most + depth) <= room:
+                    return row, column
+        return 16, 64
 
 
 @dataclass(frozen=True)
@@ -81,12 +114,13 @@ def choose_roles(
     kernel: Kernel,
     sizes: Mapping[str, int],
     units: Mapping[str, int | None],
-    caches: Caches,
+    machine: Machine,
     item_bytes: int,
 ) -> Roles:
     """``units``: input -> the position of the dimension whose elements are neighbours."""
     if kernel.crossed:
-        return crossed_roles(kernel, sizes, caches, item_bytes)
+        assert isinstance(machine, Caches)
+        return crossed_roles(kernel, sizes, machine, item_bytes)
     kept = _kept(kernel)
     rows, columns, depth = _sides(launches, kernel)
     grid = _grid(kernel, kept, sizes)
@@ -95,11 +129,11 @@ def choose_roles(
     recurrent = any(root.recurrence for root in kernel.roots)
     steps: dict[sympy.Symbol, int] = {s: 1 for s in grid}
     whole = [s for s in kept if s not in grid]
-    held = max([math.prod(sizes[s.name] for s in whole if s in root.indices) for root in kernel.roots] + [1])
-    row, column = _lengths(caches, item_bytes, held, depth or 64)
+    held = [math.prod(sizes[s.name] for s in whole if s in root.indices) for root in kernel.roots]
+    row, column = machine.lengths(kernel, held, depth or 64, item_bytes)
     for s in tiled:
         steps[s] = _step(row, sizes[s.name])
-    _keep_threads_busy(steps, tiled, sizes)
+    _keep_busy(steps, tiled, sizes, machine)
     for s in kernel.streamed:
         last = s == kernel.streamed[-1]
         steps[s] = 1 if recurrent or (nested and last) or not last else _step(column, sizes[s.name])
@@ -120,18 +154,6 @@ def crossed_roles(kernel: Kernel, sizes: Mapping[str, int], caches: Caches, item
 def _step(longest: int, size: int) -> int:
     """A tile length for a rank: a power of two, so that nearby sizes have the same kernel."""
     return min(longest, 1 << (size - 1).bit_length()) if size > 1 else 1
-
-
-def _lengths(caches: Caches, item_bytes: int, held: int, depth: int) -> tuple[int, int]:
-    """Tile lengths (rows, streamed): scores, a packed and a plain operand and the state within the second-level
-    cache."""
-    room = caches.second * 3 // 4 // item_bytes
-    best = (16, 64)
-    for row in (128, 64, 32, 16):
-        for column in (512, 256, 128, 64):
-            if row * column + 2 * column * depth + row * (held + depth) <= room:
-                return row, column
-    return best
 
 
 def _kept(kernel: Kernel) -> list[sympy.Symbol]:
@@ -207,12 +229,14 @@ def _tiled(
     return [max(grid, key=lambda s: sizes[s.name])] if grid else []
 
 
-def _keep_threads_busy(steps: dict[sympy.Symbol, int], tiled: list[sympy.Symbol], sizes: Mapping[str, int]) -> None:
-    """Shorter tiles where there would be fewer than a few for each thread; no shorter than 16."""
+def _keep_busy(
+    steps: dict[sympy.Symbol, int], tiled: list[sympy.Symbol], sizes: Mapping[str, int], machine: Machine
+) -> None:
+    """Shorter tiles where there would be fewer than a few for each worker."""
 
     def blocks() -> int:
         return math.prod(-(-sizes[s.name] // step) for s, step in steps.items())
 
-    while tiled and blocks() < 2 * threads() and max(steps[s] for s in tiled) > 16:
+    while tiled and blocks() < 2 * machine.workers and max(steps[s] for s in tiled) > machine.shortest:
         longest = max(tiled, key=lambda s: steps[s])
-        steps[longest] = max(16, steps[longest] // 2)
+        steps[longest] = max(machine.shortest, steps[longest] // 2)

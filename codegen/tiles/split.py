@@ -19,7 +19,7 @@ from ...ir.tile import SEQUENTIAL, Carry, Loop, Map, Statement
 from .body import Layout
 from .dataflow import Value, following
 from .launches import Kernel, Launches
-from .roles import Roles, blocks_of, threads
+from .roles import Roles, blocks_of
 
 #: Parts are no shorter than this many tiles of the streamed rank.
 _SHORTEST = 2
@@ -38,15 +38,17 @@ class Parts:
         return f"{state}_parts"
 
 
-def choose_parts(kernel: Kernel, roles: Roles, sizes: Mapping[str, int], rank: sympy.Symbol) -> Parts | None:
-    """How to cut a kernel whose grid leaves threads idle; None to leave it whole."""
+def choose_parts(
+    kernel: Kernel, roles: Roles, sizes: Mapping[str, int], rank: sympy.Symbol, workers: int
+) -> Parts | None:
+    """How to cut a kernel whose grid leaves workers idle; None to leave it whole."""
     if kernel.crossed or len(roles.streamed) != 1 or not kernel.roots or any(r.recurrence for r in kernel.roots):
         return None
     streamed = roles.streamed[0]
     step, size = roles.steps[streamed], sizes[streamed.name]
-    if blocks_of(roles, sizes) >= threads() or any(root.reduction == "prod" for root in kernel.roots):
+    if blocks_of(roles, sizes) >= workers or any(root.reduction == "prod" for root in kernel.roots):
         return None
-    wanted = -(-threads() // blocks_of(roles, sizes))
+    wanted = -(-workers // blocks_of(roles, sizes))
     length = max(-(-size // wanted), _SHORTEST * step)
     length = -(-length // step) * step
     count = -(-size // length)

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from .compiled import compiled
+from ..compiled import compiled
 from .tables import Ints, Tables
 
 SOLVED, NO_SOLUTION, STOPPED = 1, 0, -1

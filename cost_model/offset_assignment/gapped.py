@@ -10,7 +10,7 @@ import time
 
 import numpy as np
 
-from .compiled import compiled
+from ..compiled import compiled
 from .problem import Problem, Result
 from .tables import Ints
 

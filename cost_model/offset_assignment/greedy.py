@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from .compiled import compiled
+from ..compiled import compiled
 from .tables import Ints, Tables
 from .time_blocks import BIG, find_hole, insert, make_blocks
 

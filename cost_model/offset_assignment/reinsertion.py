@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from .compiled import compiled
+from ..compiled import compiled
 from .tables import Ints, Tables
 from .time_blocks import BIG
 

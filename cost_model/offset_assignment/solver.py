@@ -14,16 +14,18 @@ itself is repeated exactly by its seed.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import numpy as np
 
+from ...logs import logger
 from .parts import Part, split
 from .problem import Problem, Result
 from .quick import first_fit, orders, reorder
 from .tables import Ints
 
+_log = logger("solver")
 #: Up to so many buffers first fit in Python is quicker than loading compiled code.
 _PYTHON_BUFFERS = 2000
 #: Work of reordering in Python: trials times the square of the number of buffers; about a second at most.
@@ -68,6 +70,7 @@ def solve(
     tables = problem.tables
     goal = capacity if capacity is not None else int(bound * (1.0 + tolerance))
     parts = _greedy(problem, goal, deadline)
+    _tell(parts, bound)
     infeasible = capacity is not None and bound > capacity
     for part in parts:
         if part.members.size <= _PYTHON_BUFFERS and part.height > max(goal, bound) and not infeasible:
@@ -85,6 +88,7 @@ def solve(
         if part.height > max(goal, bound):
             proven = improve(part, max(goal, bound), capacity is not None, deadline, seed)
             bound = max(bound, proven)
+            _tell(parts, bound)
             infeasible = capacity is not None and proven > capacity
     offsets = np.zeros(tables.size.size, np.int64)
     for part in parts:
@@ -98,6 +102,13 @@ def solve(
         status = "optimal" if height <= bound else "feasible"
     solver = max(parts, key=lambda part: part.height).solver if parts else "no buffers"
     return Result(offsets, height, bound, status, solver)
+
+
+def _tell(parts: Sequence[Part], bound: int) -> None:
+    height = max((part.height for part in parts), default=0)
+    gap = 100 * max(height - bound, 0) / height if height else 0.0
+    _log.info("offsets of %d buffers: %d bytes, bound %d, gap %.2f %%", sum(p.members.size for p in parts), height,
+              bound, gap)  # fmt: skip
 
 
 def _greedy(problem: Problem, goal: int, deadline: float) -> list[Part]:

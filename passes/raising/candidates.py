@@ -35,6 +35,8 @@ _MAX_ABSORBED = 4
 _MAX_CUTS = 3
 #: Exchange compares all sums of a component with each other; beyond this many Einsums it is not tried.
 _MAX_EXCHANGE = 60
+#: More Einsums than this are no kernel: the residual stream of a whole model, whose work grows with its square.
+_MAX_CORE = 128
 
 _NO_TENSOR = Tensor("", (), "", (), (), False)
 
@@ -85,6 +87,8 @@ class Candidates:
 
     def work_out(self, component: Component) -> Candidate:
         """Raises ``NotFused``."""
+        if len(component.core) > _MAX_CORE:
+            raise NotFused(f"{len(component.core)} Einsums hang together, more than the {_MAX_CORE} of a kernel")
         for _ in range(_MAX_ABSORBED):
             found = self._staged(*self._prepared(component))
             leaks = self._leaks(found) | self._unmade(found)

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 import networkx
 import sympy
 
+from ...cost_model.devices import Device
 from ...ir.cascade import Cascade, tensor_name
 from ...ir.graph import Graph, Location
 from ..cascade_analysis import group_of, rank_passes
@@ -32,18 +33,37 @@ _NOWHERE = Location()
 @dataclass(frozen=True)
 class Rates:
     """What is compared: operations a second in a library's matrix product and in a fused kernel, bytes a second from
-    memory. The defaults are of the order of two cores with AVX-512; ``from_device`` in the cost model's figures."""
+    memory and, for what fits into it, from each cache: (its bytes, bytes a second), the smallest first. The defaults
+    are of the order of two cores with AVX-512."""
 
     library: float = 4e11
     fused: float = 4e11
     bandwidth: float = 2e10
+    caches: tuple[tuple[float, float], ...] = ()
+
+    @classmethod
+    def of(cls, device: Device, dtype: str = "f32") -> Rates:
+        peak = device.matrix_rate(dtype)
+        caches = sorted((cache.bytes.value, max(cache.bandwidth.value, device.bandwidth)) for cache in device.caches)
+        memory = device.efficiency_of("memory")
+        return cls(
+            peak * device.efficiency_of("gemm"),
+            peak * device.efficiency_of("cascade"),
+            device.bandwidth * memory,
+            tuple((size, rate * memory) for size, rate in caches),
+        )
+
+    def moving(self, moved: float) -> float:
+        """Seconds to move so many bytes."""
+        return moved / next((rate for size, rate in self.caches if moved <= size), self.bandwidth)
 
 
 @dataclass(frozen=True)
 class Choice:
     """``gain``: least ratio of predicted times. ``wide_bytes`` and ``memory_ratio``: a component whose dependent
-    reductions keep at least so many bytes of wide tensors, so many times what must be moved anyway, is taken for the
-    memory that it saves. ``saved_bytes``: least traffic that a component must save at all."""
+    reductions keep wide tensors of ``memory_ratio`` times what must be moved anyway is taken for the memory that it
+    saves, if it takes no longer or they are at least so many bytes. ``saved_bytes``: least traffic that a component
+    must save at all."""
 
     rates: Rates = Rates()
     gain: float = 1.2
@@ -123,7 +143,7 @@ class _Chooser:
         rates, choice = self.choice.rates, self.choice
         if moved < choice.saved_bytes:
             raise NotFused(f"it moves {moved} bytes only")
-        before, least = work / rates.library + moved / rates.bandwidth, work / rates.fused
+        before, least = work / rates.library + rates.moving(moved), work / rates.fused
         if before < choice.gain * least and _most_passes_over(Cascade(tuple(core)), component.pair) == 1:
             raise NotFused(f"{work / 1e9:.3g} GFLOP to {moved / 1e6:.3g} MB: computing, not memory, takes the time")
 
@@ -132,8 +152,8 @@ class _Chooser:
         rates, choice = self.choice.rates, self.choice
         total = candidate.traffic
         saved = sum(t.written - t.fused for t in total)
-        before = sum(t.flops_written / rates.library + t.written / rates.bandwidth for t in total)
-        after = sum(t.flops_fused / rates.fused + t.fused / rates.bandwidth for t in total)
+        before = sum(t.flops_written / rates.library + rates.moving(t.written) for t in total)
+        after = sum(t.flops_fused / rates.fused + rates.moving(t.fused) for t in total)
         if saved < choice.saved_bytes:
             raise NotFused(f"it would save {saved} bytes only")
         if before >= choice.gain * after:
@@ -142,7 +162,7 @@ class _Chooser:
         core = [self.space.writer[name] for name in candidate.component.core if name in self.space.writer]
         if (
             _most_passes_over(Cascade(tuple(core)), candidate.component.pair) > 1
-            and wide >= choice.wide_bytes
+            and (wide >= choice.wide_bytes or before >= after)
             and wide >= choice.memory_ratio * sum(t.compulsory for t in total)
         ):
             return before - after

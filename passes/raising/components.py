@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import sympy
+from sympy.core.function import AppliedUndef
 
-from ...ir.cascade import Einsum, ranks_of, tensor_name
+from ...ir.cascade import Einsum, Equal, ranks_of, tensor_name
 from ...ir.types import Size
 from .emit import elements, numeric
 
@@ -56,7 +57,8 @@ class Space:
 def outer_ranks(einsum: Einsum, sizes: Mapping[str, Size]) -> tuple[sympy.Symbol, sympy.Symbol] | None:
     """The largest two ranks that no operand of the Einsum has together, but its result has; None if there are none."""
     kept = set(einsum.kept)
-    operands = [kept & frozenset().union(*(ranks_of(index) for index in item.args)) for item in einsum.reads]
+    picked = _picked(einsum)
+    operands = [kept & ranks.union(*(picked.get(symbol, ()) for symbol in ranks)) for _, ranks in einsum.read_ranks]
     if not operands or any(own == kept for own in operands):
         return None
     best: tuple[int, tuple[sympy.Symbol, sympy.Symbol]] | None = None
@@ -71,6 +73,17 @@ def outer_ranks(einsum: Einsum, sizes: Mapping[str, Size]) -> tuple[sympy.Symbol
             if best is None or points > best[0]:
                 best = (points, (first, second))
     return best[1] if best else None
+
+
+def _picked(einsum: Einsum) -> dict[sympy.Symbol, frozenset[sympy.Symbol]]:
+    """Reduced ranks of which an index tensor picks one element, ``sum[v] where(v == I[t], W[v,d], 0)``, with the
+    index's ranks: ``W`` is then read at ``I[t]``, and is no operand of a product."""
+    found = {}
+    for node in einsum.body.atoms(Equal):
+        for symbol, other in (node.args, node.args[::-1]):
+            if symbol in einsum.reduced and isinstance(other, AppliedUndef):
+                found[symbol] = frozenset().union(*map(ranks_of, other.args))
+    return found
 
 
 def components(space: Space) -> Iterator[Component]:

@@ -79,17 +79,17 @@ def emit(program: Program, roots: Sequence[Value], nodes: Mapping[int, Sequence[
     """The cascade that computes ``roots``.
 
     ``nodes``: value number -> the graph values that are this value, or differ by dimensions of size 1.
-    Raises ``Unwritten`` with the value whose element has no affine form.
+    Raises ``Unwritten`` with the values whose elements have no affine form.
     """
     return _Emitter(program, roots, nodes).run()
 
 
 class Unwritten(Exception):
-    """A value cannot be written: its op must stay as it is."""
+    """Values cannot be written: their ops must stay as they are."""
 
-    def __init__(self, value: Value) -> None:
-        super().__init__(f"value {value.number} has no affine form")
-        self.value = value
+    def __init__(self, values: Sequence[Value]) -> None:
+        super().__init__(f"values {', '.join(str(value.number) for value in values)} have no affine form")
+        self.values = values
 
 
 @dataclass
@@ -108,13 +108,17 @@ class _Emitter:
     def run(self) -> Emitted:
         live, readers = self._readers()
         external = {base(root).number for root in self.roots}
+        unwritten: list[Value] = []
         for value in self.program.values:
             if value.number not in live:
                 continue
             try:
                 self._visit(value, readers.get(value.number, []), value.number in external)
-            except NotAffine as error:
-                raise Unwritten(value) from error
+            except NotAffine:
+                unwritten.append(value)
+                self._name(value, True)  # so that what reads it can be looked at too
+        if unwritten:
+            raise Unwritten(unwritten)
         einsums, sizes = unify_ranks(self.einsums, self.rank_sizes)
         names = {**self.external, **self.written}
         return Emitted(Cascade(tuple(einsums)), tuple(self.einsums), self.rank_sizes, self.tensors, sizes, names)

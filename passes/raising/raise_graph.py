@@ -59,11 +59,11 @@ def raise_graph(graph: Graph, keep: Collection[str] = ()) -> Raised:
         try:
             return lowering.finish()
         except Unwritten as error:
-            node = lowering.maker.get(error.value.number, "")
-            if not node or node in refused:
-                # The value belongs to no single op: every op that stands on it stays.
+            nodes = {lowering.maker.get(value.number, "") for value in error.values} - {"", *refused}
+            if not nodes:
+                # The values belong to no single op: every op that stands on them stays.
                 raise
-            refused[node] = "its elements are not at affine places of another tensor's"
+            refused |= dict.fromkeys(nodes, "its elements are not at affine places of another tensor's")
     raise AssertionError("more ops than rounds have no affine form")
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 import pytest
@@ -14,30 +13,10 @@ from effcc.errors import ShapeError
 from effcc.ir.cascade import rank
 from effcc.ir.cascade_parser import parse_cascade
 from fresh_seed import fresh_random
-from kernel_checks import SMALL_CACHES, Case, case
-from known_cascades import KNOWN, REFUSED
+from kernel_checks import SMALL_CACHES, TEXTS, Case, case, known_case
 from random_cascades import random_text
 
 pytestmark = pytest.mark.slow  # dozens of kernels are compiled
-
-TEXTS = {name: known.text for name, known in KNOWN.items()} | {name: entry[0] for name, entry in REFUSED.items()}
-
-
-def known_case(name: str, source: Any) -> Case:
-    """Fresh sizes, all between 17 and 32 or 65 and 128: their tiles are the same, so the C++ is found in the cache."""
-    text = TEXTS[name]
-    ranks = [symbol.name for symbol in parse_cascade(text).ranks]
-    sizes = {each: source.randint(65, 128) if each in ("n", "v", "t") else source.randint(17, 32) for each in ranks}
-    if "X[i]" in text:
-        sizes["j"] = sizes["i"]
-    if "c*B" in text:
-        sizes.update({"c": source.randint(2, 4), "j": 8, "B": 8})
-    given: dict[str, Any] = {}
-    if "T[t]" in text:
-        given["T"] = np.array([source.randrange(sizes["v"]) for _ in range(sizes["t"])])
-    shapes = {each: [sizes["c"] * 8, sizes["d" if each == "K" else "f"]] for each in ("K", "V") if "c" in sizes}
-    generator = np.random.default_rng(source.randrange(2**32))
-    return case(text, sizes, generator, given=given, shapes=shapes)
 
 
 @pytest.fixture(scope="module")

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -16,7 +14,7 @@ from effcc.ir.cascade import rank
 from effcc.ir.cascade_parser import parse_cascade
 from effcc.ir.tile import Cases, Skip, walk
 from fresh_seed import fresh_random
-from kernel_checks import Case, case
+from kernel_checks import Case, attention_case
 
 pytestmark = pytest.mark.slow  # dozens of kernels are compiled
 
@@ -26,45 +24,6 @@ TEXTS = {
     **{f"backward, {name}": text for name, text in BACKWARD.items()},
     **{f"backward apart, {name}": text for name, text in BACKWARD.items()},
 }
-
-
-def attention_case(text: str, source: Any, dtype: str = "f64", crossing: bool = True) -> Case:
-    """Fresh odd sizes of several tiles. ``L`` is the scores' true logsumexp, so that weights are at most 1."""
-    generator = np.random.default_rng(source.randrange(2**32))
-    n = source.randint(129, 190)
-    sizes = {"b": 2, "h": 2, "r": 3, "R": 3, "m": source.randint(33, 120), "n": n, "d": 24, "f": 20, "W": 30, "P": 11}
-    if "DOC" in text:
-        sizes["m"] = n
-    given: dict[str, Any] = {
-        "DOC": np.sort(generator.integers(0, 3, size=(2, n)), axis=-1),
-        "START": np.array([0, source.randint(1, n)]),
-        "MASK": generator.random(size=(2, sizes["m"], n)) < 0.6,
-        "SLOPE": generator.uniform(0, 1, size=2),
-    }
-    if "+ MASK" in text:
-        given["MASK"] = np.where(given["MASK"], generator.normal(size=given["MASK"].shape), -np.inf)
-    if "L[b,h,m]" in text:
-        given |= saved(text, sizes, generator, given)
-    shapes = {"Q": (2, 6, sizes["m"], 24)} if "h*R" in text else {}
-    return case(text, sizes, generator, dtype, given, shapes, crossing=crossing)
-
-
-def saved(
-    text: str, sizes: Mapping[str, int], generator: np.random.Generator, given: Mapping[str, Any]
-) -> dict[str, Any]:
-    """Queries, keys and the logsumexp of their scores, for a gradient's text."""
-    head = "".join(line + "\n" for line in text.splitlines()[:2])
-    cascade = parse_cascade(head + "L[b,h,m] = max[n] S[b,h,m,n]\n")
-    inputs = {
-        "Q": generator.normal(size=[sizes[s] for s in "bhmd"]),
-        "K": generator.normal(size=[sizes[s] for s in "bhnd"]),
-    }
-    from effcc.ir.cascade_interpreter import evaluate
-
-    known = {name: given[name] for name in cascade.inputs if name in given}
-    scores = evaluate(cascade, {**inputs, **known}, sizes)["S"]
-    top = scores.max(-1, keepdims=True)
-    return {**inputs, "L": (np.log(np.exp(scores - top).sum(-1, keepdims=True)) + top)[..., 0]}
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ import pytest
 import torch
 from attention_cascades import FORWARD
 from effcc.codegen.cascade_kernel import build, prepare_cascade
-from effcc.codegen.tiles import crossing, split
+from effcc.codegen.tiles import crossing, roles
 from effcc.ir.cascade_parser import parse_cascade
 from fresh_seed import fresh_random
 from kernel_checks import Case, case
@@ -31,7 +31,7 @@ SPLIT = {
 @pytest.fixture(scope="module")
 def five_threads() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        for module in (crossing, split):
+        for module in (crossing, roles):
             patch.setattr(module, "threads", lambda: 5)
         yield
 

@@ -190,3 +190,18 @@ def test_torchs_trace_writes_what_it_is_handed(tmp_path: Path) -> None:
         if "artifact" in getattr(record, "metadata", {})
     }
     assert payloads == {"effcc_main_input": TEXT, "effcc_main_000_dead-code": AFTER}
+
+
+def test_torchs_debug_folder_receives_the_dumps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch._dynamo.config
+    import torch._inductor.config
+    from torch._dynamo.utils import get_debug_dir
+
+    monkeypatch.setattr(torch._dynamo.config, "debug_dir_root", str(tmp_path))
+    monkeypatch.delenv("EFFCC_DUMP", raising=False)
+    graph = parse_graph("graph @g phase=inference { %x: f32[4] = input()  return (%x) }")
+    PassManager(parse_pipeline("dead-code")).run(graph)
+    assert not list(tmp_path.rglob("*.ir"))
+    monkeypatch.setenv("TORCH_COMPILE_DEBUG", "1")
+    PassManager(parse_pipeline("dead-code")).run(graph)
+    assert (Path(get_debug_dir()) / "effcc" / "000-input.ir").is_file()

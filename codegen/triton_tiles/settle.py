@@ -1,0 +1,130 @@
+"""Which of a cascade's possible kernels is used: the first choice that compiles within the target's limits, or the
+fastest of a few on the GPU at hand."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from ...errors import CompileError
+from ...ir.fused_cascade import FusedCascade
+from ...passes.rewrite_cascade import Rewriting, rewrite
+from ..fused_kernel import PlacedKernel, prepare_with
+from .aot import Usage, usage
+from .kernel import TritonKernel, prepare_triton
+from .schedule import Launch, Shape, candidates
+from .target import Target
+
+#: Makes a kernel with tiles of a shape, and these launch settings for all of its launches if any are given.
+Make = Callable[[Shape, Launch | None], TritonKernel]
+
+
+def settled(make: Make, target: Target) -> tuple[TritonKernel, tuple[Usage, ...]]:
+    """The schedule's first choice, with fewer stages, other warps or shorter tiles where registers would be spilled or
+    shared memory does not suffice; else what spills least. Raises ``CompileError`` if nothing can be compiled."""
+    best: tuple[int, TritonKernel, tuple[Usage, ...]] | None = None
+    error: CompileError | None = None
+    for shape in (Shape(), Shape(columns=0.5), Shape(rows=0.5), Shape(rows=0.5, columns=0.5)):
+        kernel = make(shape, None)
+        try:
+            found = [usage(kernel, target)]
+        except CompileError as failed:
+            error, found = failed, []
+        if not found or any(each.spilled for each in found[0]):
+            found += _other_launches(kernel, target)
+        for each in found:
+            spilled = sum(one.spilled for one in each)
+            if best is None or spilled < best[0]:
+                best = spilled, kernel.with_launches([one.launch for one in each]), each
+        if best is not None and best[0] == 0:
+            break
+    if best is None:
+        raise error or CompileError("no schedule is known")
+    return best[1], best[2]
+
+
+def placed(
+    fused: FusedCascade,
+    rewriting: Rewriting | None,
+    target: Target,
+    *,
+    wide: frozenset[str] = frozenset(),
+    bindings: Mapping[str, int] | None = None,
+) -> PlacedKernel[TritonKernel]:
+    """The settled kernel of a fused cascade. Raises ``NotLowerable``, or ``CompileError`` as ``settled`` does."""
+    rewriting = rewriting or rewrite(fused.cascade)
+
+    def make(shape: Shape, launches: Launch | None) -> PlacedKernel[TritonKernel]:
+        settings = {"target": target, "shape": shape, "launches": launches}
+        return prepare_with(prepare_triton, fused, rewriting, wide=wide, bindings=bindings, **settings)
+
+    kernel, _ = settled(lambda shape, launches: make(shape, launches).kernel, target)
+    return PlacedKernel(fused, kernel, bindings or {})
+
+
+def _other_launches(kernel: TritonKernel, target: Target) -> list[tuple[Usage, ...]]:
+    """The same kernels with fewer stages, and with more warps; each launch the best of its own."""
+    chosen: list[Usage] = []
+    for number, step in enumerate(kernel.steps):
+        first = step.launch
+        tries = [replace(first, stages=stages) for stages in range(first.stages, 0, -1)]
+        tries += [replace(each, warps=8) for each in tries] if first.warps < 8 else []
+        best: Usage | None = None
+        for each in tries:
+            launches = [each if other == number else one.launch for other, one in enumerate(kernel.steps)]
+            try:
+                (found,) = usage(kernel.with_launches(launches), target, only=number)
+            except CompileError:
+                continue
+            if best is None or found.spilled < best.spilled:
+                best = found
+            if best.spilled == 0:
+                break
+        if best is None:
+            return []
+        chosen.append(best)
+    return [tuple(chosen)]
+
+
+def fastest(make: Make, target: Target, tensors: Mapping[str, torch.Tensor]) -> tuple[TritonKernel, dict[str, float]]:
+    """The fastest of the schedule's candidates on these inputs, and the milliseconds of each. Needs a GPU.
+
+    A kernel of several launches is timed as a whole. Candidates that do not compile are left out; raises
+    ``CompileError`` if all are.
+    """
+    from triton.testing import do_bench
+
+    first = make(Shape(), None)
+    times: dict[str, float] = {}
+    best: TritonKernel | None = None
+    failures: tuple[type[Exception], ...] = (CompileError, *_launch_errors())
+    for shape, launch in candidates(max((step.launch for step in first.steps), key=lambda each: each.warps), target):
+        kernel = make(shape, launch)
+        label = f"tiles x ({shape.rows:g}, {shape.columns:g}), {'own launch' if launch is None else launch}"
+        try:
+            usage(kernel, target)
+            result = kernel(tensors)
+            milliseconds = float(do_bench(functools.partial(kernel, tensors, result), return_mode="median"))
+        except failures:
+            continue
+        times[label] = milliseconds
+        if milliseconds == min(times.values()):
+            best = kernel
+    if best is None:
+        raise CompileError("no candidate runs", remedy="Report it.")
+    return best, times
+
+
+def _launch_errors() -> tuple[type[Exception], ...]:
+    """What Triton raises for a kernel that needs more than the GPU has."""
+    import importlib
+
+    found: Any = importlib.import_module("triton.runtime.errors")
+    return (found.OutOfResources,)
+
+
+__all__ = ["Make", "fastest", "placed", "settled"]

@@ -1,0 +1,1 @@
+"""Plans and graphs in the formats of other tools."""

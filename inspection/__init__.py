@@ -1,0 +1,1 @@
+"""Reading what a compilation left behind: stages, the history of a value, differences, search, a terminal browser."""

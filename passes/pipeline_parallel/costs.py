@@ -1,0 +1,91 @@
+"""What a schedule's passes, transfers and memory cost. All times are seconds, all sizes bytes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ...errors import ScheduleError
+from .schedule import Pass, Schedule
+
+
+@dataclass(frozen=True)
+class PipelineCosts:
+    """Costs of one schedule on one group of ranks.
+
+    ``forward`` and ``backward`` are per virtual stage; ``weight`` is the part of ``backward`` that W takes where it is
+    split (half of it, if empty). ``output`` are (S, T), ``embedding`` (E, D) per rank. ``transfer`` moves an activation
+    or its gradient to another rank. ``collective`` is one collective of the vocabulary layers. ``exchange`` is what a
+    rank loses around each pass that receives and sends: issuing, waiting, waking up. ``finish`` follows the last pass,
+    per rank: the optimizer.
+
+    ``activation``: what a microbatch holds between F and the end of its backward, per virtual stage.
+    ``output_activation``: what it holds between S and the end of T, per rank. ``held``: what is held all the time, per
+    rank.
+    """
+
+    forward: tuple[float, ...]
+    backward: tuple[float, ...]
+    weight: tuple[float, ...] = ()
+    output: tuple[tuple[float, float], ...] = ()
+    embedding: tuple[tuple[float, float], ...] = ()
+    transfer: float = 0.0
+    collective: float = 0.0
+    exchange: float = 0.0
+    finish: tuple[float, ...] = ()
+    activation: tuple[int, ...] = ()
+    output_activation: tuple[int, ...] = ()
+    held: tuple[int, ...] = ()
+
+    def seconds(self, each: Pass) -> float:
+        """Length of a pass on its rank, with the exchange around it."""
+        kind, stage, _ = each
+        if kind == "F":
+            return self.forward[stage] + self.exchange
+        if kind == "B":
+            return self.backward[stage] + self.exchange
+        if kind in ("I", "W"):
+            weight = self.weight[stage] if self.weight else self.backward[stage] / 2
+            return weight if kind == "W" else self.backward[stage] - weight + self.exchange
+        if kind in ("S", "T"):
+            return self.output[stage][kind == "T"]
+        return self.embedding[stage][kind == "D"]
+
+    def check(self, schedule: Schedule) -> None:
+        """Raises ScheduleError when the costs are not those of this schedule's stages and ranks."""
+        stages, ranks = schedule.stages, schedule.ranks
+        wanted: dict[str, tuple[int, bool]] = {
+            "forward": (stages, True), "backward": (stages, True), "weight": (stages, False),
+            "output": (ranks, bool(schedule.vocabulary)), "embedding": (ranks, schedule.embedding),
+            "finish": (ranks, False), "activation": (stages, False), "output_activation": (ranks, False),
+            "held": (ranks, False),
+        }  # fmt: skip
+        for name, (count, required) in wanted.items():
+            given = len(getattr(self, name))
+            if given != count and (given or required):
+                raise ScheduleError(
+                    f"{schedule.name} has {stages} stages on {ranks} ranks; the costs give {given} values of {name}",
+                    remedy=f"give {count}",
+                )
+
+
+def uniform_costs(
+    schedule: Schedule,
+    *,
+    forward: float = 1.0,
+    backward: float = 2.0,
+    output: tuple[float, float] = (0.5, 0.5),
+    embedding: tuple[float, float] = (0.1, 0.1),
+    transfer: float = 0.0,
+    collective: float = 0.0,
+) -> PipelineCosts:
+    """Costs that are the same on all ranks; a rank's stages share ``forward`` and ``backward`` evenly."""
+    chunks = schedule.stages // schedule.ranks
+    return PipelineCosts(
+        forward=(forward / chunks,) * schedule.stages,
+        backward=(backward / chunks,) * schedule.stages,
+        output=(output,) * schedule.ranks if schedule.vocabulary else (),
+        embedding=(embedding,) * schedule.ranks if schedule.embedding else (),
+        transfer=transfer,
+        collective=collective,
+        activation=(1,) * schedule.stages,
+    )
