@@ -21,12 +21,9 @@ from .frontend.fx_import import from_fx
 from .ir.graph import Graph
 from .passes.raising.choose import Choice, Refused, choose
 from .passes.raising.group import Group
+from .passes.raising.prefilter import may_fuse
 from .passes.raising.raise_graph import raise_graph
 from .runtime.reports import CascadeReport
-
-#: In the metadata of nodes that have been looked at: of a repeated layer's body, the forward and the backward come by
-#: once more after it was partitioned.
-_SEEN = "effcc_cascades_seen"
 
 
 class RefusedKernelError(CompileError):
@@ -53,18 +50,16 @@ class CascadeFusion:
 
     def __call__(self, graph: fx.Graph) -> None:
         gm: Any = graph.owning_module
-        if any(_SEEN in node.meta for node in graph.nodes if node.op == "call_function"):
+        if not torch_internals.first_look(graph, "effcc_fused"):
             return
         try:
             imported = from_fx(gm, "joint", "joint")
-            if on_cpu(gm):
+            if on_cpu(gm) and may_fuse(imported, self.choice):
                 self.fuse(graph, imported)
         except EffccError as error:
             self.refused.append(Refused("", f"the graph is not analysed: {error.message}"))
         except Exception as error:  # a fault of the analysis costs the fusion, not the compilation
             self.refused.append(Refused("", f"the analysis failed: {type(error).__name__}: {error}"))
-        for node in graph.nodes:
-            node.meta[_SEEN] = True
 
     def fuse(self, graph: fx.Graph, imported: Graph) -> None:
         chosen = choose(raise_graph(imported), self.choice)

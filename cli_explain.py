@@ -12,12 +12,16 @@ from .formatting import bytes_text, count_text, seconds_text
 from .suggestions import suggestions
 from .summary import Summary, device_of, summarize
 
+#: A plan's graphs are those after Inductor's rewriting, which writes some softmaxes in another way.
+AFTER_INDUCTOR = (
+    "these are the graphs after Inductor's passes; effcc plan --cascades looks at them as torch.compile would fuse them"
+)
+
 if TYPE_CHECKING:
     from rich.console import Console
 
     from .cost_model.devices import Device
-    from .inspection.candidates import Verdict
-    from .ir.plan import Plan
+    from .ir.plan import CascadeVerdict, Plan
     from .ir.plan_file import PlanFile
 
 
@@ -34,26 +38,30 @@ def explain_command(
     file = open_plan(plan)
     loaded = file.plan
     summary = summarize(loaded)
-    verdicts, skipped = _verdicts(file) if cascades else ([], [])
+    verdicts, skipped = _verdicts(file) if cascades or loaded.cascades else ([], [])
     if json:
-        more = {"cascades": verdicts, "cascades_skipped": skipped} if cascades else {}
+        more = {"cascades": verdicts, "notes": skipped} if cascades or loaded.cascades else {}
         rows = {"summary": summary, "fallbacks": fallback_rows(loaded), "solvers": solver_rows(loaded)}
         print_json(rows | {"suggestions": suggestions(loaded, summary)} | more)
         return
     out = console()
     print_explanation(out, loaded, summary, top)
-    if cascades:
+    if cascades or loaded.cascades:
         _cascades(out, verdicts, skipped)
 
 
-def _verdicts(file: PlanFile) -> tuple[list[Verdict], list[str]]:
+def _verdicts(file: PlanFile) -> tuple[list[CascadeVerdict], list[str]]:
+    """As recorded in the plan, else of its graphs."""
     from .inspection.candidates import cascade_verdicts
     from .inspection.stages import graphs_of
 
-    return cascade_verdicts(graphs_of(file))
+    if file.plan.cascades:
+        return list(file.plan.cascades), []
+    found, skipped = cascade_verdicts(graphs_of(file))
+    return found, [*skipped, AFTER_INDUCTOR]
 
 
-def _cascades(out: Console, verdicts: list[Verdict], skipped: list[str]) -> None:
+def _cascades(out: Console, verdicts: list[CascadeVerdict], skipped: list[str]) -> None:
     if not verdicts:
         out.print("No dependent reductions: nothing could be fused into a one-pass kernel.")
     rows = table("fused", "where", "module", "tensor", "why", title="Cascades: dependent reductions as one kernel")
@@ -61,8 +69,8 @@ def _cascades(out: Console, verdicts: list[Verdict], skipped: list[str]) -> None
         rows.add_row(each.verdict, each.source, each.module, each.tensor, each.why)
     if verdicts:
         out.print(rows)
-    for name in skipped:
-        out.print(f"not looked at: {name}", markup=False)
+    for line in skipped:
+        out.print(f"note: {line}", markup=False)
 
 
 def print_explanation(out: Console, plan: Plan, summary: Summary, top: int) -> None:

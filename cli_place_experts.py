@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -56,10 +57,12 @@ def place_experts_command(
 ) -> None:
     """Place the experts of every MoE layer on devices: few hops between devices and nodes, even loads, few migrations.
 
-    The objective is what the placement costs: hops (token-expert pairs that change device from layer to layer, plus those
-    that change node), tokens on each layer's busiest device, experts to copy, each times its weight. The bound holds for
-    every placement. The result is checked by a validator that shares no code with the solver.
+    The objective is what the placement costs: hops (token-expert pairs that change device from layer to layer, plus
+    those that change node), tokens on each layer's busiest device, experts to copy, each times its weight. The bound
+    holds for every placement. The result is checked by a validator that shares no code with the solver.
     """
+    # Before numpy is loaded: its eigenvalues of small matrices are no faster with more threads, and the search has one.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     from .cost_model.expert_placement.online import choose
     from .cost_model.expert_placement.problem import Problem
     from .cost_model.expert_placement.routing import read_routing
@@ -128,9 +131,7 @@ def _read_slots(path: Path) -> Any:
 
 def _facts(problem: Problem, result: Result) -> dict[str, Any]:
     ratios = result.costs.max_over_mean.tolist()
-    rows = [
-        {"slots": row.tolist(), "max_over_mean": ratio} for row, ratio in zip(result.slots, ratios, strict=True)
-    ]
+    rows = [{"slots": row.tolist(), "max_over_mean": ratio} for row, ratio in zip(result.slots, ratios, strict=True)]
     return {
         "layers": rows,
         "hops": {"device": _number(result.costs.device), "node": _number(result.costs.node)},
@@ -171,6 +172,9 @@ def _print(problem: Problem, routing: Routing, result: Result) -> None:
     rows.add_row("objective", f"{result.objective:.8g}", f"at least {result.bound:.8g} for any placement")
     rows.add_row("gap", f"{result.gap:.3%}", f"{result.status}, {seconds_text(result.seconds)}")
     out.print(rows)
+    if problem.slots > _WIDEST:
+        out.print("--json prints the slots")
+        return
     width = problem.per_rank
     for number, row in zip(routing.layers[:_SHOWN], result.slots.tolist(), strict=False):
         devices = " | ".join(" ".join(map(str, row[at : at + width])) for at in range(0, problem.slots, width))
@@ -179,5 +183,5 @@ def _print(problem: Problem, routing: Routing, result: Result) -> None:
         out.print(f"... and {problem.layers - _SHOWN} more layers; --json prints all")
 
 
-#: Layers whose slots are shown.
-_SHOWN = 8
+#: Layers whose slots are shown, and most slots of one.
+_SHOWN, _WIDEST = 8, 64

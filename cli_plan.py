@@ -45,6 +45,9 @@ def plan_command(
     pareto: Annotated[
         bool, typer.Option("--pareto", help="Also time against memory: what each peak would cost. Needs --train.")
     ] = False,
+    cascades: Annotated[
+        bool, typer.Option("--cascades", help="Also which reductions could be one kernel, and why others stay.")
+    ] = False,
     dynamic: Annotated[bool, typer.Option("--dynamic", help="Keep the inputs' sizes symbolic.")] = False,
     output: Annotated[Path, typer.Option("-o", "--output", help="Where the plan goes.")] = Path("plan.effcc"),
     report: Annotated[
@@ -60,6 +63,12 @@ def plan_command(
     pipeline: Annotated[
         str | None, typer.Option("-p", "--passes", help="Passes to run instead of the usual ones.")
     ] = None,
+    mesh: Annotated[
+        str | None, typer.Option("--mesh", metavar="pp=N", help="Plan a training step as a pipeline of N devices.")
+    ] = None,
+    microbatches: Annotated[
+        int | None, typer.Option("--microbatches", min=1, help="With --mesh; the file's inputs are one of them.")
+    ] = None,
     json: JsonOption = False,
 ) -> None:
     """Capture a model and plan its memory and time for a device, without running it.
@@ -69,6 +78,12 @@ def plan_command(
     """
     from .planning import PIPELINE, PlanRequest, budget_bytes, plan_model
 
+    if mesh is not None:
+        from .cli_pipeline import plan_pipeline
+
+        memory = budget_bytes(memory_budget, device, "--memory-budget")
+        plan_pipeline(model, mesh, microbatches, device, memory, dtype, output, json)
+        return
     if emit not in (None, "mlir"):
         raise OptionError(f"--emit {emit!r} is not understood", remedy="the only form is mlir")
     if report is not None and no_report:
@@ -82,6 +97,7 @@ def plan_command(
         memory_budget=budget_bytes(memory_budget, device, "--memory-budget"),
         swap=swap,
         pareto=pareto,
+        cascades=cascades,
         dynamic=dynamic,
         pipeline=pipeline or PIPELINE,
         dump_dir=dump_dir,

@@ -37,6 +37,9 @@ def run_command(
         Path | None,
         typer.Option("--trace", help="Also write a Perfetto trace: the plan's timeline, and a measured one."),
     ] = None,
+    nproc: Annotated[
+        int | None, typer.Option("--nproc", min=1, help="Run a pipeline's plan in so many processes (torchrun).")
+    ] = None,
     json: JsonOption = False,
 ) -> None:
     """Run a plan's model on this machine and print predicted beside measured time and peak memory.
@@ -44,6 +47,11 @@ def run_command(
     The model is built with random weights from the model file, compiled with the plan, and run: a training step if the
     plan is one. Peak: the allocator's, from torch's profiler. Time: the median.
     """
+    if nproc is not None:
+        from .cli_pipeline import run_pipeline
+
+        run_pipeline(plan, model, nproc, rounds, seed, None, json)
+        return
     # Before torch is loaded: its profiler, which counts the memory, would print a line at each start and stop.
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     from .measuring import measure

@@ -28,11 +28,13 @@ if TYPE_CHECKING:
     import torch
 
     from .budget_planning import BudgetPlanner, ParetoPoint
+    from .cascade_watch import CascadeWatch
     from .frontend.capture import Captured
     from .frontend.model_file import ModelSpec
     from .passes.activation.choice import ActivationChoice
     from .passes.flatten import RegionBuffers
     from .passes.planner import StateBytes
+    from .passes.raising.analysis import GraphAnalysis
 
 #: What is done to every captured graph before it is planned.
 PIPELINE = "normalize,repeated-structure,regions,schedule"
@@ -63,6 +65,8 @@ class PlanRequest:
     swap: bool = False
     #: Also the curve of time against memory.
     pareto: bool = False
+    #: Also which dependent reductions could be one kernel.
+    cascades: bool = False
     dynamic: bool = False
     pipeline: str = PIPELINE
     dump_dir: Path | None = None
@@ -188,9 +192,11 @@ def plan_model(
     pipeline = request.pipeline if not budgeted or request.pipeline != PIPELINE else BUDGET_PIPELINE
     passes = parse_pipeline(pipeline)
     planner = _budget_planner(device, request.swap) if budgeted else None
+    watch = _cascade_watch() if request.cascades else None
     with progress("capture"):
         spec = spec or _load(request.model)
-        captured = _capture(request, device, spec, planner)
+        with watch.watching() if watch is not None else nullcontext():
+            captured = _capture(request, device, spec, planner)
         for line in (*captured.notes, *_graph_breaks(captured)):
             logger("capture").info("%s", line)
     manager = PassManager(passes, dump_dir=request.dump_dir, verify=request.verify)
@@ -237,6 +243,7 @@ def plan_model(
         made,
         graphs=_captured_identities(made, captured),
         notes=(*made.notes, *captured.notes, *_graph_breaks(captured), *(planner.notes if planner else ())),
+        cascades=tuple(watch.verdicts()) if watch is not None else (),
         curve=tuple(
             TradePoint(peak=point.peak, seconds=point.seconds, bound=point.bound, saved_bytes=point.saved_bytes)
             for point in curve
@@ -254,6 +261,28 @@ def _budget_planner(device: Device, swap: bool) -> BudgetPlanner:
     from .budget_planning import BudgetPlanner
 
     return BudgetPlanner(device, swap=swap)
+
+
+def _cascade_watch() -> CascadeWatch:
+    from .cascade_watch import CascadeWatch
+
+    return CascadeWatch()
+
+
+def cascade_analyses(model_file: str, *, train: bool) -> list[GraphAnalysis]:
+    """The groups of each captured graph of a model file that one kernel could compute, and why others stay; a repeated
+    layer is one graph. Raises ModelFileError, CaptureError."""
+    from .cascade_watch import CascadeWatch
+    from .frontend.capture import capture
+    from .passes.raising.analysis import analyse
+    from .passes.raising.choose import Choice, Rates
+
+    watch = CascadeWatch()
+    spec = _load(model_file)
+    with watch.watching():
+        capture(spec, train=train)
+    choice = Choice(Rates.of(device_named("cpu")))
+    return [analyse(graph, graph.name, choice) for graph in watch.graphs]
 
 
 def _ordered_memory(device: Device, sizes: Mapping[str, int]) -> RegionBuffers:

@@ -11,17 +11,18 @@ def suggestions(plan: Plan, summary: Summary) -> list[str]:
     """Up to three things that would change the most, read off the plan's own figures."""
     found: list[tuple[float, str]] = []
     peak = max(summary.peak, 1)
+    narrower = "sharding" if plan.dtype in ("bf16", "f16") else "a narrower --dtype, or sharding,"
     for role, text in (
         ("saved", "Saved activations hold {share}: {remedy}"),
         ("optimizer", "Optimizer state holds {share}: an optimizer with less state, or sharding it, frees that."),
-        ("parameter", "Parameters hold {share}: a narrower --dtype or sharding reduces them."),
-        ("gradient", "Gradients hold {share}: a narrower --dtype halves them."),
+        ("parameter", "Parameters hold {share}: {narrower} reduces them."),
+        ("gradient", "Gradients hold {share}: {narrower} reduces them."),
         ("unused gaps", "Gaps between buffers hold {share}: placement leaves that unused."),
     ):
         size = summary.roles.get(role, 0)
         if size > 0.1 * peak:
             share = f"{bytes_text(size)} ({100 * size / peak:.0f} % of the peak)"
-            found.append((size / peak, text.format(share=share, remedy=_less_saved(plan))))
+            found.append((size / peak, text.format(share=share, remedy=_less_saved(plan), narrower=narrower)))
     total = sum(summary.bounds.values()) or 1.0
     for bound, text in (
         ("launch", "Launching kernels takes {share} of the time: larger batches or fewer, larger regions help."),

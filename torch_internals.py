@@ -581,6 +581,16 @@ def joint_pass(run: Callable[[torch.fx.Graph], None] | None, key: str) -> contex
     return inductor_settings({"joint_custom_pre_pass": Pass()})
 
 
+def first_look(graph: torch.fx.Graph, key: str) -> bool:
+    """Whether a joint pass meets these ops for the first time: of a repeated layer's body, the forward and the backward
+    come by once more after it was partitioned."""
+    ops = [node for node in graph.nodes if node.op == "call_function"]
+    fresh = not any(key in node.meta for node in ops)
+    for node in ops:
+        node.meta[key] = True
+    return fresh
+
+
 def stable_topological_sort(graph: torch.fx.Graph) -> None:
     """Values before their uses, else the order that the graph has."""
     from torch._inductor.pattern_matcher import stable_topological_sort as sort

@@ -23,10 +23,10 @@ from common import environment, keep, show
 
 # isort: split
 from attention_cascades import FORWARD, backward  # common puts tests/ on the path
-from effcc.codegen.triton_tiles.aot import usage
-from effcc.codegen.triton_tiles.kernel import TritonKernel, prepare_triton
-from effcc.codegen.triton_tiles.settle import fastest, settled
+from effcc.codegen.triton_tiles.kernel import prepare_triton
+from effcc.codegen.triton_tiles.settle import Make, settled
 from effcc.codegen.triton_tiles.target import Target
+from effcc.codegen.triton_tiles.tune import tuned
 from effcc.ir.cascade_parser import parse_cascade
 
 Run = Callable[[], Any]
@@ -49,14 +49,16 @@ def texts(variant: str, width: int) -> tuple[str, str]:
     return ahead, "D[b,h,m] = sum[f] DO[b,h,m,f] * O[b,h,m,f]\n" + back
 
 
-def kernels(variant: str, length: int, width: int, target: Target, tune: Callable[..., TritonKernel]) -> list[Any]:
+def makers(variant: str, length: int, width: int, target: Target) -> list[Make]:
+    """For the forward and the backward: what makes a kernel with tiles of a shape and these launch settings."""
     sizes = {"b": max(1, TOKENS // length), "h": FEATURES // width, "m": length, "n": length, "d": width, "f": width}
     dtypes = {**dict.fromkeys(("Q", "K", "V", "O", "DO", "DQ", "DK", "DV"), "bf16"), "L": "f32", "SLOPE": "f32"}
-    found = []
-    for text in texts(variant, width):
+
+    def maker(text: str) -> Make:
         make = functools.partial(prepare_triton, parse_cascade(text), {**sizes, "W": WINDOW}, dtypes, target=target)
-        found.append(tune(lambda shape, launches, make=make: make(shape=shape, launches=launches)))
-    return found
+        return lambda shape, launches: make(shape=shape, launches=launches)
+
+    return [maker(text) for text in texts(variant, width)]
 
 
 def operations(variant: str, length: int, width: int) -> float:
@@ -149,21 +151,20 @@ def measure(variant: str, length: int, width: int, tune: bool, rounds: int) -> l
     inputs = {"Q": q, "K": k, "V": v, "SLOPE": slopes}
     target = Target.of_cuda(0)
 
-    if tune:  # one after the other: the backward's inputs are the forward's outputs
-        ahead = kernels(variant, length, width, target, lambda make: fastest(make, target, inputs)[0])[0]
+    ahead, back = (settled(make, target)[0] for make in makers(variant, length, width, target))
+    if tune:
+        first, second = makers(variant, length, width, target)
+        ahead = tuned(first, target, lambda each: each(inputs))
         saved = {**inputs, **ahead(inputs), "DO": grad}
-        back = kernels(variant, length, width, target, lambda make: make)[1]
-        back = fastest(back, target, saved)[0]
-    else:
-        ahead, back = kernels(variant, length, width, target, lambda make: settled(make, target)[0])
+        back = tuned(second, target, lambda each: each(saved))
 
     def training() -> dict[str, torch.Tensor]:
         return back({**inputs, **ahead(inputs), "DO": grad})
 
-    first = [each[:1, :1].float() for each in (q, k, v, grad)]
+    sample = [each[:1, :1].float() for each in (q, k, v, grad)]
     written = plain(variant, slopes)
     if length <= 8192:
-        exact = [written(*first[:3]), *gradients(written, *first)]
+        exact = [written(*sample[:3]), *gradients(written, *sample)]
         own = [ahead(inputs)["O"], *(training()[name] for name in ("DQ", "DK", "DV"))]
         for name, found, expected in zip(("O", "dQ", "dK", "dV"), own, exact, strict=True):
             error = (found[:1, :1].float() - expected).abs().max() / expected.abs().max()
@@ -199,8 +200,8 @@ def print_usage(variants: list[str], widths: list[int], capability: int) -> None
     target = Target.of_capability(capability)
     for variant in variants:
         for width in widths:
-            for kernel in kernels(variant, 4096, width, target, lambda make: settled(make, target)[0]):
-                for each in usage(kernel, target):
+            for make in makers(variant, 4096, width, target):
+                for each in settled(make, target)[1]:
                     print(f"{variant}, {width} features: {each}")
 
 

@@ -56,6 +56,7 @@ def measure(name: str, request: PlanRequest, folder: Path, shots: Path | None) -
     opened = []
     for _ in range(5):
         with browser() as driver:
+            requests(driver)  # those of Chromium's own first page
             begin = time.perf_counter()
             driver.get(page.as_uri())
             driver.execute_async_script("requestAnimationFrame(() => setTimeout(arguments[0]))")

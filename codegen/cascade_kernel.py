@@ -9,6 +9,7 @@ The library is found again by its source in Inductor's code cache, and in this p
 from __future__ import annotations
 
 import ctypes
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -22,6 +23,7 @@ from ..ir.tile import Program
 from ..passes.rewrite_cascade import Rewriting, rewrite
 from .cpp_tiles.printer import Function, print_function, print_source
 from .prepared import DTYPE_NAMES, TORCH_DTYPES, TensorInfo, checked, prepared, wanted_outputs
+from .tiles.lower import LARGEST_INDEX
 from .tiles.roles import Caches, threads
 
 
@@ -47,6 +49,9 @@ class CascadeKernel:
         )
         self._sizes = dict(sizes)
         self._entries: list[Any] = []
+        self._integers = [name for name, info in inputs.items() if info.dtype in ("i64", "i32")]
+        #: The same kernel in float64, for integers that float32 does not hold; None if this one is.
+        self.in_float64: Callable[[], CascadeKernel] | None = None
         #: Waits for the library that has been begun, and loads it.
         self._load: Callable[[], Any] | None = None
 
@@ -74,8 +79,17 @@ class CascadeKernel:
     ) -> dict[str, torch.Tensor]:
         """The cascade's outputs. ``out`` holds tensors to write into; the others are made.
 
-        Raises ``ShapeError`` for a tensor that is missing or does not lie as the kernel was made for.
+        Raises ``ShapeError`` for a tensor that is missing or does not lie as the kernel was made for, and for integers
+        that no floating-point number holds.
         """
+        if self._integers and self._inexact(inputs):
+            if self.in_float64 is not None:
+                return self.in_float64()(inputs, out)
+            raise ShapeError(
+                "an integer operand has elements of 2**53 or more, which a fused kernel cannot tell apart",
+                where=", ".join(self._integers),
+                remedy="Compile with options={'cascades': False}.",
+            )
         self.finish()
         tensors: dict[str, torch.Tensor] = {}
         for name, info in self.inputs.items():
@@ -95,6 +109,17 @@ class CascadeKernel:
         for function, entry in zip(self.functions, self._entries, strict=True):
             self._launch(function, entry, tensors, at)
         return {name: tensors[name] for name in self.outputs}
+
+    def _inexact(self, inputs: Mapping[str, torch.Tensor]) -> bool:
+        """Whether an integer is beyond those that the kernel's numbers tell apart."""
+        limit = LARGEST_INDEX["f32" if self.in_float64 is not None else "f64"]
+        for name in self._integers:
+            tensor = inputs.get(name)
+            if tensor is not None and tensor.numel():
+                low, high = torch.aminmax(tensor)
+                if int(high) >= limit or int(low) <= -limit:
+                    return True
+        return False
 
     def _launch(self, function: Function, entry: Any, tensors: Mapping[str, torch.Tensor], scratch: int) -> None:
         numbers = [self._sizes[name] for name in function.sizes]
@@ -165,6 +190,7 @@ def prepare_cascade(
     caches: Caches | None = None,
     crossing: bool = True,
     splitting: bool = True,
+    exact: bool = False,
 ) -> CascadeKernel:
     """The kernel of a cascade (rewritten first, if it is not yet), not compiled yet.
 
@@ -173,8 +199,8 @@ def prepare_cascade(
     ``units``: tensor -> the dimension of stride 1, by default the last. ``shapes``: of inputs with indices other than
     plain ranks. ``wide``: tensors never to be stored. ``caches`` bound the tiles (this machine's by default).
     ``crossing``: gradients along two ranks in one kernel, where there are heads enough for all threads. ``splitting``:
-    parts of the streamed rank at once, where there is too little else for all threads. Raises ``NotLowerable`` with
-    the reason.
+    parts of the streamed rank at once, where there is too little else for all threads. ``exact``: computed in float64
+    whatever the inputs are. Raises ``NotLowerable`` with the reason.
     """
     rewriting = cascade if isinstance(cascade, Rewriting) else rewrite(cascade)
     text = print_cascade(rewriting.cascade)
@@ -189,7 +215,7 @@ def prepare_cascade(
         tuple(sorted((name, tuple(shape)) for name, shape in (shapes or {}).items())),
         wide,
         caches,
-        (crossing, splitting, threads()),
+        (crossing, splitting, exact, threads()),
     )
     if key not in _prepared:
         limits = caches or Caches.of_this_machine()
@@ -204,12 +230,18 @@ def prepare_cascade(
             machine=limits,
             crossing=crossing,
             splitting=splitting,
+            exact=exact,
         )
         functions = [
             print_function(program, found.sizes, found.shapes, (comment or text) if number == 0 else "")
             for number, program in enumerate(found.programs)
         ]
-        _prepared[key] = CascadeKernel(functions, found.sizes, found.inputs, found.outputs, found.buffers)
+        kernel = CascadeKernel(functions, found.sizes, found.inputs, found.outputs, found.buffers)
+        if not exact and not any(info.dtype == "f64" for info in found.inputs.values()):
+            again = dict(outputs=outputs, units=units, shapes=shapes, wide=wide, comment=comment, caches=caches)
+            again |= dict(crossing=crossing, splitting=splitting, exact=True)
+            kernel.in_float64 = functools.partial(prepare_cascade, rewriting, sizes, dtypes, **again)
+        _prepared[key] = kernel
     return _prepared[key]
 
 

@@ -7,9 +7,10 @@ code that an earlier process compiled and cached finds everything it needs in it
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+import os
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -19,7 +20,10 @@ from ..ir.parser import parse_fused_cascade
 from ..ir.types import TensorType, contiguous_stride
 from ..passes.rewrite_cascade import Rewriting
 from .cascade_kernel import TORCH_DTYPES
-from .fused_kernel import FusedKernel, PlacedKernel, prepare_fused
+from .fused_kernel import FusedKernel, PlacedKernel, prepare_fused, prepare_with
+
+if TYPE_CHECKING:
+    from .triton_tiles.kernel import TritonKernel
 
 _library: Any = torch.library.Library("effcc", "FRAGMENT")  # type: ignore[no-untyped-call]
 _library.define("cascade(str text, Tensor[] operands) -> Tensor[]", tags=(torch.Tag.pt2_compliant_tag,))
@@ -46,6 +50,19 @@ def prepare(fused: FusedCascade, rewriting: Rewriting) -> tuple[str, FusedKernel
     return _texts[plain], _kernels[_texts[plain]]
 
 
+def prepare_on_gpu(fused: FusedCascade, rewriting: Rewriting, device: int) -> tuple[str, PlacedKernel[TritonKernel]]:
+    """``prepare`` for this GPU of the machine. What the op runs is compiled, with a settled schedule, at its first
+    call. Raises ``NotLowerable``."""
+    from .triton_tiles.kernel import prepare_triton
+    from .triton_tiles.target import Target
+
+    target, wide = Target.of_cuda(device), frozenset(fused.wide)
+    kernel = prepare_with(prepare_triton, fused, rewriting, wide=wide, target=target)
+    text = cascade_text(replace(fused, shared_bytes=kernel.kernel.buffer_bytes))
+    _rewritten.setdefault(text, rewriting)
+    return text, kernel
+
+
 def kernel_of(text: str) -> FusedKernel:
     kernel = _kernels.get(text)
     if kernel is None:
@@ -66,12 +83,16 @@ def run_on_gpu(text: str, operands: Sequence[torch.Tensor]) -> list[torch.Tensor
 
 
 @functools.cache
-def gpu_kernel_of(text: str, device: int) -> PlacedKernel[Any]:
-    """The kernel in Triton, with the schedule that is settled for this GPU."""
+def gpu_kernel_of(text: str, device: int) -> Callable[[Sequence[torch.Tensor]], tuple[torch.Tensor, ...]]:
+    """The kernel in Triton, with the schedule that is settled for this GPU, or with the fastest of several if the
+    variable ``EFFCC_TUNE_KERNELS`` is set."""
     from .triton_tiles.settle import placed
     from .triton_tiles.target import Target
+    from .triton_tiles.tune import TunedKernel
 
     fused = parse_fused_cascade(text)
+    if os.environ.get("EFFCC_TUNE_KERNELS"):
+        return TunedKernel(fused, _rewritten.get(text), Target.of_cuda(device))
     return placed(fused, _rewritten.get(text), Target.of_cuda(device), wide=frozenset(fused.wide))
 
 

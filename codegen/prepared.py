@@ -67,13 +67,14 @@ def prepared(
     machine: Machine,
     crossing: bool,
     splitting: bool,
+    exact: bool = False,
 ) -> Prepared:
     """Arguments as of ``cascade_kernel.prepare_cascade``. Raises ``NotLowerable`` with the reason."""
     rewriting = cascade if isinstance(cascade, Rewriting) else rewrite(cascade)
     wanted = wanted_outputs(cascade, outputs)
     given = {name: dtypes if isinstance(dtypes, str) else dtypes.get(name) for name in rewriting.cascade.tensors}
     infos = _infos(rewriting.cascade, sizes, given, units or {}, shapes or {}, wanted)
-    compute = "f64" if any(info.dtype == "f64" for info in infos.values()) else "f32"
+    compute = "f64" if exact or any(info.dtype == "f64" for info in infos.values()) else "f32"
     operands = {name: Operand(info.dtype, info.unit) for name, info in infos.items()}
     settings = Settings(sizes, operands, compute, wide, machine, crossing, splitting)
     lowered = lower(rewriting.cascade, rewriting.monoids, wanted, settings)

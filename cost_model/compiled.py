@@ -2,8 +2,8 @@
 
 The directory is ``$EFFCC_CACHE_DIR/numba``, by default ``~/.cache/effcc/numba``, with a folder for each state of the
 sources beside the function: numba itself looks only at the file that a function stands in, and not at those whose
-functions it calls. Where it cannot be written, code is compiled anew in each process. Every function is only ever called
-with one combination of types (C order), so that processes that compile at once write the same code.
+functions it calls. Where it cannot be written, code is compiled anew in each process. Every function is only ever
+called with one combination of types (C order), so that processes that compile at once write the same code.
 """
 
 from __future__ import annotations

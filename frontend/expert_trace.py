@@ -1,9 +1,9 @@
 """Which experts each token is routed to, recorded while a mixture-of-experts model runs on real inputs.
 
-A MoE block is a module with a child ``experts``. The choice is the integer tensor [tokens, k] that ``experts`` is called
-with (transformers' Mixtral, Qwen3-MoE and others); where it is a list of modules, the indices of the last ``torch.topk``
-over the experts inside the block. In a model without such a child every module that calls ``torch.topk`` on a table
-[tokens, experts] counts as one.
+A MoE block is a module with a child ``experts``. The choice is the integer tensor [tokens, k] that ``experts`` is
+called with (transformers' Mixtral, Qwen3-MoE and others); where it is a list of modules, the indices of the last
+``torch.topk`` over the experts inside the block. In a model without such a child every module that calls
+``torch.topk`` on a table [tokens, experts] counts as one.
 """
 
 from __future__ import annotations
@@ -160,9 +160,9 @@ def _rows(blocks: list[_Block]) -> RecordedRouting:
         if len(widths) > 1:
             raise ModelFileError(f"{block.name} chooses {sorted(widths)} experts at different times", where=block.name)
         choices = np.concatenate(block.choices)
-        token, slot = np.indices(choices.shape)
-        layer = np.full(choices.size, number)
-        parts.append(np.stack([token.ravel(), layer, slot.ravel(), choices.ravel()]))
+        row, column = np.indices(choices.shape)
+        parts.append(np.stack([row.ravel(), np.full(choices.size, number), column.ravel(), choices.ravel()]))
     table = np.concatenate(parts, axis=1).astype(np.int64)
     count = max(max(block.experts for block in blocks), int(table[3].max()) + 1)
-    return RecordedRouting(*(np.ascontiguousarray(column) for column in table), count, tuple(b.name for b in blocks))
+    token, layer, slot, expert = (np.ascontiguousarray(values) for values in table)
+    return RecordedRouting(token, layer, slot, expert, count, tuple(block.name for block in blocks))

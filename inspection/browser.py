@@ -10,7 +10,7 @@ from ..errors import EffccError, MissingExtraError
 from .colours import coloured, short_paths
 from .history import node_history
 from .links import IrLine, Links, PlanRow
-from .model_source import SourceFile
+from .model_source import SourceFile, short_path
 from .stages import Dump, Stage
 
 try:
@@ -67,7 +67,7 @@ class Browser(App[None]):
     .view { width: 1fr; height: 1fr; }
     .narrow .view { width: 100%; }
     .view Label { width: 100%; background: $panel; padding: 0 1; text-style: bold; }
-    .view OptionList { height: 1fr; border: none; padding: 0; }
+    .view OptionList { height: 1fr; border: none; padding: 0; text-wrap: nowrap; text-overflow: ellipsis; }
     .view:focus-within Label { background: $accent; color: $text; }
     #query { display: none; dock: bottom; }
     #query.shown { display: block; }
@@ -253,7 +253,7 @@ class Browser(App[None]):
             self.notify("choose a value in the IR first")
             return
         history = node_history(self.links.dump, f"{self.stage.graph}:{line.name}")
-        shown = [Text(f"%{history.name} comes from {history.source or 'no known line'}", style="bold")]
+        shown = [Text(f"%{history.name} comes from {short_path(history.source) or 'no known line'}", style="bold")]
         for event in history.events:
             shown.append(Text.assemble(("\n" + event.stage, "bold"), f"  {event.what}"))
             shown += [Text("    ").append_text(coloured(short_paths(each))) for each in event.lines]

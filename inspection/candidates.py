@@ -8,36 +8,23 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass
 
 from ..errors import EffccError
 from ..formatting import bytes_text
 from ..ir.graph import CASCADE_OP, Graph, Location, Symbol
+from ..ir.plan import CascadeVerdict
 from .lineage import scopes
 from .model_source import short_path
 
 
-@dataclass(frozen=True)
-class Verdict:
-    """``tensor`` is the group's largest; ``verdict``: fused (the graph has its kernel), could be, or not. ``why`` says
-    what stands in the way, or what is gained. ``graph`` is where it was found first."""
-
-    verdict: str
-    tensor: str
-    why: str
-    source: str
-    module: str
-    graph: str
-
-
-def cascade_verdicts(graphs: Iterable[Graph], seconds: float = float("inf")) -> tuple[list[Verdict], list[str]]:
-    """The verdicts, and the names of graphs that were not looked at: they are of no form that the analysis takes, or
-    ``seconds`` were over."""
+def cascade_verdicts(graphs: Iterable[Graph], seconds: float = float("inf")) -> tuple[list[CascadeVerdict], list[str]]:
+    """The verdicts, and which graphs were not looked at: they are of no form that the analysis takes, or ``seconds``
+    were over."""
     from ..passes.raising.choose import choose
     from ..passes.raising.raise_graph import raise_graph
 
     deadline = time.monotonic() + seconds
-    found: dict[tuple[str, str, str], Verdict] = {}
+    found: dict[tuple[str, str, str], CascadeVerdict] = {}
     skipped: list[str] = []
     for graph in graphs:
         seen: set[str] = set()
@@ -49,35 +36,41 @@ def cascade_verdicts(graphs: Iterable[Graph], seconds: float = float("inf")) -> 
             for verdict in _fused(inner):
                 found.setdefault((verdict.source, verdict.tensor, verdict.why), verdict)
             if time.monotonic() > deadline:
-                skipped.append(inner.name)
+                skipped.append(f"{inner.name} was not looked at: time was up")
                 continue
             try:
                 chosen = choose(raise_graph(inner))
             except EffccError as error:
-                skipped.append(f"{inner.name} ({error.message})")
+                skipped.append(f"{inner.name} was not looked at: {error.message}")
                 continue
             for group in chosen.groups:
                 saved = group.traffic.written - group.traffic.fused
                 why = f"saves {bytes_text(saved)} of memory traffic: pass fuse-cascades, option cascades"
-                verdict = _verdict("could be", group.name, why, group.location, inner)
+                nodes = inner.by_name()
+                places = (nodes[name].location for name in group.nodes if name in nodes)
+                where = group.location if group.location.file else next((p for p in places if p.file), group.location)
+                verdict = _verdict("could be", group.name, why, where, inner)
                 found.setdefault((verdict.source, verdict.tensor, why), verdict)
             for refused in chosen.refused:
                 verdict = _verdict("not", refused.tensor, _words(refused.why), refused.location, inner)
                 found.setdefault((verdict.source, verdict.tensor, verdict.why), verdict)
+    # Of a line that is fused somewhere, it does not matter which other groups around it are not.
+    answered = {each.source for each in found.values() if each.verdict != "not" and each.source}
+    told = [each for each in found.values() if each.verdict != "not" or each.source not in answered]
     order = {"fused": 0, "could be": 1, "not": 2}
-    return sorted(found.values(), key=lambda each: (order[each.verdict], each.source)), skipped
+    return sorted(told, key=lambda each: (order[each.verdict], each.source)), skipped
 
 
-def _fused(graph: Graph) -> Iterable[Verdict]:
+def _fused(graph: Graph) -> Iterable[CascadeVerdict]:
     for node in graph.nodes:
         if node.op == CASCADE_OP:
             name = node.args[0].text if node.args and isinstance(node.args[0], Symbol) else ""
             yield _verdict("fused", name, f"one kernel; {node.origin}"[:200], node.location, graph)
 
 
-def _verdict(verdict: str, tensor: str, why: str, where: Location, graph: Graph) -> Verdict:
+def _verdict(verdict: str, tensor: str, why: str, where: Location, graph: Graph) -> CascadeVerdict:
     source = f"{short_path(where.file)}:{where.line}" if where.file else ""
-    return Verdict(verdict, tensor, why, source, where.module, graph.name)
+    return CascadeVerdict(verdict=verdict, tensor=tensor, why=why, source=source, module=where.module, graph=graph.name)
 
 
 def _words(why: str) -> str:

@@ -114,12 +114,26 @@ class InputSpec(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class TradePoint(msgspec.Struct, frozen=True, kw_only=True):
-    """What one peak would cost: a step's seconds, a bound that no choice is below, and the bytes kept for the backward."""
+    """What one peak would cost: a step's seconds, a bound that no choice is below, the bytes kept for the backward."""
 
     peak: int
     seconds: float
     bound: float
     saved_bytes: int
+
+
+class CascadeVerdict(msgspec.Struct, frozen=True, kw_only=True):
+    """Whether a group of dependent reductions is one kernel (``fused``), ``could be``, or is ``not``, and why.
+
+    ``tensor`` is the largest of the group, ``graph`` where it was found first.
+    """
+
+    verdict: str
+    tensor: str
+    why: str
+    source: str = ""
+    module: str = ""
+    graph: str = ""
 
 
 class Plan(msgspec.Struct, frozen=True, kw_only=True):
@@ -145,3 +159,5 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     inputs: tuple[InputSpec, ...] = ()
     #: Time against memory, where it was asked for.
     curve: tuple[TradePoint, ...] = ()
+    #: Which reductions could be one kernel, where it was asked for: in the graphs as ``torch.compile`` would fuse them.
+    cascades: tuple[CascadeVerdict, ...] = ()

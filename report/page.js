@@ -15,7 +15,7 @@ const worth = (text) => {
   const parts = /^(-?[\d,.]+(?:e[+-]?\d+)?)\s*(\S*)/.exec(text.trim());
   return parts ? parseFloat(parts[1].replaceAll(",", "")) * (scale[parts[2]] ?? 1) : NaN;
 };
-for (const head of document.querySelectorAll("th")) {
+for (const head of document.querySelectorAll("table:not(.source) th")) {
   head.addEventListener("click", () => {
     const body = head.closest("table").tBodies[0];
     const column = head.cellIndex;

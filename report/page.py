@@ -10,7 +10,7 @@ from typing import Any
 import jinja2
 
 from .. import __version__
-from ..cli_explain import why
+from ..cli_explain import AFTER_INDUCTOR, why
 from ..formatting import bytes_text, count_text, seconds_text
 from ..inspection.candidates import cascade_verdicts
 from ..inspection.stages import graphs_of
@@ -57,7 +57,10 @@ def render_report(
     device = device_of(plan)
     curve: Sequence[float] = (measured or {}).get("memory", ())
     graphs = graphs_of(loaded)
-    verdicts, skipped = cascade_verdicts(graphs, ANALYSIS_SECONDS)
+    verdicts, skipped = list(plan.cascades), list[str]()
+    if not verdicts:
+        verdicts, skipped = cascade_verdicts(graphs, ANALYSIS_SECONDS)
+        skipped.append(AFTER_INDUCTOR)
     place = {buffer.id: index for index, buffer in enumerate(plan.buffers)}
     template = _environment().get_template("page.html.j2")
     return template.render(

@@ -32,6 +32,7 @@ _WINDOW = f"where((n <= m) * (m - n < W), {_SCALED}, -inf)"
 FORWARD: dict[str, str] = {
     "vanilla": forward(_SCALED),
     "causal": forward(f"where(n <= m, {_SCALED}, -inf)"),
+    "causal, mask of a mask": forward(f"where(where(n <= m, 1, 0) == 0, -inf, {_SCALED})"),
     "causal, finite mask": forward(f"where(n <= m, {_SCALED}, -1e9)"),
     "alibi": forward(f"where(n <= m, {_SCALED} + SLOPE[h] * (n - m), -inf)"),
     "softcap": forward(f"20 * tanh({_SCALED} / 20)"),

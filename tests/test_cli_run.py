@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -13,10 +14,10 @@ from sample_plan import MIB
 @pytest.mark.usefixtures("clean_compiler")
 @pytest.mark.parametrize("train", [True, False], ids=["train", "inference"])
 def test_run_puts_measured_beside_predicted(effcc: Effcc, linear: Path, tmp_path: Path, train: bool) -> None:
-    plan, page = tmp_path / "p.effcc", tmp_path / "page.html"
+    plan, page, trace = tmp_path / "p.effcc", tmp_path / "page.html", tmp_path / "trace.json"
     options = ["--train", "--optimizer", "adamw"] if train else []
     assert effcc("plan", linear, *options, "-o", plan, "--no-report").code == 0
-    result = effcc("run", plan, linear, "-n", 3, "--json", "--report", page)
+    result = effcc("run", plan, linear, "-n", 3, "--json", "--report", page, "--trace", trace)
     assert result.code == 0, result.err
     shown = result.json
     assert len(shown["measured"]["all_seconds"]) == 3
@@ -24,7 +25,13 @@ def test_run_puts_measured_beside_predicted(effcc: Effcc, linear: Path, tmp_path
     held = PARAMETER_BYTES * (3 if train else 1) + 32 * 64 * 4 + (4 * 4 if train else 0)
     assert shown["measured"]["held_before"] == held
     assert shown["measured"]["peak"] == pytest.approx(shown["predicted"]["peak"], rel=0.1)
-    assert "measured" in page.read_text()
+    held_over_time = shown["measured"]["memory"]
+    assert max(held_over_time) == shown["measured"]["peak"] and min(held_over_time) >= 0
+    assert '<path class="measured" d="M' in page.read_text()
+    events = json.loads(trace.read_text())["traceEvents"]
+    processes = {event["args"]["name"] for event in events if event["name"] == "process_name"}
+    assert processes == {"cpu 0 (planned)", "measured"}
+    assert any(event["name"].startswith("aten::") for event in events if event["ph"] == "X")
 
 
 @pytest.mark.usefixtures("clean_compiler")

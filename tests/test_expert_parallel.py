@@ -61,14 +61,12 @@ def test_bytes_are_as_predicted(tmp_path: Path, k: int) -> None:
     from expert_parallel_worker import EXPERTS, VOCABULARY, moe
 
     seed = fresh_random().getrandbits(20)
-    ids = torch.randint(0, VOCABULARY, (32, 48), generator=torch.Generator().manual_seed(seed + 1))
+    ids = torch.randint(0, VOCABULARY, (600, 12), generator=torch.Generator().manual_seed(seed + 1))
     recorded = record_routing(moe("qwen3", k, 64), [((), {"input_ids": ids})])
     routing = count(Trace(recorded.token, recorded.layer, recorded.slot, recorded.expert, EXPERTS))
     problem = Problem(routing.loads, routing.transitions, 2, weights=Weights(load=0.0))
     plain, placed = round_robin(problem), solve(problem, time_limit=5).slots
-    ranks = worker(
-        f"measured_bytes('qwen3', {k}, {seed}, {[plain.tolist(), placed.tolist()]})", tmp_path, 2
-    )
+    ranks = worker(f"measured_bytes('qwen3', {k}, {seed}, {[plain.tolist(), placed.tolist()]})", tmp_path, 2)
     sent = np.array([[row["sent"] for row in each["rows"]] for each in ranks]).sum(axis=0)
     predicted = np.array([row["predicted"] for row in ranks[0]["rows"]])
     print(sent, predicted)
@@ -80,7 +78,7 @@ def test_bytes_are_as_predicted(tmp_path: Path, k: int) -> None:
 @pytest.mark.parametrize(
     ("what", "ranks", "said"),
     [
-        ("killed", 3, "rank 2 did not answer"),
+        pytest.param("killed", 3, "rank 2 did not answer", marks=pytest.mark.slow),
         pytest.param("slow", 2, "rank 1 did not answer", marks=pytest.mark.slow),
         pytest.param("mismatch", 3, "of rank 1 differs", marks=pytest.mark.slow),
         pytest.param("world", 2, "for 3 ranks, the group has 2", marks=pytest.mark.slow),

@@ -135,7 +135,8 @@ def test_constraints_pin_every_requirement_within_its_range() -> None:
 
 def test_the_readme_gives_the_test_command_that_ci_runs() -> None:
     readme = (ROOT / "README.md").read_text()
-    assert len(re.findall(r"^\.venv/bin/python -m pytest -c tests/pytest\.ini tests$", readme, re.MULTILINE)) == 1
+    command = r"^\.venv/bin/python -m pytest -c tests/pytest\.ini tests( -n 2 --dist loadfile)?$"
+    assert len(re.findall(command, readme, re.MULTILINE)) == 1
     assert "sed -n" in (ROOT / ".ci" / "run").read_text()
 
 

@@ -54,6 +54,19 @@ inline Vec load(const T* from, int64_t width) {
         const __m256i halves = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
         return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16));
       }
+    } else if constexpr (std::is_same_v<T, int64_t>) {
+      if (full) {
+        const __m256 low = _mm512_cvtepi64_ps(_mm512_loadu_si512(from));
+        const __m256 high = _mm512_cvtepi64_ps(_mm512_loadu_si512(from + 8));
+        return _mm512_insertf32x8(_mm512_castps256_ps512(low), high, 1);
+      }
+    } else if constexpr (std::is_same_v<T, int32_t>) {
+      if (full) return _mm512_cvtepi32_ps(_mm512_loadu_si512(from));
+    } else if constexpr (sizeof(T) == 1 && !std::is_signed_v<T>) {  // bool, too
+      if (full) {
+        const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
+        return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(bytes));
+      }
     }
 #endif
     alignas(64) scalar_t lanes[VL];

@@ -94,7 +94,7 @@ def lower(
     for kernel in kernels:
         lowering = _Lowering(launches, kernel, settings, cascade)
         part = rank(f"part{len(programs)}")
-        parts = choose_parts(kernel, lowering.roles, settings.sizes, part, settings.machine.workers)
+        parts = choose_parts(kernel, lowering.roles, settings.sizes, part, settings.machine)
         if (
             parts is not None
             and settings.splitting

@@ -31,6 +31,10 @@ class Machine(Protocol):
         """Blocks that it works on at once."""
 
     @property
+    def readers(self) -> int:
+        """Blocks that keep its memory busy, where a block has so few rows that it mostly reads."""
+
+    @property
     def shortest(self) -> int:
         """Tiles are not made shorter than this to have twice as many blocks as workers."""
 
@@ -61,6 +65,10 @@ class Caches:
 
     @property
     def workers(self) -> int:
+        return threads()
+
+    @property
+    def readers(self) -> int:
         return threads()
 
     @property

@@ -8,6 +8,7 @@ whole kernel would.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -19,10 +20,12 @@ from ...ir.tile import SEQUENTIAL, Carry, Loop, Map, Statement
 from .body import Layout
 from .dataflow import Value, following
 from .launches import Kernel, Launches
-from .roles import Roles, blocks_of
+from .roles import Machine, Roles, blocks_of
 
 #: Parts are no shorter than this many tiles of the streamed rank.
 _SHORTEST = 2
+#: Rows of a tile from which on its products take longer than reading what streams past.
+_MANY = 64
 
 
 @dataclass(frozen=True)
@@ -39,13 +42,15 @@ class Parts:
 
 
 def choose_parts(
-    kernel: Kernel, roles: Roles, sizes: Mapping[str, int], rank: sympy.Symbol, workers: int
+    kernel: Kernel, roles: Roles, sizes: Mapping[str, int], rank: sympy.Symbol, machine: Machine
 ) -> Parts | None:
     """How to cut a kernel whose grid leaves workers idle; None to leave it whole."""
     if kernel.crossed or len(roles.streamed) != 1 or not kernel.roots or any(r.recurrence for r in kernel.roots):
         return None
     streamed = roles.streamed[0]
     step, size = roles.steps[streamed], sizes[streamed.name]
+    rows = math.prod(roles.steps[s] for s in roles.grid)
+    workers = machine.readers if rows < _MANY else machine.workers
     if blocks_of(roles, sizes) >= workers or any(root.reduction == "prod" for root in kernel.roots):
         return None
     wanted = -(-workers // blocks_of(roles, sizes))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import sympy
 
@@ -30,6 +31,8 @@ class Span:
     empty: bool = False
 
 
+#: (factor, text) of integers that are added up.
+Terms: TypeAlias = "list[tuple[int, str]]"
 EVERYWHERE, NOWHERE = Span(), Span(empty=True)
 
 
@@ -72,12 +75,12 @@ class Ranges:
         # rank (text) -rest, where the rest is anywhere between its ends.
         least, most = ends
         if text in ("<", "<="):
-            return Span(upper=_negated(most if certain else least, text == "<="))
+            return Span(upper=_negated(most if certain else least, int(text == "<=")))
         if text in (">", ">="):
-            return Span(lower=_negated(least if certain else most, text == ">"))
-        return NOWHERE if certain else Span(_negated(most, False), _negated(least, True))
+            return Span(lower=_negated(least if certain else most, int(text == ">")))
+        return NOWHERE if certain else Span(_negated(most, 0), _negated(least, 1))
 
-    def ends(self, e: sympy.Expr) -> tuple[str, str] | None:
+    def ends(self, e: sympy.Expr) -> tuple[Terms, Terms] | None:
         """(least, greatest) value in the tile of an integer expression; None if it is none."""
         blocks = self.emitter.blocks
         inside = {s for item in accesses(e) for s in ranks_of(item)}
@@ -87,20 +90,22 @@ class Ranges:
         rest = sympy.expand(e - sum(e.coeff(s) * s for s in own))
         if ranks_of(rest) & set(own):
             return None
-        scalar = self.emitter.integer(rest)
-        if scalar is None:
-            return None
-        low, high = [scalar.text], [scalar.text]
+        low: Terms = []
+        for term in sympy.Add.make_args(rest):
+            factor, named = term.as_coeff_Mul()
+            scalar = self.emitter.integer(named)
+            if scalar is None or not factor.is_Integer:
+                return None
+            low.append((int(factor), "1" if named == 1 else scalar.text))
+        high = list(low)
         for s in own:
             slope = int(e.coeff(s))
             first = origin(s) if s in self.emitter.walked else "0"
             size = self.emitter.size_text(s.name)
-            last = f"(tl.minimum({first} + {blocks.length(s)}, {size}) - 1)"
-            if s not in self.emitter.walked:
-                last = f"({size} - 1)"
-            low.append(f"{slope} * {first if slope > 0 else last}")
-            high.append(f"{slope} * {last if slope > 0 else first}")
-        return " + ".join(low), " + ".join(high)
+            last = f"tl.minimum({first} + {blocks.length(s)}, {size})" if s in self.emitter.walked else size
+            ends = [(slope, first)], [(slope, last), (-slope, "1")]
+            low, high = low + ends[slope < 0], high + ends[slope > 0]
+        return low, high
 
 
 @dataclass(frozen=True)
@@ -161,12 +166,25 @@ def stretches(emitter: Emitter, loop: Loop) -> list[Stretch]:
         return [*found, Stretch(begin, last, True)]
     least = ends[0] if len(ends) == 1 else f"tl.minimum({ends[0]}, {ends[1]})"
     end = f"tl.minimum({least}, {last})" if least != last else last
-    end = define("end", f"tl.maximum({begin} + ({end} - {begin}) // {step} * {step}, {begin})")
+    if begin == "0":
+        end = define("end", f"tl.maximum({end} // {step} * {step}, 0)")
+    else:
+        end = define("end", f"tl.maximum({begin} + ({end} - {begin}) // {step} * {step}, {begin})")
     return [*found, Stretch(begin, end, True), Stretch(end, last, False)]
 
 
-def _negated(text: str, and_one: bool) -> str:
-    return f"(1 - ({text}))" if and_one else f"(-({text}))"
+def _negated(terms: Terms, more: int) -> str:
+    """``more`` minus a sum."""
+    constant = more - sum(factor * int(text) for factor, text in terms if text.isdigit())
+    added = [(-factor, text) for factor, text in terms if not text.isdigit()]
+    added.sort(key=lambda term: term[0] < 0)
+    found = str(constant) if constant > 0 or not added or added[0][0] < 0 else ""
+    for factor, text in added:
+        size = text if abs(factor) == 1 else f"{abs(factor)} * {text}"
+        found = f"{found} {'-' if factor < 0 else '+'} {size}" if found else size
+    if constant < 0 and added and added[0][0] > 0:
+        found += f" - {-constant}"
+    return found if len(added) == 1 and found == added[0][1] else f"({found})"
 
 
 def _join(texts: Sequence[str | None], function: str) -> str | None:

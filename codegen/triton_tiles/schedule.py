@@ -63,6 +63,11 @@ class GpuTiles:
         return self.target.units
 
     @property
+    def readers(self) -> int:
+        # So many loads are in flight at once that memory is busy.
+        return 4 * self.target.units
+
+    @property
     def shortest(self) -> int:
         # Products are slow in shorter tiles: parts of the streamed rank fill the multiprocessors instead.
         return 128
@@ -76,7 +81,9 @@ class GpuTiles:
 
     def _first(self, held: int, depth: int, products: int, words: int) -> tuple[int, int]:
         # Products of float32 by parts need registers for the parts.
-        room = array_registers(self.target) * 256 // words // (3 if self.operand_bytes > 2 else 1)
+        room = array_registers(self.target) * 256 // words
+        if self.operand_bytes > 2:
+            room = room * 2 // 7
         # Without accumulators of many columns, as for a loss, tiles are those of a plain matrix product.
         shapes = _SHAPES if held <= _FEW else _SHAPES[1:]
         depth = PIECE if depth > LONGEST_WHOLE else depth

@@ -1,14 +1,10 @@
-"""Which of a cascade's possible kernels is used: the first choice that compiles within the target's limits, or the
-fastest of a few on the GPU at hand."""
+"""Which of a cascade's possible kernels is used without timing any: the first choice that keeps within the target's
+registers and shared memory."""
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Any
-
-import torch
 
 from ...errors import CompileError
 from ...ir.fused_cascade import FusedCascade
@@ -16,7 +12,7 @@ from ...passes.rewrite_cascade import Rewriting, rewrite
 from ..fused_kernel import PlacedKernel, prepare_with
 from .aot import Usage, usage
 from .kernel import TritonKernel, prepare_triton
-from .schedule import Launch, Shape, candidates
+from .schedule import Launch, Shape
 from .target import Target
 
 #: Makes a kernel with tiles of a shape, and these launch settings for all of its launches if any are given.
@@ -59,8 +55,16 @@ def placed(
     rewriting = rewriting or rewrite(fused.cascade)
 
     def make(shape: Shape, launches: Launch | None) -> PlacedKernel[TritonKernel]:
-        settings = {"target": target, "shape": shape, "launches": launches}
-        return prepare_with(prepare_triton, fused, rewriting, wide=wide, bindings=bindings, **settings)
+        return prepare_with(
+            prepare_triton,
+            fused,
+            rewriting,
+            wide=wide,
+            bindings=bindings,
+            target=target,
+            shape=shape,
+            launches=launches,
+        )
 
     kernel, _ = settled(lambda shape, launches: make(shape, launches).kernel, target)
     return PlacedKernel(fused, kernel, bindings or {})
@@ -71,8 +75,8 @@ def _other_launches(kernel: TritonKernel, target: Target) -> list[tuple[Usage, .
     chosen: list[Usage] = []
     for number, step in enumerate(kernel.steps):
         first = step.launch
-        tries = [replace(first, stages=stages) for stages in range(first.stages, 0, -1)]
-        tries += [replace(each, warps=8) for each in tries] if first.warps < 8 else []
+        warps = (first.warps, 8) if first.warps < 8 else (first.warps,)
+        tries = [replace(first, warps=each, stages=stages) for stages in range(first.stages, 0, -1) for each in warps]
         best: Usage | None = None
         for each in tries:
             launches = [each if other == number else one.launch for other, one in enumerate(kernel.steps)]
@@ -88,43 +92,3 @@ def _other_launches(kernel: TritonKernel, target: Target) -> list[tuple[Usage, .
             return []
         chosen.append(best)
     return [tuple(chosen)]
-
-
-def fastest(make: Make, target: Target, tensors: Mapping[str, torch.Tensor]) -> tuple[TritonKernel, dict[str, float]]:
-    """The fastest of the schedule's candidates on these inputs, and the milliseconds of each. Needs a GPU.
-
-    A kernel of several launches is timed as a whole. Candidates that do not compile are left out; raises
-    ``CompileError`` if all are.
-    """
-    from triton.testing import do_bench
-
-    first = make(Shape(), None)
-    times: dict[str, float] = {}
-    best: TritonKernel | None = None
-    failures: tuple[type[Exception], ...] = (CompileError, *_launch_errors())
-    for shape, launch in candidates(max((step.launch for step in first.steps), key=lambda each: each.warps), target):
-        kernel = make(shape, launch)
-        label = f"tiles x ({shape.rows:g}, {shape.columns:g}), {'own launch' if launch is None else launch}"
-        try:
-            usage(kernel, target)
-            result = kernel(tensors)
-            milliseconds = float(do_bench(functools.partial(kernel, tensors, result), return_mode="median"))
-        except failures:
-            continue
-        times[label] = milliseconds
-        if milliseconds == min(times.values()):
-            best = kernel
-    if best is None:
-        raise CompileError("no candidate runs", remedy="Report it.")
-    return best, times
-
-
-def _launch_errors() -> tuple[type[Exception], ...]:
-    """What Triton raises for a kernel that needs more than the GPU has."""
-    import importlib
-
-    found: Any = importlib.import_module("triton.runtime.errors")
-    return (found.OutOfResources,)
-
-
-__all__ = ["Make", "fastest", "placed", "settled"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -85,10 +86,9 @@ def busiest_load(problem: Problem, load: Floats, slots: Ints) -> float:
     return float(np.bincount(problem.device_of_slot, (load / np.maximum(copies, 1))[slots]).max())
 
 
-def _by_integers(
-    problem: Problem, load: Floats, slots: Ints, known: Balanced, most: int, deadline: float
-) -> Balanced:
-    """Variables: does expert e have n copies; how many of these lie on device d; where grouped, is group g on a node."""
+def _by_integers(problem: Problem, load: Floats, slots: Ints, known: Balanced, most: int, deadline: float) -> Balanced:
+    """Variables: does expert e have n copies; how many of these lie on device d; where grouped, is group g on a
+    node."""
     try:
         from ortools.sat.python import cp_model
     except ImportError:
@@ -142,10 +142,7 @@ def _by_integers(
     return Balanced(made, busiest, min(bound, busiest))
 
 
-def _stay_in_groups(problem: Problem, model: object, where: dict[tuple[int, int], list[object]], held: Ints) -> None:
-    from ortools.sat.python import cp_model
-
-    assert isinstance(model, cp_model.CpModel)
+def _stay_in_groups(problem: Problem, model: Any, where: dict[tuple[int, int], list[Any]], held: Ints) -> None:
     size = problem.experts // problem.groups
     for group in range(problem.groups):
         members = range(group * size, (group + 1) * size)
@@ -157,7 +154,7 @@ def _stay_in_groups(problem: Problem, model: object, where: dict[tuple[int, int]
         for (e, n), here in where.items():
             if e in members:
                 for rank, variable in enumerate(here):
-                    model.add(variable <= n * lies[int(problem.node_of_rank[rank])])  # type: ignore[operator]
+                    model.add(variable <= n * lies[int(problem.node_of_rank[rank])])
 
 
 def _unit(load: Floats, most: int) -> float:

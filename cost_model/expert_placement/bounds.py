@@ -1,4 +1,5 @@
-"""What no placement can do better than: bounds on hops and on loads, each proven by itself, added with their weights."""
+"""What no placement can do better than: bounds on hops and on loads, each proven by itself, added with their
+weights."""
 
 from __future__ import annotations
 
@@ -50,7 +51,7 @@ class Bounds:
             levels.append((problem.nodes, problem.node_of_rank[device]))
         for index, (groups, where) in enumerate(levels):
             until = time.perf_counter() + (deadline - time.perf_counter()) / (len(levels) - index)
-            if groups == 1 or problem.experts == groups and groups == 1:
+            if groups == 1 or (problem.experts == groups and groups == 1):
                 continue
             self._relax(groups, where, known, until)
 

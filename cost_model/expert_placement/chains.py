@@ -95,10 +95,7 @@ def _best_chain(
                     after = max(rest, max(load[layer, a] + change, load[layer, b] - change))
                     worth += per_load * (before - after)
                 all_worth[i * per_rank + j] = worth
-        if all_worth.size > most:
-            chosen = np.argsort(all_worth)[all_worth.size - most :]
-        else:
-            chosen = np.arange(all_worth.size)
+        chosen = np.argsort(all_worth)[all_worth.size - most :]
         number[layer] = most + 1
         own = np.zeros(most + 1)
         for state in range(1, most + 1):
@@ -143,4 +140,4 @@ def _best_chain(
             move(layer, e, a, b, transitions, incoming, pull, node_of_rank, per_hop, per_node_hop)
             move(layer, f, b, a, transitions, incoming, pull, node_of_rank, per_hop, per_node_hop)
         state = source
-    return total
+    return float(total)

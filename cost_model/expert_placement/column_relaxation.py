@@ -146,7 +146,7 @@ class _Pricing:
         self.first_shares = np.zeros(self.levels.shape)
         self.first_shares[:, 0] = relaxation.per_load
         self.prefix = np.empty(barred.shape)
-        self.came = np.empty(barred.shape, np.int64)
+        self.came: Ints = np.empty(barred.shape, np.int64)
 
     def allows(self, path: Path) -> bool:
         return not any(row[chosen] for row, chosen in zip(self.barred, path, strict=True))

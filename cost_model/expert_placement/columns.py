@@ -6,8 +6,8 @@ optimum than one over single experts. When the gap that is left is small, every 
 can be listed, and CP-SAT chooses among them; that settles it.
 
 Where too many paths are left, the problem is parted, best bound first. The busiest device's load of a layer, z, lies in
-an interval ``floor <= z <= cap`` (sets heavier than the cap are not allowed), which is halved; or two experts of a layer
-are together on a device in one part and apart in the other.
+an interval ``floor <= z <= cap`` (sets heavier than the cap are not allowed), which is halved; or two experts of a
+layer are together on a device in one part and apart in the other.
 
 Column generation: Gilmore and Gomory 1961; together or apart: Ryan and Foster 1981; listing columns within the gap:
 Baldacci, Christofides and Mingozzi 2008.
@@ -29,7 +29,8 @@ from .tables import device_of_expert
 
 #: Most sets of a layer, and most pairs of sets over all layers, that are looked at; most paths that CP-SAT gets.
 MOST_SETS, MOST_PAIRS, MOST_PATHS = 5000, 40_000_000, 8_000
-#: CP-SAT's deterministic time (its own unit, about a second) for one choice; the problem is parted where it is not enough.
+#: CP-SAT's deterministic time (its own unit, about a second) for one choice; the problem is parted where it is not
+#: enough.
 _EFFORT = 3.0
 #: Loads above their floor are halved when not paying them is worth this share of the gap; else experts are separated.
 _UNPAID = 0.25

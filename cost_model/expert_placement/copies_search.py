@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from typing import Any
 
@@ -84,8 +85,8 @@ class CopiesSearch:
                 self.improve(self.slots, steps, _HOT if number % 4 == 1 else _WARM[number % 4], number)
 
     def _from_single_copies(self) -> Ints:
-        """The placement of one copy each that keeps most tokens; the rest of each device's slots is filled with what its
-        neighbours' tokens go to most, and what is loaded most."""
+        """The placement of one copy each that keeps most tokens; the rest of each device's slots is filled with what
+        its neighbours' tokens go to most, and what is loaded most."""
         from .starts import reassign, sequential
 
         problem = self.problem
@@ -126,10 +127,10 @@ class CopiesSearch:
             if self.over and chunk:
                 break
             begin = hot * self.unit * ratio**chunk
-            anneal_copies(
-                *state, problem.transitions, self.incoming, problem.loads, problem.node_of_rank, self.home, *weights,
-                steps // chunks, begin, begin * ratio, seed + chunk,
-            )  # fmt: skip
+            tables = problem.transitions, self.incoming, problem.loads, problem.node_of_rank, self.home
+            cooling = steps // chunks, begin, begin * ratio, seed + chunk
+            arguments: tuple[Any, ...] = (*state, *tables, *weights, *cooling)
+            anneal_copies(*arguments)
         self.offer(state[0])
 
     def _state(self, slots: Ints) -> tuple[Any, ...]:
@@ -145,7 +146,7 @@ class CopiesSearch:
 def _shared(held: Ints) -> Ints:
     """[layers - 1, experts, experts] places where experts of consecutive layers both are."""
     present = (held > 0).astype(np.float32)
-    shared = np.stack([a @ b.T for a, b in zip(present, present[1:], strict=False)]) if len(held) > 1 else None
+    shared = np.stack([a @ b.T for a, b in itertools.pairwise(present)]) if len(held) > 1 else None
     experts = held.shape[1]
     return np.zeros((0, experts, experts), np.int64) if shared is None else np.rint(shared).astype(np.int64)
 

@@ -60,7 +60,7 @@ class Replanner:
     and its current placement are where it begins.
     """
 
-    def __init__(self, problem: Problem, window: int, hysteresis: float = 0.02, seconds: float = 0.15) -> None:
+    def __init__(self, problem: Problem, window: int, hysteresis: float = 0.02, seconds: float = 0.1) -> None:
         if problem.current is None:
             raise ValueError("the problem has no current placement")
         self.problem, self.hysteresis, self.seconds = problem, hysteresis, seconds

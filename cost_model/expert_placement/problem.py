@@ -185,8 +185,8 @@ def costs(problem: Problem, slots: Ints) -> Costs:
     if problem.has_transitions:
         device = _hops(problem.transitions, held > 0)
         if problem.nodes > 1:
-            on_node = held.reshape(problem.layers, problem.nodes, problem.ranks_per_node, problem.experts).any(axis=2)
-            node = _hops(problem.transitions, on_node)
+            by_node = held.reshape(problem.layers, problem.nodes, problem.ranks_per_node, problem.experts)
+            node = _hops(problem.transitions, by_node.sum(axis=2) > 0)
     migrated = 0
     if problem.current_held is not None:
         migrated = int(np.maximum(held - problem.current_held, 0).sum())

@@ -79,7 +79,8 @@ def _busiest(slots: Ints, copies: Ints, loads: Floats, per_rank: int) -> float:
 def anneal_copies(
     slots: Ints, held: Ints, shared: Ints, on_node: Ints, shared_nodes: Ints, copies: Ints, current: Ints,
     transitions: Floats, incoming: Floats, loads: Floats, node_of_rank: Ints, home: Ints,
-    per_hop: float, per_node_hop: float, per_load: float, per_copy: float, steps: int, hot: float, cold: float, seed: int,
+    per_hop: float, per_node_hop: float, per_load: float, per_copy: float, steps: int, hot: float, cold: float, seed:
+    int,
 ) -> float:  # fmt: skip
     """Change ``slots`` and its tables in place; returns by how much the objective fell.
 

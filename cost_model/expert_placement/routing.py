@@ -125,9 +125,7 @@ def _read_trace(text: str, name: str) -> Trace:
     names = [column.strip().lower() for column in header.split(",")]
     missing = [column for column in COLUMNS if column not in names]
     if missing:
-        raise PlacementError(
-            f"column {missing[0]!r} is missing", where=f"{name}, line 1", remedy=f"give {_FORMATS}"
-        )
+        raise PlacementError(f"column {missing[0]!r} is missing", where=f"{name}, line 1", remedy=f"give {_FORMATS}")
     if not body.strip():
         raise PlacementError("there is no row", where=name, remedy="a trace has a row for each token, layer and slot")
     try:
@@ -137,7 +135,8 @@ def _read_trace(text: str, name: str) -> Trace:
         )  # fmt: skip
     except ValueError:
         raise _first_fault(body, names, name) from None
-    return Trace(*(np.ascontiguousarray(column) for column in rows.T))
+    token, layer, slot, expert = (np.ascontiguousarray(column) for column in rows.T)
+    return Trace(token, layer, slot, expert)
 
 
 def _first_fault(body: str, names: Sequence[str], name: str) -> PlacementError:
@@ -175,7 +174,7 @@ def _read_npz(raw: bytes, name: str) -> Trace:
         columns = [arrays[column].astype(np.int64).ravel() for column in COLUMNS]
         if len({column.size for column in columns}) > 1:
             raise PlacementError("the arrays differ in length", where=name, remedy="give one value a row in each")
-        return Trace(*columns, expert_count=expert_count)
+        return Trace(columns[0], columns[1], columns[2], columns[3], expert_count)
     if "experts" in arrays and arrays["experts"].ndim == 3:
         return from_choices(arrays["experts"], expert_count)
     raise PlacementError(
@@ -195,9 +194,7 @@ def write_trace(trace: Trace, path: Path) -> bytes:
     columns = [getattr(trace, column) for column in COLUMNS]
     if path.suffix == ".npz":
         out = io.BytesIO()
-        np.savez_compressed(
-            out, expert_count=np.int64(trace.expert_count), **dict(zip(COLUMNS, columns, strict=True))
-        )
+        np.savez_compressed(out, expert_count=np.int64(trace.expert_count), **dict(zip(COLUMNS, columns, strict=True)))
         return out.getvalue()
     text = io.StringIO()
     text.write(",".join(COLUMNS) + "\n")

@@ -16,10 +16,10 @@ from .starts import reassign, sequential
 from .tables import Tables, device_of_expert, slots_of_devices, tables
 
 #: Rounds in all; steps of the first, per expert of a layer; every so many rounds they double.
-ROUNDS, _STEPS, _DOUBLE = 48, 1500, 6
+ROUNDS, _STEPS, _DOUBLE = 24, 1500, 2
 #: First and last temperature of a round from a fresh start, and first of one from the best so far, in units of the
 #: tokens that an expert passes on.
-_HOT, _COLD, _WARM = 0.5, 0.008, (0.08, 0.2, 0.04, 0.12)
+_HOT, _COLD, _WARM = 0.15, 0.02, (0.06, 0.1, 0.04, 0.08)
 #: Steps between two looks at the clock.
 _CHUNK = 400_000
 _SWEEPS = 60
@@ -66,7 +66,7 @@ class Search:
         """One start or the best so far, annealed and improved by chains."""
         problem = self.problem
         steps = (_STEPS * problem.layers * problem.experts) << min(number // _DOUBLE, 12)
-        fresh = number < 3 or number % 4 == 0
+        fresh = number % 2 == 0
         if number == 0 and problem.current is not None:
             # near the placement in use first: few migrations
             self.improve(self.slots, number)
@@ -99,9 +99,9 @@ class Search:
             if self.over:
                 break
             begin = hot * self.unit * ratio**chunk
-            anneal(
-                state.slots, state.pull, state.load, *shared, steps // chunks, begin, begin * ratio, seed + chunk
-            )
+            cooling = steps // chunks, begin, begin * ratio, seed + chunk
+            arguments: tuple[Any, ...] = (state.slots, state.pull, state.load, *shared, *cooling)
+            anneal(*arguments)
         self._chains(state, shared, seed)
         self.offer(state.slots)
 
@@ -110,7 +110,9 @@ class Search:
         for sweep in range(_SWEEPS):
             if self.over and sweep:
                 break
-            if improve_by_chains(state.slots, state.pull, state.load, *shared, 1, seed + sweep, self._stop) <= 0.0:
+            limits = 1, seed + sweep, self._stop
+            arguments: tuple[Any, ...] = (state.slots, state.pull, state.load, *shared, *limits)
+            if improve_by_chains(*arguments) <= 0.0:
                 break
 
     def _arguments(self) -> tuple[Any, ...]:

@@ -1,16 +1,18 @@
 """An upper bound on the tokens that equal groups of experts can keep, by semidefinite relaxation.
 
 Let ``v`` be the 0/1 matrix of experts by groups of two consecutive layers (2E x R). ``Z = v v'`` says which pairs of
-experts share a group: it is positive semidefinite, its diagonal is 1, its entries lie in [0, 1], and in each of its four
-blocks every row adds up to the size of a group, m = E / R. Taking ``1/R`` off every entry leaves R - 1 eigenvalues of
-2m and zeros. The tokens kept, ``sum of C * X`` over the blocks X between consecutive layers, are at most the largest
-value over matrices Z, one for each pair of layers, that agree on the blocks Y which two pairs share. Matrices of all
-pairs that agree so can be completed to one for all layers at once (their pattern is chordal), so nothing is lost by
-taking pairs.
+experts share a group: it is positive semidefinite, its diagonal is 1, its entries lie in [0, 1], and in each of its
+four blocks every row adds up to the size of a group, m = E / R. Taking ``1/R`` off every entry leaves R - 1
+eigenvalues of 2m and zeros. The tokens kept, ``sum of C * X`` over the blocks X between consecutive layers, are at
+most the largest value over matrices Z, one for each pair of layers, that agree on the blocks Y which two pairs share.
+Matrices of all pairs that agree so can be completed to one for all layers at once (their pattern is chordal), so
+nothing is lost by taking pairs.
 
 It is solved by the alternating direction method of multipliers: entries (clipped to [0, 1]) on one side, spectra
 (projected to 0 <= eigenvalue <= 2m with a given sum) on the other. The bound comes from the multipliers alone and holds
 for any of them, converged or not: entries are bounded row by row, spectra by the R - 1 largest eigenvalues.
+
+Triangle inequalities (triangles.py) are added where they are broken, with multipliers of their own.
 
 Graph partition as an eigenvalue and semidefinite problem: Donath and Hoffman 1973; Karisch and Rendl 1998. ADMM for
 semidefinite programs: Povh, Rendl and Wiegele 2006; Wen, Goldfarb and Yin 2010.
@@ -23,11 +25,14 @@ import time
 import numpy as np
 
 from .problem import Floats, Ints
+from .triangles import Triangles
 
 #: Rounds between two evaluations of the bound.
 _EVERY = 10
 #: Share by which the bound is raised for what rounding may have taken off it.
 _ROUNDING = 1e-9
+#: Rounds before triangle inequalities are looked for, and between two searches; step of their prices, in penalties.
+_TRIANGLES, _SEPARATE, _ASCENT = 50, 20, 0.1
 
 
 class Semidefinite:
@@ -46,24 +51,28 @@ class Semidefinite:
             for pair in range(self.pairs):
                 both = np.concatenate([device[pair], device[pair + 1]])
                 self.spectral[pair] = both[:, None] == both[None, :]
-        self.penalty = float(self.counts.mean()) * 2.0 + 1e-12
+        self.penalty = float(self.counts.mean()) * 6.0 + 1e-12
+        self.triangles = Triangles(self.pairs, wide)
+        self.cost = np.zeros_like(self.multiplier)
+        self.steps = 0
         self.bound = min(by_rows(transitions, self.size), float(transitions.sum()))
 
     def run(self, rounds: int, deadline: float, enough: float = 0.0) -> float:
         """Go on for some rounds, or until the bound is at most ``enough``. Returns the bound."""
-        for number in range(1, rounds + 1):
-            self._step(number)
-            if number % _EVERY == 0:
+        for _ in range(rounds):
+            self._step()
+            over = time.perf_counter() >= deadline
+            if over or self.steps % _EVERY == 0:
                 self.bound = min(self.bound, self.evaluate())
-                if self.bound <= enough:
-                    break
-            if time.perf_counter() >= deadline:
+            if over or self.bound <= enough:
                 break
         return self.bound
 
-    def _step(self, number: int) -> None:
+    def _step(self) -> None:
+        self.steps += 1
         n = self.experts
         aim = self.spectral - self.multiplier
+        aim = aim - self.cost / (2.0 * self.penalty)
         entries = np.clip(aim, 0.0, 1.0)
         between = np.clip(aim[:, :n, n:] + self.counts / (2.0 * self.penalty), 0.0, 1.0)
         entries[:, :n, n:] = between
@@ -77,7 +86,13 @@ class Semidefinite:
         before = self.spectral
         self.spectral = self._project(entries + self.multiplier)
         self.multiplier += entries - self.spectral
-        if number % _EVERY == 0:
+        if self.steps >= _TRIANGLES:
+            if self.steps % _SEPARATE == 0:
+                self.triangles.separate(entries)
+            if self.triangles.price.size:
+                self.triangles.ascend(entries, _ASCENT * self.penalty)
+                self.cost = self.triangles.cost()
+        if self.steps % _EVERY == 0:
             self._balance(float(np.linalg.norm(entries - self.spectral)), float(np.linalg.norm(self.spectral - before)))
 
     def _balance(self, primal: float, dual: float) -> None:
@@ -114,12 +129,13 @@ class Semidefinite:
         values = np.linalg.eigvalsh(self._centre(multiplier))
         total += 2.0 * m * float(values[:, 1 - self.groups :].sum()) if self.groups > 1 else 0.0
         total += float(multiplier.sum()) / self.groups
-        gain = self.counts - 2.0 * multiplier[:, :n, n:]
+        total += self.triangles.total
+        gain = self.counts - 2.0 * multiplier[:, :n, n:] - self.cost[:, :n, n:]
         by_row, by_column = largest(gain, m).sum(axis=1), largest(gain.transpose(0, 2, 1), m).sum(axis=1)
         total += float(np.minimum(by_row, by_column).sum())
         within = np.zeros((self.pairs + 1, n, n))
-        within[:-1] -= multiplier[:, :n, :n]
-        within[1:] -= multiplier[:, n:, n:]
+        within[:-1] -= multiplier[:, :n, :n] + 0.5 * self.cost[:, :n, :n]
+        within[1:] -= multiplier[:, n:, n:] + 0.5 * self.cost[:, n:, n:]
         diagonal = np.arange(n)
         total += float(within[:, diagonal, diagonal].sum())
         within[:, diagonal, diagonal] = -np.inf
@@ -139,9 +155,7 @@ def largest(matrix: Floats, number: int) -> Floats:
 
 def by_rows(transitions: Floats, size: int) -> float:
     """The simple bound: whatever the groups, an expert keeps at most its ``size`` strongest partners."""
-    kept = np.minimum(
-        largest(transitions, size).sum(axis=1), largest(transitions.transpose(0, 2, 1), size).sum(axis=1)
-    )
+    kept = np.minimum(largest(transitions, size).sum(axis=1), largest(transitions.transpose(0, 2, 1), size).sum(axis=1))
     return float(kept.sum())
 
 

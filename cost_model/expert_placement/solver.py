@@ -1,6 +1,7 @@
 """Anytime solver of expert placement, with bounds.
 
-- Loads alone (no transitions, or hops weigh nothing): each layer by itself, by CP-SAT where it is small, else annealing;
+- Loads alone (no transitions, or hops weigh nothing): each layer by itself, by CP-SAT where it is small, else
+annealing;
   then sets of experts change devices so that hops and migrations fall at the same loads.
 - Hops too: the search (search.py; with replicas or groups copies_search.py) runs in a thread beside the semidefinite
   bound; small problems are settled by columns.

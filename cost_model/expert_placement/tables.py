@@ -11,8 +11,9 @@ from .problem import Floats, Ints, Problem
 
 @dataclass
 class Tables:
-    """``slots``: [layers, slots] experts in device order. ``pull``: [layers, experts, ranks] what of the objective (hops
-    kept, migration saved) an expert wins on a device while all other layers stay as they are. ``load``: [layers, ranks].
+    """``slots``: [layers, slots] experts in device order. ``pull``: [layers, experts, ranks] what of the objective
+    (hops kept, migration saved) an expert wins on a device while all other layers stay as they are. ``load``:
+    [layers, ranks].
 
     Within a layer experts do not meet, so swapping two of them changes the objective by their pulls alone.
     """

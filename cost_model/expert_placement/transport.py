@@ -35,7 +35,7 @@ def assign(value: Floats, capacity: int) -> Ints:
     flow.set_nodes_supplies(np.append(np.arange(rows), sink), np.append(np.ones(rows, np.int64), -rows))
     if flow.solve() != flow.OPTIMAL:
         return _greedy(value, capacity)
-    return np.asarray(flow.flows(arcs), np.int64).reshape(rows, columns).argmax(axis=1).astype(np.int64)
+    return np.asarray(np.asarray(flow.flows(arcs), np.int64).reshape(rows, columns).argmax(axis=1), np.int64)
 
 
 def _greedy(value: Floats, capacity: int) -> Ints:

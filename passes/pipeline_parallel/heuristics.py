@@ -80,6 +80,8 @@ def _held(problem: Problem) -> tuple[int, ...]:
 
 def _candidates(problem: Problem, patterns: list[Schedule]) -> Iterator[Schedule]:
     yield from patterns
+    if problem.shell.vocabulary == "interlaced":  # its passes stop all ranks at once, which a list does not know
+        return
     seen = set()
     for pattern in patterns:
         caps = stage_caps(pattern)

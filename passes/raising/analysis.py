@@ -34,9 +34,14 @@ def raise_and_analyse(graph: Graph, choice: Choice | None = None) -> list[GraphA
     return list(_analyse(graph, graph.name, choice))
 
 
-def _analyse(graph: Graph, name: str, choice: Choice | None) -> Iterator[GraphAnalysis]:
+def analyse(graph: Graph, name: str, choice: Choice | None = None) -> GraphAnalysis:
+    """One graph without its subgraphs."""
     raised = raise_graph(graph)
     chosen = choose(raised, choice)
-    yield GraphAnalysis(name, raised, chosen.groups, chosen.refused)
+    return GraphAnalysis(name, raised, chosen.groups, chosen.refused)
+
+
+def _analyse(graph: Graph, name: str, choice: Choice | None) -> Iterator[GraphAnalysis]:
+    yield analyse(graph, name, choice)
     for key, body in graph.subgraphs.items():
         yield from _analyse(body, f"{name}.{key}", choice)

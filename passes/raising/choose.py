@@ -15,7 +15,7 @@ import networkx
 import sympy
 
 from ...cost_model.devices import Device
-from ...ir.cascade import Cascade, tensor_name
+from ...ir.cascade import Cascade
 from ...ir.graph import Graph, Location
 from ..cascade_analysis import group_of, rank_passes
 from .candidates import Candidate, Candidates, NotFused, rewritten, value_name
@@ -24,7 +24,7 @@ from .emit import Tensor
 from .group import Group, Rest
 from .raise_graph import Raised
 from .stages import Stage
-from .traffic import element_bytes, operations
+from .traffic import element_bytes, traffic
 
 #: A place that is not known.
 _NOWHERE = Location()
@@ -53,17 +53,16 @@ class Rates:
             tuple((size, rate * memory) for size, rate in caches),
         )
 
-    def moving(self, moved: float) -> float:
-        """Seconds to move so many bytes."""
-        return moved / next((rate for size, rate in self.caches if moved <= size), self.bandwidth)
+    def moving(self, moved: float, together: float) -> float:
+        """Seconds to move so many bytes, of which so many are touched ``together``."""
+        return moved / next((rate for size, rate in self.caches if together <= size), self.bandwidth)
 
 
 @dataclass(frozen=True)
 class Choice:
     """``gain``: least ratio of predicted times. ``wide_bytes`` and ``memory_ratio``: a component whose dependent
-    reductions keep wide tensors of ``memory_ratio`` times what must be moved anyway is taken for the memory that it
-    saves, if it takes no longer or they are at least so many bytes. ``saved_bytes``: least traffic that a component
-    must save at all."""
+    reductions keep a wide tensor of at least so many bytes, so many times what must be moved anyway, is taken for the
+    memory that it saves. ``saved_bytes``: least traffic that a component must save at all."""
 
     rates: Rates = Rates()
     gain: float = 1.2
@@ -132,28 +131,35 @@ class _Chooser:
         self.refused.append(Refused(name, why, self.graph.nodes[line].location))
 
     def _hopeless(self, component: Component) -> None:
-        """Refuse at once what cannot gain enough even if all of its traffic were saved."""
+        """Refuse at once what cannot gain enough even if it were one kernel that moves nothing twice."""
         core = [self.space.writer[name] for name in component.core]
-        tensors = self.raised.tensors
-        moved = 0
-        for einsum in core:
-            names = {einsum.output} | {tensor_name(item) for item in einsum.reads}
-            moved += sum(self.space.tensor_elements(name) * element_bytes(tensors[name]) for name in names)
-        work = operations(core, self.space)
+        inside = set(component.core)
+        wanted = [
+            name
+            for name in component.core
+            if name in self.raised.needed or any(e.output not in inside for e in self.space.readers.get(name, ()))
+        ]
+        whole = Stage((0, 0), tuple(core), frozenset(inside))
+        total = traffic(whole, wanted, self.space, self.raised.tensors, self.candidates.copies)
+        saved = total.written - total.compulsory
         rates, choice = self.choice.rates, self.choice
-        if moved < choice.saved_bytes:
-            raise NotFused(f"it moves {moved} bytes only")
-        before, least = work / rates.library + rates.moving(moved), work / rates.fused
+        if saved < choice.saved_bytes:
+            raise NotFused(f"it would save {max(saved, 0)} bytes only")
+        before = total.flops_written / rates.library + rates.moving(total.written, total.largest)
+        least = total.flops_written / rates.fused
         if before < choice.gain * least and _most_passes_over(Cascade(tuple(core)), component.pair) == 1:
-            raise NotFused(f"{work / 1e9:.3g} GFLOP to {moved / 1e6:.3g} MB: computing, not memory, takes the time")
+            raise NotFused(
+                f"{total.flops_written / 1e9:.3g} GFLOP to {total.written / 1e6:.3g} MB: computing, not memory, takes "
+                "the time"
+            )
 
     def _decide(self, candidate: Candidate) -> float:
         """Seconds that the component saves, by the rates. Raises ``NotFused`` if it is not worth it."""
         rates, choice = self.choice.rates, self.choice
         total = candidate.traffic
         saved = sum(t.written - t.fused for t in total)
-        before = sum(t.flops_written / rates.library + rates.moving(t.written) for t in total)
-        after = sum(t.flops_fused / rates.fused + rates.moving(t.fused) for t in total)
+        before = sum(t.flops_written / rates.library + rates.moving(t.written, t.largest) for t in total)
+        after = sum(t.flops_fused / rates.fused + rates.moving(t.fused, t.fused) for t in total)
         if saved < choice.saved_bytes:
             raise NotFused(f"it would save {saved} bytes only")
         if before >= choice.gain * after:
@@ -162,20 +168,20 @@ class _Chooser:
         core = [self.space.writer[name] for name in candidate.component.core if name in self.space.writer]
         if (
             _most_passes_over(Cascade(tuple(core)), candidate.component.pair) > 1
-            and (wide >= choice.wide_bytes or before >= after)
+            and wide >= choice.wide_bytes
             and wide >= choice.memory_ratio * sum(t.compulsory for t in total)
         ):
             return before - after
         raise NotFused(f"predicted {before * 1e3:.3g} ms as written, {after * 1e3:.3g} ms fused")
 
     def _wide_bytes(self, candidate: Candidate) -> int:
-        """Bytes of wide tensors that are in memory as written: those that a product or several Einsums read."""
-        total = 0
+        """Bytes of the largest wide tensor that is in memory as written: one that a product or several Einsums read."""
+        found = 0
         for name in candidate.component.wide:
             readers = candidate.space.readers.get(name, ())
             if len(readers) > 1 or any(reader.reduction for reader in readers):
-                total += candidate.space.tensor_elements(name) * element_bytes(candidate.tensors[name])
-        return total
+                found = max(found, candidate.space.tensor_elements(name) * element_bytes(candidate.tensors[name]))
+        return found
 
     def _groups(self, candidate: Candidate) -> list[Group]:
         groups = []

@@ -18,13 +18,15 @@ _NOWHERE = Location()
 class Traffic:
     """Bytes moved to and from memory: by the ops as written (a matrix product is a kernel, and so is each stretch of
     other ops between them), by the fused kernel at least, and the compulsory ones (every operand read once, every
-    result written once). ``flops_written`` and ``flops_fused`` count contractions."""
+    result written once). ``flops_written`` and ``flops_fused`` count contractions; ``largest``: bytes of the written
+    kernel that moves most."""
 
     written: int
     fused: int
     compulsory: int
     flops_written: int = 0
     flops_fused: int = 0
+    largest: int = 0
 
 
 @dataclass(frozen=True)

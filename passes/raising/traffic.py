@@ -65,32 +65,41 @@ def traffic(
 ) -> Traffic:
     """What a stage moves. ``wanted`` are the tensors that are needed outside of it.
 
-    As written, a matrix product is a kernel, and so is every stretch of other ops between matrix products: it reads
-    each tensor once and writes what others need. Wide tensors of an earlier stage were kept and are read.
+    As written, a matrix product is a kernel, and so is a library's op that has several inside (attention), and every
+    stretch of other ops between them: it reads each tensor once and writes what others need. Wide tensors of an earlier
+    stage were kept and are read.
     """
 
     def size(name: str) -> int:
         return space.tensor_elements(name) * element_bytes(tensors[name])
 
     own = [einsum for einsum in stage.einsums if einsum.output in stage.own]
-    products = [einsum for einsum in own if is_contraction(einsum)]
-    written = 0
+    libraries = _libraries(own)
+    rest = [einsum for einsum in own if einsum.line not in libraries]
+    products = [einsum for einsum in rest if is_contraction(einsum)]
+    moved: list[int] = []
     for einsum in products:
-        written += size(einsum.output) + sum(size(name) for name in {tensor_name(item) for item in einsum.reads})
-        written += copies.bytes(einsum.line)
-    made_by_product = {einsum.output for einsum in products}
+        read = {tensor_name(item) for item in einsum.reads}
+        moved.append(size(einsum.output) + sum(map(size, read)) + copies.bytes(einsum.line))
     read_by_product = {tensor_name(item) for einsum in products for item in einsum.reads}
-    for stretch in _stretches([einsum for einsum in own if not is_contraction(einsum)]):
+    kernels = [[einsum for einsum in own if einsum.line == line] for line in libraries]
+    for stretch in (*kernels, *_stretches([einsum for einsum in rest if not is_contraction(einsum)])):
         inside = {einsum.output for einsum in stretch}
         read = {tensor_name(item) for einsum in stretch for item in einsum.reads} - inside
         kept = {name for name in inside if name in wanted or name in read_by_product or _elsewhere(name, own, inside)}
-        written += sum(size(name) for name in read | kept)
+        moved.append(sum(map(size, read | kept)))
     made = {einsum.output for einsum in stage.einsums}
     inputs = {tensor_name(item) for einsum in stage.einsums for item in einsum.reads} - made
     outputs = {name for name in stage.own if name in wanted}
     compulsory = sum(size(name) for name in inputs | outputs)
-    assert made_by_product <= made
-    return Traffic(written, compulsory, compulsory, operations(own, space), operations(stage.einsums, space))
+    flops = operations(own, space), operations(stage.einsums, space)
+    return Traffic(sum(moved), compulsory, compulsory, *flops, max(moved, default=0))
+
+
+def _libraries(einsums: Collection[Einsum]) -> list[int]:
+    """Lines of ops that are several Einsums with a matrix product among them: one call of a library each."""
+    lines = [einsum.line for einsum in einsums]
+    return sorted({einsum.line for einsum in einsums if is_contraction(einsum) and lines.count(einsum.line) > 1})
 
 
 def _elsewhere(name: str, own: Collection[Einsum], inside: Collection[str]) -> bool:

@@ -1,8 +1,9 @@
-"""Context-coherent execution (ExFlow): tokens stay where their last experts were, and attention finds its context there.
+"""Context-coherent execution (ExFlow): tokens stay where their last experts were, and attention finds its context
+there.
 
-Each layer: keys and values of all tokens are gathered on all ranks, attention runs for the tokens that are here, and one
-exchange takes each token to the rank of its expert, where it stays. With more than one expert a token, the rank that
-serves most of them combines, and the others send it what theirs made: a second exchange.
+Each layer: keys and values of all tokens are gathered on all ranks, attention runs for the tokens that are here, and
+one exchange takes each token to the rank of its expert, where it stays. With more than one expert a token, the rank
+that serves most of them combines, and the others send it what theirs made: a second exchange.
 """
 
 from __future__ import annotations

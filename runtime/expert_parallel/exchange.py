@@ -62,8 +62,8 @@ def route(wire: Wire, destination: torch.Tensor, step: str) -> Route:
 
 
 def _move(values: list[torch.Tensor], plan: Route, send: list[int], receive: list[int]) -> tuple[torch.Tensor, ...]:
-    """Floating-point tables move as one node of the autograd graph: separate ones would meet in the backward in an order
-    that depends on what a rank has to compute, and ranks would wait for each other crosswise."""
+    """Floating-point tables move as one node of the autograd graph: separate ones would meet in the backward in an
+    order that depends on what a rank has to compute, and ranks would wait for each other crosswise."""
     real = [value for value in values if value.is_floating_point()]
     moved = iter(_Move.apply(plan.wire, send, receive, plan.step, *real) if real else ())  # type: ignore[no-untyped-call]
     return tuple(

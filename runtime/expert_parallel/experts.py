@@ -41,9 +41,9 @@ class ParallelExperts(torch.nn.Module):
         #: A rank holds an expert once, whatever its number of slots there.
         self.held = tuple(dict.fromkeys(layout.slots[wire.rank]))
         self.experts = local_experts(experts, len(layout.copies), list(self.held))
-        place = torch.full((len(layout.copies),), -1)
-        place[list(self.held)] = torch.arange(len(self.held))
-        self.register_buffer("place", place, persistent=False)
+        #: [experts] the place of each among those held, -1 for the others.
+        self.place = torch.full((len(layout.copies),), -1)
+        self.place[list(self.held)] = torch.arange(len(self.held))
         #: Of the last forward: [tokens, k] experts chosen here, and bytes of one routing weight.
         self.choices: torch.Tensor | None = None
         self.weight_itemsize = 4
@@ -57,7 +57,9 @@ class ParallelExperts(torch.nn.Module):
         destinations = self.layout.destinations(top_k_index, at, torch.arange(tokens, device=at.device))
         going, row = self.copies(destinations)
         sent = route(self.wire, going, f"the dispatch of {self.name}")
-        made = self.serve(sent, hidden_states[row], top_k_index[row], top_k_weights[row], destinations[row] == going[:, None])
+        made = self.serve(
+            sent, hidden_states[row], top_k_index[row], top_k_weights[row], destinations[row] == going[:, None]
+        )
         returned = sent.back(made)
         return torch.zeros_like(hidden_states).index_add(0, row, returned)
 

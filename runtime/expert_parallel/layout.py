@@ -13,8 +13,9 @@ from ...errors import ExpertParallelError
 
 @dataclass(frozen=True)
 class LayerLayout:
-    """One MoE layer. ``slots``: [ranks][slots per rank] experts; ``copies``: [experts]; ``ranks``: [experts, most copies]
-    the ranks that hold an expert (each once), repeated to fill the row; ``here``: [experts, ranks] whether one holds it.
+    """One MoE layer. ``slots``: [ranks][slots per rank] experts; ``copies``: [experts]; ``ranks``: [experts, most
+    copies] the ranks that hold an expert (each once), repeated to fill the row; ``here``: [experts, ranks] whether
+    one holds it.
     """
 
     slots: tuple[tuple[int, ...], ...]
@@ -58,7 +59,7 @@ def layouts(slots: Sequence[Sequence[int]], ranks: int, experts: int) -> list[La
         if len(row) % ranks:
             raise ExpertParallelError(
                 f"{len(row)} slots do not divide among {ranks} ranks", where=where,
-                remedy=f"place the experts anew: effcc place-experts --ranks {ranks} --slots N, N a multiple of {ranks}",
+                remedy=f"place anew: effcc place-experts --ranks {ranks} --slots N, N a multiple of {ranks}",
             )  # fmt: skip
         if set(row) != set(range(experts)):
             missing = sorted(set(range(experts)) - set(row)) or sorted(set(row) - set(range(experts)))

@@ -207,7 +207,7 @@ def _check_equal(watch: RankWatch, own: bytes) -> None:
     other = [rank for rank, value in enumerate(gathered) if value != usual]
     if other:
         raise ExpertParallelError(
-            f"rank {watch.rank}: the placement, mode or model of rank {', '.join(map(str, other))} differs from the others'",
+            f"rank {watch.rank}: placement, mode or model of rank {', '.join(map(str, other))} differs from others'",
             where="comparing placements",
             remedy="give all ranks the same placement file and build the same model on each",
         )

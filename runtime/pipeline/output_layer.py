@@ -10,9 +10,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import sympy
 import torch
+from sympy.core.function import AppliedUndef
 
-from ...ir.monoid import Monoid
+from ...ir.monoid import Component, Monoid
 from ...passes.pipeline_parallel.vocabulary_cascade import OutputCascade
 from .einsum import Values, reduce
 
@@ -113,17 +115,19 @@ def merge(monoid: Monoid, local: State, values: Values, all_reduce: AllReduce) -
     merged: State = {}
     waiting = list(monoid.components)
     while waiting:
-        ready = []
+        ready: list[tuple[Component, sympy.Expr]] = []
         for component in waiting:
             carry = monoid.rename(component.carry, "local.", "")
-            needs = {str(item.func) for item in carry.atoms(_applied())} - set(known.tensors)
+            needs = {str(item.func) for item in carry.atoms(AppliedUndef)} - set(known.tensors)
             if not needs and (not ready or ready[0][0].reduction == component.reduction):
                 ready.append((component, carry))
         parts = [reduce(carry, None, component.indices, (), known).contiguous() for component, carry in ready]
         operation = ready[0][0].reduction
         assert operation is not None
         flat = all_reduce(torch.cat([part.flatten() for part in parts]), operation)
-        for (component, _), part, value in zip(ready, parts, flat.split([part.numel() for part in parts]), strict=True):
+        for (component, _), part, value in zip(
+            ready, parts, torch.split(flat, [part.numel() for part in parts]), strict=True
+        ):
             merged[component.name] = value.reshape(part.shape)
         known = known.with_tensors(merged)
         waiting = [component for component in waiting if component.name not in merged]
@@ -137,9 +141,3 @@ def results(monoid: Monoid, state: State, values: Values) -> Values:
         body = monoid.rename(final.body, "", "")
         known = known.with_tensors({final.output: reduce(body, None, final.indices, (), known)})
     return Values({name: value for name, value in known.tensors.items() if name not in state}, known.first, known.sizes)
-
-
-def _applied() -> type:
-    from sympy.core.function import AppliedUndef
-
-    return AppliedUndef  # type: ignore[no-any-return]

@@ -8,6 +8,8 @@ handed over; among these they balance the stages' work.
 from __future__ import annotations
 
 import bisect
+import contextlib
+import itertools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -67,6 +69,12 @@ class Stages:
     indices: Callable[..., torch.Tensor] | None
     rows: Value
     embedded: Value | None
+    #: Placeholders of what the step is called with, in order; constants by placeholder.
+    input_names: tuple[str, ...]
+    constants: Mapping[str, torch.Tensor]
+    #: Paths of the sharded matrices in the model.
+    output_path: str | None
+    input_path: str | None
 
 
 def cut(graph: StepGraph, count: int, output: OutputHead | None = None, embedding: InputHead | None = None) -> Stages:
@@ -93,7 +101,11 @@ def cut(graph: StepGraph, count: int, output: OutputHead | None = None, embeddin
     targets = _function(graph, loss.targets) if loss is not None else None
     indices = _function(graph, embedding.indices) if embedding is not None else None
     embedded = _value(embedding.node) if embedding is not None else None
-    return Stages(stages, loss, output, embedding, targets, indices, rows, embedded)
+    return Stages(
+        stages, loss, output, embedding, targets, indices, rows, embedded, graph.inputs, graph.constants,
+        graph.parameters[output.weight] if output is not None else None,
+        graph.parameters[embedding.weight] if embedding is not None else None,
+    )  # fmt: skip
 
 
 def _bounds(work: list[Node], result: Node, count: int, outside: Node | None) -> list[int]:
@@ -109,7 +121,7 @@ def _bounds(work: list[Node], result: Node, count: int, outside: Node | None) ->
             crossing[index] += size
     flop = [0.0]
     for node in work:
-        flop.append(flop[-1] + _flop(node))
+        flop.append(flop[-1] + node_flop(node))
     if len(work) < count:
         raise PipelineError(f"the step has {len(work)} ops for {count} stages", remedy="take fewer stages")
     share = flop[-1] / count
@@ -160,7 +172,7 @@ def _balance(flop: list[float], places: list[int], count: int) -> tuple[list[int
 
 
 def _fullest(flop: list[float], bounds: list[int]) -> float:
-    return max(flop[b] - flop[a] for a, b in zip(bounds, bounds[1:], strict=False))
+    return max(flop[b] - flop[a] for a, b in itertools.pairwise(bounds))
 
 
 def _stage(
@@ -204,7 +216,7 @@ def _stage(
     else:
         builder.graph.output(tuple(builder.value(node) for node in sent))
     module = GraphModule(graph.module, builder.graph, f"Stage{index}")
-    flop = sum(map(_flop, work[begin:end]))
+    flop = sum(map(node_flop, work[begin:end]))
     return Stage(index, module, tuple(builder.arguments), tuple(map(_value, received)), tuple(map(_value, sent)), flop)
 
 
@@ -237,12 +249,14 @@ class _Builder:
         mapped = torch.fx.map_arg(arguments, self.value)
         keywords = torch.fx.map_arg(node.kwargs, self.value)
         self.copies[node] = self.graph.create_node(node.op, node.target, mapped, keywords, name=node.name)
+        self.copies[node].meta = dict(node.meta)
         return self.copies[node]
 
     def _placeholder(self, node: Node, kind: str, name: str) -> Node:
-        anchor = next((each for each in self.graph.nodes if each.op != "placeholder"), None)
-        with self.graph.inserting_before(anchor):
+        first = next((each for each in self.graph.nodes if each.op != "placeholder"), None)
+        with self.graph.inserting_before(first) if first is not None else contextlib.nullcontext():
             self.copies[node] = self.graph.placeholder(node.name)
+        self.copies[node].meta = dict(node.meta)
         self.arguments.append(Argument(kind, name))
         return self.copies[node]
 
@@ -291,16 +305,16 @@ def _bytes(node: Node) -> float:
     return float(value.numel() * value.element_size()) if isinstance(value, torch.Tensor) else 1e18
 
 
-def _flop(node: Node) -> float:
+def node_flop(node: Node) -> float:
     """Rough work of an op: products by their size, others by the elements they make."""
     value = node.meta.get("val")
     if not isinstance(value, torch.Tensor):
         return 0.0
     shapes = [each.meta["val"].shape for each in node.all_input_nodes if isinstance(each.meta.get("val"), torch.Tensor)]
     if node.target in (aten.linear.default, aten.mm.default, aten.matmul.default, aten.bmm.default):
-        return 2.0 * value.numel() * shapes[0][-1]
+        return float(2.0 * value.numel() * shapes[0][-1])
     if node.target is aten.addmm.default:
-        return 2.0 * value.numel() * shapes[1][-1]
+        return float(2.0 * value.numel() * shapes[1][-1])
     if node.target is aten.scaled_dot_product_attention.default:
-        return 4.0 * value.numel() * shapes[1][-2]
-    return 4.0 * value.numel()
+        return float(4.0 * value.numel() * shapes[1][-2])
+    return float(4.0 * value.numel())

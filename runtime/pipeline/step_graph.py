@@ -128,7 +128,7 @@ def loss_head(graph: StepGraph) -> LossHead | None:
     ignore = given.get("ignore_index", -100)
     smoothing = given.get("label_smoothing", 0.0)
     assert isinstance(ignore, int) and isinstance(smoothing, float)
-    return LossHead(node, rows, targets, ignore, smoothing, given.get("reduction", 1) == 1)
+    return LossHead(node, rows, targets, ignore, smoothing, bool(given.get("reduction", 1) == 1))
 
 
 def output_head(graph: StepGraph) -> OutputHead:
@@ -141,13 +141,13 @@ def output_head(graph: StepGraph) -> OutputHead:
         )
     moved: list[Node] = []
     node = loss.rows
-    while node.target in _ROW_OPS:
+    while node.target in _ROW_OPS or _same_type(node):
         _only_user(node, "the logits", loss.node if not moved else moved[-1])
         moved.append(node)
         before = node.args[0]
         assert isinstance(before, Node)
         node = before
-    if node.target is not aten.linear.default or len(node.args) > 2 and node.args[2] is not None:
+    if node.target is not aten.linear.default or (len(node.args) > 2 and node.args[2] is not None):
         raise PipelineError(
             f"the output layer cannot be sharded: the loss's input comes from {node.target}, not a linear without bias",
             where=_where(node),
@@ -196,6 +196,13 @@ def free_nodes(graph: StepGraph) -> set[Node]:
         elif node.op in ("get_attr", "call_function") and all(each in found for each in node.all_input_nodes):
             found.add(node)
     return found
+
+
+def _same_type(node: Node) -> bool:
+    """Whether it is a conversion to the type that the value has."""
+    if node.target not in (aten.to.dtype, aten.to.dtype_layout) or not isinstance(node.args[0], Node):
+        return False
+    return bool(node.args[0].meta["val"].dtype == node.meta["val"].dtype)
 
 
 def _only_user(node: Node, what: str, user: Node) -> None:

@@ -19,8 +19,9 @@ from effcc.codegen.cascade_op import cascade_text
 from effcc.codegen.prepared import TORCH_DTYPES
 from effcc.codegen.triton_tiles.kernel import prepare_triton
 from effcc.codegen.triton_tiles.schedule import Shape
-from effcc.codegen.triton_tiles.settle import fastest, placed
+from effcc.codegen.triton_tiles.settle import placed
 from effcc.codegen.triton_tiles.target import Target
+from effcc.codegen.triton_tiles.tune import fastest
 from effcc.ir.cascade_parser import parse_cascade
 from effcc.passes.raising.choose import choose
 from effcc.passes.raising.raise_graph import raise_graph
@@ -128,7 +129,12 @@ def test_the_fastest_candidate() -> None:
         prepare_triton, parse_cascade(FORWARD["causal"]), sizes, dict.fromkeys("QKVO", "bf16"), target=target
     )
     tensors = {name: torch.randn(2, 8, 1024, 64, device="cuda", dtype=torch.bfloat16) for name in "QKV"}
-    kernel, times = fastest(lambda shape, launches: make(shape=shape, launches=launches), target, tensors)
+    (shape, launch), times = fastest(
+        lambda shape, launches: make(shape=shape, launches=launches), target, lambda kernel: kernel(tensors)
+    )
     assert len(times) > 1
+    assert times[shape, launch] == min(times.values())
     first = make(shape=Shape())(tensors)["O"]
-    torch.testing.assert_close(kernel(tensors)["O"], first, atol=2e-2, rtol=2e-2)
+    for shape, launch in times:
+        result = make(shape=shape, launches=launch)(tensors)["O"]
+        torch.testing.assert_close(result, first, atol=2e-2, rtol=2e-2)

@@ -18,8 +18,6 @@ SCRIPT = Path(__file__).resolve().parent.parent / "triton_interpreted.py"
 _QUICK = (
     "f64, causal",
     "f64, window",
-    "f64, grouped",
-    "f32, documents",
     "f64, backward, causal",
     "bf16, causal",
     "group, causal",

@@ -5,16 +5,20 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from effcc.errors import ScheduleError
+from effcc.ir.plan_file import load_plan, save_plan
 from effcc.passes.pipeline_parallel import classic, torch_csv, v_shape, vocabulary
 from effcc.passes.pipeline_parallel.bounds import lower_bound
 from effcc.passes.pipeline_parallel.costs import PipelineCosts, uniform_costs
-from effcc.passes.pipeline_parallel.heuristics import best_schedule
+from effcc.passes.pipeline_parallel.heuristics import Found, best_schedule
 from effcc.passes.pipeline_parallel.list_schedule import by_kind, list_schedule, stage_caps
 from effcc.passes.pipeline_parallel.optimal import solve
+from effcc.passes.pipeline_parallel.plan import from_plan, to_plan
 from effcc.passes.pipeline_parallel.precedence import Problem
 from effcc.passes.pipeline_parallel.schedule import Pass, Schedule, live_limit
 from effcc.passes.pipeline_parallel.simulate import simulate
@@ -281,3 +285,24 @@ def test_no_room() -> None:
         classic.interleaved(4, 6)
     with pytest.raises(ScheduleError, match="values of forward"):
         simulate(shell, dataclasses.replace(uniform_costs(shell), forward=(1.0,)))
+
+
+# --- plans
+
+
+def test_plans_and_back(tmp_path: Path) -> None:
+    """Through the file, which the independent validator checks; the simulator gives the same time for the steps
+    read."""
+    from effcc.cost_model.simulator import simulate as run_steps
+
+    for schedule in schedules(4, 8):
+        costs = dataclasses.replace(random_costs(schedule), activation=(1024,) * schedule.stages)
+        run = simulate(schedule, costs)
+        made = to_plan(Found(schedule, run, lower_bound(Problem(schedule, costs))), model="m", device="a100-80g")
+        save_plan(tmp_path / "plan.effcc", made, {}, {})
+        read = load_plan(tmp_path / "plan.effcc").plan
+        assert from_plan(read) == schedule
+        assert run_steps(read.steps).makespan == pytest.approx(read.seconds) == pytest.approx(run.seconds)
+        assert 0 <= read.solvers[0].gap < 1
+    with pytest.raises(ScheduleError, match="not one of a pipeline"):
+        from_plan(msgspec.structs.replace(read, steps=()))
