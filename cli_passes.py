@@ -80,9 +80,7 @@ def _analysis_json(analysis: GraphAnalysis) -> dict[str, object]:
         }
         for group in analysis.groups
     ]
-    refused = [
-        {"tensor": each.tensor, "source": _place(each.location), "why": each.why} for each in analysis.refused
-    ]
+    refused = [{"tensor": each.tensor, "source": _place(each.location), "why": each.why} for each in analysis.refused]
     return {"name": analysis.name, "groups": groups, "refused": refused}
 
 

@@ -125,8 +125,8 @@ def test_public_names() -> None:
     for name in effcc.__all__:
         assert getattr(effcc, name) is not None
     assert effcc.Options is Options
-    with pytest.raises(AttributeError, match="no attribute 'compile'"):
-        effcc.compile  # type: ignore[attr-defined] # noqa: B018
+    with pytest.raises(AttributeError, match="no attribute 'compiled'"):
+        effcc.compiled  # type: ignore[attr-defined] # noqa: B018
 
 
 def test_plan_of_a_module_leaves_the_module_alone() -> None:

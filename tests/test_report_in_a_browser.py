@@ -153,8 +153,7 @@ def test_the_keyboard_alone(opened: Any) -> None:
     assert detail(opened).startswith("%h")
 
 
-@pytest.mark.parametrize("width", [390, 1280])
-@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
+@pytest.mark.parametrize(("width", "dark"), [(390, True), (1280, False), (390, False), (1280, True)])
 def test_it_fits_its_window_and_its_text_can_be_read(page: Path, width: int, dark: bool) -> None:
     with browser(width, 800, dark) as opened:
         opened.get(page.as_uri())

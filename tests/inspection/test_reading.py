@@ -145,6 +145,7 @@ def test_links_lead_from_each_view_to_the_others(dump: Dump) -> None:
     assert links.at_peak()[0].text == "peak 4.00 MiB, held by"
 
 
+@pytest.mark.slow
 def test_passes_beside_a_plan_are_shown_with_it(effcc: Effcc, linear: Path, tmp_path: Path) -> None:
     """With ``effcc plan --dump passes`` beside the plan, the history of a value begins at capture and ends at an
     address; a folder that belongs to another plan is left alone."""

@@ -1,0 +1,67 @@
+"""What is worth fusing: wide tensors that memory is spared of, not products that take the time, nor library ops."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from effcc.cost_model.devices import load_device
+from effcc.ir.graph import Graph
+from effcc.passes.raising.choose import Choice, Rates, choose
+from effcc.passes.raising.prefilter import may_fuse
+from effcc.passes.raising.raise_graph import raise_graph
+from raised_graphs import record
+
+CPU = Choice(Rates.of(load_device("cpu")))
+
+
+def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    return torch.softmax(q @ k.transpose(-1, -2) / 8, -1) @ v
+
+
+def library(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    return F.scaled_dot_product_attention(q, k, v)
+
+
+def graph_of(function: object, rows: int, width: int) -> Graph:
+    values = [torch.randn(1, 1, rows, width) for _ in range(3)]
+    (run,) = record(function, values)  # type: ignore[arg-type]
+    return run.graph
+
+
+def test_attention_over_many_keys_is_taken() -> None:
+    graph = graph_of(attention, 2200, 64)
+    assert may_fuse(graph, CPU)
+    (group,) = choose(raise_graph(graph), CPU).groups
+    assert group.traffic.fused < group.traffic.written / 5
+
+
+@pytest.mark.parametrize(("rows", "width"), [(20, 8), (48, 64)])
+def test_a_graph_of_small_tensors_is_not_even_raised(rows: int, width: int) -> None:
+    graph = graph_of(attention, rows, width)
+    assert not may_fuse(graph, CPU)
+    assert not choose(raise_graph(graph), CPU).groups
+
+
+def test_products_that_take_the_time_stay() -> None:
+    def network(x: torch.Tensor, up: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
+        return F.silu(x @ up) @ down
+
+    (run,) = record(network, (torch.randn(96, 2048), torch.randn(2048, 3000), torch.randn(3000, 2048)))
+    assert not may_fuse(run.graph, CPU)
+    assert not choose(raise_graph(run.graph), CPU).groups
+
+
+def test_attention_by_a_library_has_nothing_to_save() -> None:
+    chosen = choose(raise_graph(graph_of(library, 2200, 64)), CPU)
+    assert not chosen.groups
+    assert all("bytes only" in refused.why for refused in chosen.refused), chosen.refused
+
+
+def test_rates_are_those_of_the_device() -> None:
+    device = load_device("cpu")
+    rates = Rates.of(device)
+    assert rates.library == device.matrix_rate("f32") * device.efficiency_of("gemm")
+    assert rates.moving(1e6, 1e6) < rates.moving(1e6, 1e9), "what fits into a cache moves faster"
+    gpu = load_device("h100")
+    assert gpu.efficiency_of("cascade") == gpu.efficiency_of("attention")
