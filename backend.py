@@ -17,7 +17,6 @@ from .frontend.repeated_modules import trace_repeated_modules_once
 from .graph_compiler import Compilation, input_role
 from .logs import logger, set_up_once
 from .options import Options, parse_options
-from .passes.raising.choose import Refused
 from .plan_matching import decided_by, matching_plan
 from .runtime.cache_directory import code_directory
 from .runtime.reports import forget
@@ -65,7 +64,7 @@ def effcc(
                 raise
             forget(list(compilation.planner.members))
             without = Compilation(replace(settings, cascades=False), compilation.number, roles, plan)
-            without.fusion.refused.append(Refused("", cause.message))
+            without.fusion.refused.append(cause.message)
             return compile_graph(gm, example_inputs, without)
 
 

@@ -4,7 +4,6 @@ inference graph, before anything else rewrites it."""
 from __future__ import annotations
 
 import operator
-from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,17 +11,12 @@ import torch
 import torch.fx as fx
 
 from . import torch_internals
+from .cascade_decisions import Decisions, Fused, decide
 from .codegen.cascade_kernel import CascadeKernel, begin
-from .codegen.cascade_op import prepare
-from .codegen.fused_kernel import FusedKernel
-from .codegen.tiles.errors import NotLowerable
+from .codegen.cascade_op import kernel_of
 from .errors import CompileError, EffccError
 from .frontend.fx_import import from_fx
-from .ir.graph import Graph
-from .passes.raising.choose import Choice, Refused, choose
-from .passes.raising.group import Group
-from .passes.raising.prefilter import may_fuse
-from .passes.raising.raise_graph import raise_graph
+from .passes.raising.choose import Choice
 from .runtime.reports import CascadeReport
 
 
@@ -36,7 +30,7 @@ class CascadeFusion:
 
     choice: Choice = field(default_factory=Choice)
     reports: list[CascadeReport] = field(default_factory=list)
-    refused: list[Refused] = field(default_factory=list)
+    refused: list[str] = field(default_factory=list)
     #: Being compiled in the background.
     kernels: list[CascadeKernel] = field(default_factory=list)
 
@@ -54,51 +48,35 @@ class CascadeFusion:
             return
         try:
             imported = from_fx(gm, "joint", "joint")
-            if on_cpu(gm) and may_fuse(imported, self.choice):
-                self.fuse(graph, imported)
+            if on_cpu(gm):
+                self.fuse(graph, decide(imported, self.choice))
         except EffccError as error:
-            self.refused.append(Refused("", f"the graph is not analysed: {error.message}"))
+            self.refused.append(f"the graph is not analysed: {error.message}")
         except Exception as error:  # a fault of the analysis costs the fusion, not the compilation
-            self.refused.append(Refused("", f"the analysis failed: {type(error).__name__}: {error}"))
+            self.refused.append(f"the analysis failed: {type(error).__name__}: {error}")
 
-    def fuse(self, graph: fx.Graph, imported: Graph) -> None:
-        chosen = choose(raise_graph(imported), self.choice)
-        self.refused += chosen.refused
-        kernels: dict[str, tuple[str, FusedKernel]] = {}
-        for group in chosen.groups:
-            try:
-                kernels[group.name] = prepare(group.fused, group.rewriting)
-            except NotLowerable as error:
-                self.refused.append(Refused(group.name, f"no kernel: {error.message}", group.location))
-        without = [group.name for group in chosen.groups if group.name not in kernels]
-        taken = supported(chosen.groups, without, graph)
-        if not taken:
+    def fuse(self, graph: fx.Graph, decisions: Decisions) -> None:
+        self.refused += decisions.refused
+        if not decisions.fused:
             return
+        kernels = [kernel_of(each.text).kernel for each in decisions.fused]
         with torch_internals.region_settings():
-            made = [kernels[group.name][1].kernel for group in taken]
-            begin(made)
-            self.kernels += made
+            begin(kernels)
+            self.kernels += kernels
         values = {node.name: node for node in graph.nodes}
         try:
-            for group in taken:
-                insert(graph, group, kernels[group.name][0], values)
+            for each in decisions.fused:
+                insert(graph, each, values)
         finally:  # each replacement by itself leaves a right graph, once it is in order
             torch_internals.stable_topological_sort(graph)
             graph.eliminate_dead_code()
             graph.lint()
-        self.reports += [report_of(group, kernels[group.name][1]) for group in taken]
-
-
-def report_of(group: Group, kernel: FusedKernel) -> CascadeReport:
-    location = group.location
-    return CascadeReport(
-        group.name,
-        f"{location.file}:{location.line}" if location.file else "",
-        group.traffic.written,
-        group.traffic.fused,
-        tuple(str(certificate) for certificate in group.rewriting.certificates),
-        kernel.kernel.source,
-    )
+        for each, kernel in zip(decisions.fused, kernels, strict=True):
+            self.reports.append(
+                CascadeReport(
+                    each.name, each.source, each.bytes_written, each.bytes_fused, each.certificates, kernel.source
+                )
+            )
 
 
 def on_cpu(gm: fx.GraphModule) -> bool:
@@ -106,24 +84,11 @@ def on_cpu(gm: fx.GraphModule) -> bool:
     return all(value.device.type == "cpu" for value in values if isinstance(value, torch.Tensor))
 
 
-def supported(groups: Sequence[Group], without_kernel: Collection[str], graph: fx.Graph) -> list[Group]:
-    """The groups that have kernels and operands; a component's groups all or none, for one that stays as it was written
-    needs the wide tensors that the others do without."""
-    names = {node.name for node in graph.nodes}
-    left = list(groups)
-    while True:
-        made = names | {name for group in left for name in group.results}
-        failed = {g.component for g in left if g.name in without_kernel or not made.issuperset(g.operands)}
-        if not failed:
-            return left
-        left = [group for group in left if group.component not in failed]
-
-
-def insert(graph: fx.Graph, group: Group, text: str, values: dict[str, fx.Node]) -> None:
+def insert(graph: fx.Graph, group: Fused, values: dict[str, fx.Node]) -> None:
     """One call of ``effcc.cascade``; its results take the place of the nodes in ``values`` that have their names."""
-    model = values[group.nodes[-1]]
+    model = values[group.model]
     operands = [values[name] for name in group.operands]
-    call = add(graph, model, torch.ops.effcc.cascade.default, text, operands)
+    call = add(graph, model, torch.ops.effcc.cascade.default, group.text, operands)
     for index, name in enumerate(group.results):
         part = add(graph, model, operator.getitem, call, index)
         if name in values:

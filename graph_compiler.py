@@ -93,7 +93,7 @@ class Compilation:
             key = None if wants_dumps(self.options) else record_key(gm, example_inputs, kwargs, self.options.gemm)
             result = self.restore(key, source, report, kwargs) or self.compile_anew(key, source, report, kwargs)
         report.cascades = self.fusion.reports
-        report.not_fused = [refused.why for refused in self.fusion.refused]
+        report.not_fused = list(self.fusion.refused)
         report.make_plan = self.plan
         report.activation = self.activation.choice if self.activation is not None else None
         report.make_graph = functools.partial(getattr, self.planner.members[report.name], "graph")

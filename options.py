@@ -63,9 +63,8 @@ class Options:
     verify: bool = True
     #: Let Dynamo trace structurally equal modules once. The backend reads it while a frame is traced.
     repeated_modules: bool = True
-    #: Fuse dependent reductions (attention, losses) into one-pass kernels where the cost model says it pays. The
-    #: analysis takes seconds a layer, so it is asked for.
-    cascades: bool = False
+    #: Fuse dependent reductions (attention, losses) into one-pass kernels where the cost model says it pays.
+    cascades: bool = True
     #: GEMM library for float32 on CPU: ``"measure"`` times the candidates once per shape class, or a fixed one.
     gemm: str = "measure"
 

@@ -13,6 +13,7 @@ import itertools
 import json
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -117,7 +118,7 @@ def measured_costs(schedule: Schedule, stages: Stages, step: Step, data: list[An
     return PipelineCosts(
         forward=tuple(forward), backward=tuple(backward), weight=tuple(weight), output=output,
         embedding=embedding if schedule.embedding else (), transfer=_message(message) / 2,
-        collective=seconds(lambda: dist.all_reduce(collective)), exchange=2e-4, activation=(1,) * schedule.stages,
+        collective=seconds(lambda: dist.all_reduce(collective)), activation=(1,) * schedule.stages,
     )  # fmt: skip
 
 
@@ -176,7 +177,10 @@ def main() -> None:
     plans = [plan for plan in PLANS if plan[0] != "interleaved" or plan[2] % asked.ranks == 0][: asked.plans]
     about = common.environment()
     code = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import pipeline_ranking as p; p.worker({asked.rounds}, {plans!r})"  # noqa: E501
-    processes = [start(code, Path("/tmp/effcc-pipeline-ranking"), each) for each in rank_variables(asked.ranks)]
+    processes = [
+        start(code, Path(tempfile.gettempdir()) / "effcc-pipeline-ranking", each)
+        for each in rank_variables(asked.ranks)
+    ]
     rows = results(processes, 3600)[0]["rows"]
     common.show("Plans, predicted and measured", rows)
     print(f"Spearman {spearman(rows):.3f} over {len(rows)} plans", file=sys.stderr)

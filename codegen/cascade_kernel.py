@@ -238,9 +238,21 @@ def prepare_cascade(
         ]
         kernel = CascadeKernel(functions, found.sizes, found.inputs, found.outputs, found.buffers)
         if not exact and not any(info.dtype == "f64" for info in found.inputs.values()):
-            again = dict(outputs=outputs, units=units, shapes=shapes, wide=wide, comment=comment, caches=caches)
-            again |= dict(crossing=crossing, splitting=splitting, exact=True)
-            kernel.in_float64 = functools.partial(prepare_cascade, rewriting, sizes, dtypes, **again)
+            kernel.in_float64 = functools.partial(
+                prepare_cascade,
+                rewriting,
+                sizes,
+                dtypes,
+                outputs=outputs,
+                units=units,
+                shapes=shapes,
+                wide=wide,
+                comment=comment,
+                caches=caches,
+                crossing=crossing,
+                splitting=splitting,
+                exact=True,
+            )
         _prepared[key] = kernel
     return _prepared[key]
 

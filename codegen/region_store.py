@@ -13,7 +13,7 @@ import os
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 import torch
@@ -23,6 +23,8 @@ from .. import torch_internals
 from .kernel_batch import Collector, collecting
 from .region_compiler import CompiledSegment, CompiledSegments
 from .scratch import ScratchLayout
+
+R = TypeVar("R", bound=msgspec.Struct)
 
 
 class TensorRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -70,9 +72,9 @@ def source_digest() -> str:
     """Digest of effcc's own source: another version never reads this one's records."""
     root = Path(__file__).resolve().parent.parent
     digest = hashlib.sha256()
-    for room in ("", "ir", "cost_model", "passes", "codegen", "runtime", "frontend"):
-        for path in sorted((root / room).glob("*.py")):
-            digest.update(path.read_bytes())
+    rooms = ("ir", "cost_model", "passes", "codegen", "runtime", "frontend")
+    for path in sorted([*root.glob("*.py"), *(path for room in rooms for path in (root / room).rglob("*.py"))]):
+        digest.update(path.read_bytes())
     return digest.hexdigest()
 
 
@@ -185,15 +187,23 @@ def load_regions(
 
 
 def load_record(key: str) -> GraphRecord | None:
+    return read_record(record_path(key), GraphRecord)
+
+
+def save_record(key: str, record: GraphRecord) -> None:
+    write_record(record_path(key), record)
+
+
+def read_record(path: Path, kind: type[R]) -> R | None:
+    """None where there is none, or it is damaged."""
     try:
-        return msgspec.json.decode(record_path(key).read_bytes(), type=GraphRecord)
+        return msgspec.json.decode(path.read_bytes(), type=kind)
     except (OSError, msgspec.DecodeError):
         return None
 
 
-def save_record(key: str, record: GraphRecord) -> None:
+def write_record(path: Path, record: msgspec.Struct) -> None:
     """Replace the record in one step; a directory that cannot be written costs the next process a compilation."""
-    path = record_path(key)
     with contextlib.suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         handle, name = tempfile.mkstemp(dir=path.parent, suffix=".tmp")

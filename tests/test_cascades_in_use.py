@@ -1,4 +1,4 @@
-"""``options={"cascades": True}``: attention written out in plain PyTorch becomes fused kernels, in training, too."""
+"""Attention written out in plain PyTorch becomes fused kernels, in training, too."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def case(request: pytest.FixtureRequest) -> tuple[torch.Tensor, ...]:
     "attention", [causal, *(pytest.param(f, marks=pytest.mark.slow) for f in (vanilla, softcap, alibi))]
 )
 def test_attention_trains_without_its_scores_in_memory(attention: Attention, case: tuple[torch.Tensor, ...]) -> None:
-    compiled = torch.compile(attention, backend="effcc", options={"cascades": True})
+    compiled = torch.compile(attention, backend="effcc")
     slope = torch.randn_like(case[0])
     found, wanted = compiled(*case), attention(*case)
     gradients = torch.autograd.grad(found, case, slope)
@@ -69,8 +69,8 @@ def test_attention_trains_without_its_scores_in_memory(attention: Attention, cas
         assert report.measured_peak is not None and report.measured_peak < whole
 
 
-def test_without_the_option_nothing_is_fused(case: tuple[torch.Tensor, ...]) -> None:
-    torch.compile(causal, backend="effcc")(*case)
+def test_nothing_is_fused_where_that_is_not_wanted(case: tuple[torch.Tensor, ...]) -> None:
+    torch.compile(causal, backend="effcc", options={"cascades": False})(*case)
     assert all("effcc.cascade" not in region.source for report in effcc.reports() for region in report.regions)
 
 
@@ -83,14 +83,14 @@ def test_what_is_masked_out_altogether_is_eagers_nan() -> None:
     def attention(q: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
         return torch.softmax(scores(q, q).masked_fill(~keep, float("-inf")), -1) @ q
 
-    found = torch.compile(attention, backend="effcc", options={"cascades": True})(q, keep)
+    found = torch.compile(attention, backend="effcc")(q, keep)
     assert_close(found, attention(q, keep), rtol=1e-10, atol=1e-10, equal_nan=True)
     assert found[:, :, 3].isnan().all() and F.one_hot(torch.tensor(3), size).sum() == found.isnan().any(-1)[0, 0].sum()
 
 
 def test_the_report_shows_what_was_fused() -> None:
     q = torch.randn(1, 2, 640, 16)
-    torch.compile(vanilla, backend="effcc", options={"cascades": True})(q, q, q)
+    torch.compile(vanilla, backend="effcc")(q, q, q)
     (report,) = effcc.reports()
     (fused,) = report.cascades
     assert "test_cascades_in_use.py" in fused.source and fused.certificates

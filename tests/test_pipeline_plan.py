@@ -19,6 +19,7 @@ def planned(vocabulary: int, **more: Any) -> PipelinePlan:
     return plan_pipeline(build("plain", 4, vocabulary), (ids, ids), **settings | more)
 
 
+@pytest.mark.slow
 def test_vocabulary_is_sharded_where_it_pays() -> None:
     """A large output layer makes a stage too slow; a small one is not worth the barriers."""
     large, small = planned(50_000), planned(11)

@@ -83,7 +83,7 @@ class GpuTiles:
         # Products of float32 by parts need registers for the parts.
         room = array_registers(self.target) * 256 // words
         if self.operand_bytes > 2:
-            room = room * 2 // 7
+            room = room * 2 // (14 if products > 1 and depth > 64 else 7)
         # Without accumulators of many columns, as for a loss, tiles are those of a plain matrix product.
         shapes = _SHAPES if held <= _FEW else _SHAPES[1:]
         depth = PIECE if depth > LONGEST_WHOLE else depth

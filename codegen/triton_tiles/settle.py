@@ -17,6 +17,8 @@ from .target import Target
 
 #: Makes a kernel with tiles of a shape, and these launch settings for all of its launches if any are given.
 Make = Callable[[Shape, Launch | None], TritonKernel]
+#: Tiles that are tried, one after the other.
+_SHAPES = (Shape(), Shape(columns=0.5), Shape(rows=0.5), Shape(rows=0.5, columns=0.5), Shape(rows=0.25))
 
 
 def settled(make: Make, target: Target) -> tuple[TritonKernel, tuple[Usage, ...]]:
@@ -24,7 +26,7 @@ def settled(make: Make, target: Target) -> tuple[TritonKernel, tuple[Usage, ...]
     shared memory does not suffice; else what spills least. Raises ``CompileError`` if nothing can be compiled."""
     best: tuple[int, TritonKernel, tuple[Usage, ...]] | None = None
     error: CompileError | None = None
-    for shape in (Shape(), Shape(columns=0.5), Shape(rows=0.5), Shape(rows=0.5, columns=0.5)):
+    for shape in _SHAPES:
         kernel = make(shape, None)
         try:
             found = [usage(kernel, target)]

@@ -74,9 +74,8 @@ class Replanner:
         begin = time.perf_counter()
         self.estimate.add(loads, transitions)
         problem = replace(
-            self.problem, loads=self.estimate.loads.copy(), transitions=self.estimate.transitions.copy(),
-            current=self.slots,
-        )  # fmt: skip
+            self.problem, loads=self.estimate.loads, transitions=self.estimate.transitions, current=self.slots
+        )
         slots, warm = self._improved(problem, begin + self.seconds)
         kept, found = costs(problem, self.slots), costs(problem, slots)
         before, after = kept.objective(problem.weights), found.objective(problem.weights)
@@ -88,18 +87,19 @@ class Replanner:
         return Result(self.slots, found, after, -np.inf, time.perf_counter() - begin - warm)
 
     def _improved(self, problem: Problem, deadline: float) -> tuple[Ints, float]:
-        if problem.replicated or (problem.grouped and problem.nodes > 1):
-            from .copies_search import CopiesSearch, warm_up
+        """A placement near the one in use, and the seconds that compiled code took to load."""
+        begin = time.perf_counter()
+        from . import copies_search, search
 
-            warm = warm_up() if self.steps == 0 else 0.0
-            search = CopiesSearch(problem, deadline + warm, self.steps)
-            search.offer(self.slots)
-            search.improve(self.slots, 20 * problem.layers * problem.slots, 0.01, self.steps)
-            return search.slots, warm
-        from .search import Search
-        from .search import warm_up as warm_up_search
-
-        warm = warm_up_search() if self.steps == 0 else 0.0
-        descent = Search(problem, deadline + warm, self.steps)
-        descent.improve(self.slots, self.steps)
-        return descent.slots, warm
+        copied = problem.replicated or (problem.grouped and problem.nodes > 1)
+        if self.steps == 0:
+            (copies_search if copied else search).warm_up()
+        warm = time.perf_counter() - begin
+        deadline += warm
+        if not copied:
+            descent = search.Search(problem, deadline, self.steps)
+            return descent.descend(max(0.01, deadline - time.perf_counter())), warm
+        copies = copies_search.CopiesSearch(problem, deadline, self.steps)
+        copies.offer(self.slots)
+        copies.improve(self.slots, 20 * problem.layers * problem.slots, 0.01, self.steps)
+        return copies.slots, warm

@@ -196,9 +196,10 @@ def costs(problem: Problem, slots: Ints) -> Costs:
 def _hops(transitions: Floats, present: Flags) -> float:
     """``present``: [layers, places, experts]."""
     total = 0.0
+    here = present.astype(np.float32)
     for number, counts in enumerate(transitions):
-        before, after = present[number].astype(np.float32), present[number + 1].astype(np.float32)
-        total += float(counts[(before.T @ after) == 0].sum())
+        apart = (here[number].T @ here[number + 1]) == 0
+        total += float(np.einsum("ij,ij->", counts, apart))
     return total
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable
 from typing import Any
@@ -80,6 +81,17 @@ class Search:
     def improve(self, slots: Ints, number: int) -> None:
         """Downhill from a placement, by chains alone."""
         self._improve(slots, 0, 0.0, number)
+
+    def descend(self, seconds: float) -> Ints:
+        """Downhill from the best placement by chains alone, for so long: the clock ends a sweep wherever it is."""
+        state = tables(self.problem, self.slots)
+        timer = threading.Timer(seconds, self.stop)
+        timer.start()
+        try:
+            self._chains(state, self._arguments(), self.seed)
+        finally:
+            timer.cancel()
+        return state.slots
 
     def _start(self, number: int) -> Ints:
         problem = self.problem

@@ -43,9 +43,7 @@ def best_schedule(problem: Problem, patterns: Iterable[Schedule]) -> Found:
     least: int | None = None
     for schedule in _candidates(problem, list(patterns)):
         run = simulate(schedule, problem.costs)
-        if problem.limit is not None and any(
-            peak > limit + held for peak, limit, held in zip(run.peak, problem.limit, _held(problem), strict=True)
-        ):
+        if not keeps_limit(problem, run):
             least = min(least or max(run.peak), max(run.peak))
             continue
         if best is None or run.seconds < best[1].seconds:
@@ -74,8 +72,11 @@ def _check_room(problem: Problem) -> None:
             )
 
 
-def _held(problem: Problem) -> tuple[int, ...]:
-    return problem.costs.held or (0,) * problem.shell.ranks
+def keeps_limit(problem: Problem, run: PipelineRun) -> bool:
+    """Whether no rank holds more than its limit, beside what it holds all the time."""
+    held = problem.costs.held or (0,) * problem.shell.ranks
+    limits = problem.limit
+    return limits is None or all(a <= b + c for a, b, c in zip(run.peak, limits, held, strict=True))
 
 
 def _candidates(problem: Problem, patterns: list[Schedule]) -> Iterator[Schedule]:

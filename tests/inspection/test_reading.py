@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from command_line import DEAD, Effcc
 from effcc.errors import OptionError
+from effcc.inspection.candidates import cascade_verdicts
 from effcc.inspection.changes import change
 from effcc.inspection.colours import words
 from effcc.inspection.links import Links, ir_lines
@@ -17,6 +18,9 @@ from effcc.inspection.stages import Dump, open_dump
 from effcc.ir.graph import Graph
 from effcc.ir.parser import parse_graph
 from effcc.ir.printer import print_location
+from effcc.passes.manager import PassManager
+from effcc.passes.pipeline import parse_pipeline
+from effcc.report.cascades import cascade_views
 from fresh_seed import fresh_random
 from random_graphs import random_pointwise_graph
 from sample_plan import FORWARD, MIB
@@ -164,3 +168,37 @@ def test_passes_beside_a_plan_are_shown_with_it(effcc: Effcc, linear: Path, tmp_
     (other,) = [path for path in dumps.glob("*-regions.ir")]
     other.write_text(other.read_text().replace("%", "%other_"))
     assert open_dump(plan).stages[0].label != "input"
+
+
+def attention_before_and_after() -> tuple[Graph, Graph]:
+    """The graphs of the page of the pass fuse-cascades."""
+    from documentation import DOCS, read
+
+    before, after = (
+        block.text for block in read(DOCS / "passes" / "fuse-cascades.md").blocks if block.language == "ir"
+    )
+    return parse_graph(before), parse_graph(after)
+
+
+def test_what_could_be_fused_and_what_is() -> None:
+    """The verdict is the pass's own."""
+    before, after = attention_before_and_after()
+    verdicts, skipped = cascade_verdicts([before])
+    assert skipped == []
+    assert {each.module for each in verdicts} == {"attn"}
+    assert all(each.source.startswith("model.py:") and each.why for each in verdicts)
+    by_the_pass = bool(PassManager(parse_pipeline("fuse-cascades")).run(before).cascades)
+    assert any(each.verdict == "could be" for each in verdicts) == by_the_pass
+    fused, _ = cascade_verdicts([after])
+    assert [(each.verdict, each.source) for each in fused] == [("fused", "model.py:9")]
+    assert cascade_verdicts([before], seconds=-1.0) == ([], ["attention was not looked at: time was up"])
+
+
+def test_a_fused_cascades_passes_before_and_after() -> None:
+    (view,) = cascade_views([attention_before_and_after()[1]])
+    assert (view.calls, view.source) == (1, "model.py:9")
+    counts = {(row.tensor, row.rank): (row.written, row.rewritten) for row in view.passes}
+    assert counts["In2", "m"] == (3, 1)  # the keys: scores and maximum, sum, product with the values
+    assert counts["In3", "m"] == (1, 1)
+    assert any("rebase" in text for text in view.certificates)
+    assert view.refused == ()

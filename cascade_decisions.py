@@ -1,0 +1,95 @@
+"""What was decided of a graph's cascades, kept between processes: the analysis takes seconds, reading milliseconds."""
+
+from __future__ import annotations
+
+import hashlib
+
+import msgspec
+
+from .codegen.cascade_op import prepare
+from .codegen.region_store import read_record, record_path, source_digest, write_record
+from .codegen.tiles.errors import NotLowerable
+from .codegen.tiles.roles import Caches, threads
+from .ir.graph import Graph
+from .ir.printer import print_graph
+from .passes.raising.choose import Choice, Refused, choose
+from .passes.raising.group import Group, Rest
+from .passes.raising.prefilter import may_fuse
+from .passes.raising.raise_graph import raise_graph
+
+
+class Fused(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One group that becomes a kernel. ``text`` is the op's; ``operands``, ``results`` and ``model`` (an op of the
+    group, whose place in the user's model the kernel takes) are nodes of the graph."""
+
+    name: str
+    text: str
+    model: str
+    operands: tuple[str, ...]
+    results: tuple[str, ...]
+    rests: tuple[Rest, ...]
+    source: str
+    bytes_written: int
+    bytes_fused: int
+    certificates: tuple[str, ...]
+
+
+class Decisions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """``refused``: why the other groups stay as they are."""
+
+    fused: tuple[Fused, ...] = ()
+    refused: tuple[str, ...] = ()
+
+
+def decide(graph: Graph, choice: Choice) -> Decisions:
+    """The decisions for a graph, from the cache directory if they are there."""
+    if not may_fuse(graph, choice):
+        return Decisions()
+    parts = (source_digest(), print_graph(graph), repr(choice), repr(Caches.of_this_machine()), str(threads()))
+    path = record_path(hashlib.sha256("\n".join(parts).encode()).hexdigest())
+    known = read_record(path, Decisions)
+    if known is None:
+        known = work_out(graph, choice)
+        write_record(path, known)
+    return known
+
+
+def work_out(graph: Graph, choice: Choice) -> Decisions:
+    chosen = choose(raise_graph(graph), choice)
+    refused = list(chosen.refused)
+    texts: dict[str, str] = {}
+    for group in chosen.groups:
+        try:
+            texts[group.name], _ = prepare(group.fused, group.rewriting)
+        except NotLowerable as error:
+            refused.append(Refused(group.name, f"no kernel: {error.message}", group.location))
+    taken = supported(chosen.groups, texts, {node.name for node in graph.nodes})
+    return Decisions(tuple(_fused(group, texts[group.name]) for group in taken), tuple(each.why for each in refused))
+
+
+def supported(groups: tuple[Group, ...], with_kernel: dict[str, str], names: set[str]) -> list[Group]:
+    """The groups that have kernels and operands; a component's groups all or none, for one that stays as it was written
+    needs the wide tensors that the others do without."""
+    left = list(groups)
+    while True:
+        made = names | {name for group in left for name in group.results}
+        failed = {g.component for g in left if g.name not in with_kernel or not made.issuperset(g.operands)}
+        if not failed:
+            return left
+        left = [group for group in left if group.component not in failed]
+
+
+def _fused(group: Group, text: str) -> Fused:
+    location = group.location
+    return Fused(
+        group.name,
+        text,
+        group.nodes[-1],
+        group.operands,
+        group.results,
+        group.rests,
+        f"{location.file}:{location.line}" if location.file else "",
+        group.traffic.written,
+        group.traffic.fused,
+        tuple(str(certificate) for certificate in group.rewriting.certificates),
+    )
