@@ -22,6 +22,7 @@ from ..ir.cascade_printer import print_cascade
 from ..ir.tile import Program
 from ..passes.rewrite_cascade import Rewriting, rewrite
 from .cpp_tiles.printer import Function, print_function, print_source
+from .integers import compared_integers
 from .prepared import DTYPE_NAMES, TORCH_DTYPES, TensorInfo, checked, prepared, wanted_outputs
 from .tiles.lower import LARGEST_INDEX
 from .tiles.roles import Caches, threads
@@ -49,7 +50,8 @@ class CascadeKernel:
         )
         self._sizes = dict(sizes)
         self._entries: list[Any] = []
-        self._integers = [name for name, info in inputs.items() if info.dtype in ("i64", "i32")]
+        #: Integer inputs that are compared with each other.
+        self.integers: Sequence[str] = ()
         #: The same kernel in float64, for integers that float32 does not hold; None if this one is.
         self.in_float64: Callable[[], CascadeKernel] | None = None
         #: Waits for the library that has been begun, and loads it.
@@ -82,12 +84,12 @@ class CascadeKernel:
         Raises ``ShapeError`` for a tensor that is missing or does not lie as the kernel was made for, and for integers
         that no floating-point number holds.
         """
-        if self._integers and self._inexact(inputs):
+        if self.integers and self._inexact(inputs):
             if self.in_float64 is not None:
                 return self.in_float64()(inputs, out)
             raise ShapeError(
                 "an integer operand has elements of 2**53 or more, which a fused kernel cannot tell apart",
-                where=", ".join(self._integers),
+                where=", ".join(self.integers),
                 remedy="Compile with options={'cascades': False}.",
             )
         self.finish()
@@ -113,7 +115,7 @@ class CascadeKernel:
     def _inexact(self, inputs: Mapping[str, torch.Tensor]) -> bool:
         """Whether an integer is beyond those that the kernel's numbers tell apart."""
         limit = LARGEST_INDEX["f32" if self.in_float64 is not None else "f64"]
-        for name in self._integers:
+        for name in self.integers:
             tensor = inputs.get(name)
             if tensor is not None and tensor.numel():
                 low, high = torch.aminmax(tensor)
@@ -237,6 +239,8 @@ def prepare_cascade(
             for number, program in enumerate(found.programs)
         ]
         kernel = CascadeKernel(functions, found.sizes, found.inputs, found.outputs, found.buffers)
+        integers = [name for name, info in found.inputs.items() if info.dtype in ("i64", "i32")]
+        kernel.integers = compared_integers(rewriting.cascade, integers)
         if not exact and not any(info.dtype == "f64" for info in found.inputs.values()):
             kernel.in_float64 = functools.partial(
                 prepare_cascade,

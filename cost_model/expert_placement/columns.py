@@ -40,7 +40,9 @@ _SAME = 1e-9
 
 def fits(problem: Problem) -> bool:
     """Whether the sets of a device are few enough, and all devices alike."""
-    if problem.replicated or problem.layers < 2 or problem.ranks < 2 or problem.grouped or problem.weight_of_hops[1]:
+    if problem.replicated or problem.layers < 2 or problem.ranks < 2 or problem.weight_of_hops[1]:
+        return False
+    if problem.grouped and problem.nodes > 1:
         return False
     if problem.current is not None and problem.weights.migration:
         return False

@@ -25,8 +25,10 @@ from .relabel import align, relabel
 
 #: Share of the time after which the bound begins, with the best placement so far; least seconds for a bound.
 _HEAD_START, _LEAST = 0.15, 1.0
+#: Share of the time for the bound, where it does not run beside the search.
+_FOR_THE_BOUND = 0.3
 #: Rounds of the search before columns settle a small problem.
-_BEFORE_COLUMNS = 14
+_BEFORE_COLUMNS = 8
 
 
 def solve(problem: Problem, *, time_limit: float = 20.0, seed: int = 0) -> Result:
@@ -89,9 +91,14 @@ def _with_copies(problem: Problem, bounds: Bounds, deadline: float, seed: int) -
     from .copies_search import CopiesSearch, warm_up
 
     warm = warm_up()
-    search = CopiesSearch(problem, deadline + warm, seed)
+    deadline += warm
+    left = deadline - time.perf_counter()
+    relaxed = not problem.replicated and left >= _LEAST
+    search = CopiesSearch(problem, deadline - (_FOR_THE_BOUND * left if relaxed else 0.0), seed)
     search.goal = bounds.objective * (1 + 1e-12)
     search.run()
+    if relaxed:  # without the groups, which only narrows the choice
+        bounds.relax(search.slots, search.objective, deadline)
     return search.slots, warm
 
 
