@@ -1,8 +1,8 @@
 """effcc: a graph compiler and scheduler for PyTorch.
 
 ``torch.compile(model, backend="effcc", options={...})``, or ``effcc.compile(model, ...)``, compiles and runs;
-``effcc.plan`` predicts memory and time on any device; ``effcc.reports`` tells what was compiled, what fell back and what
-it took; ``effcc.explain`` says the same in words.
+``effcc.plan`` predicts memory and time on any device; ``effcc.reports`` tells what was compiled, what fell back and
+what it took; ``effcc.explain`` says the same in words.
 """
 
 from __future__ import annotations

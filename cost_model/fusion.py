@@ -206,4 +206,16 @@ def kernel_of(members: tuple[Node, ...], storages: StorageTable, kept: set[int])
 
 
 #: The kind of work that names a kernel of several kinds, first match.
-_LEADING = ("convolution", "gemm", "attention", "cascade", "opaque", "sort", "reduction", "index", "pointwise", "creation", "view")
+_LEADING = (
+    "convolution",
+    "gemm",
+    "attention",
+    "cascade",
+    "opaque",
+    "sort",
+    "reduction",
+    "index",
+    "pointwise",
+    "creation",
+    "view",
+)

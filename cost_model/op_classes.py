@@ -2,8 +2,8 @@
 
 Kinds: ``structural`` (input, constant, getitem, call: no work of its own), ``view`` (shares storage, free),
 ``creation`` (writes only), ``pointwise``, ``reduction`` (including norms and softmax), ``index`` (gather and scatter),
-``sort``, ``gemm``, ``convolution``, ``attention``, ``cascade`` (a fused one), ``collective`` and ``opaque`` (an op of another library: nothing is
-known). An ATen op that is in no table counts as pointwise.
+``sort``, ``gemm``, ``convolution``, ``attention``, ``cascade`` (a fused one), ``collective`` and ``opaque`` (an op of
+another library: nothing is known). An ATen op that is in no table counts as pointwise.
 """
 
 from __future__ import annotations

@@ -102,7 +102,8 @@ def read_fused_cascade(
         elif (line := scanner.string()) is not None:
             lines.append(line)
         else:
-            scanner.fail("expected 'size', 'input', 'output', 'type', 'wide', 'workspace', an Einsum in quotes or '}'", start)
+            expected = "'size', 'input', 'output', 'type', 'wide', 'workspace', an Einsum in quotes or '}'"
+            scanner.fail(f"expected {expected}", start)
     cascade = _parsed(scanner, "\n".join(lines))
     return FusedCascade(
         cascade, sizes, operands, results, tuple(inputs), tuple(outputs), dtypes, tuple(wide), *workspace
