@@ -14,7 +14,9 @@ from .tables import device_of_expert
 
 #: The semidefinite relaxation is begun where so many of its rounds fit the time.
 _LEAST_ROUNDS = 15
-_ROUNDS = 400
+_ROUNDS = 600
+#: Rounds without a better bound after which it is given up.
+_PATIENCE = 150
 
 
 class Bounds:
@@ -60,6 +62,7 @@ class Bounds:
         if _seconds_a_round(self.problem) * _LEAST_ROUNDS > deadline - begin:
             return
         relaxation = Semidefinite(self.problem.transitions, groups, device)
+        improved = 0
         for number in range(0, _ROUNDS, 10):
             before = relaxation.bound
             hops = self.total - relaxation.run(10, deadline)
@@ -67,7 +70,10 @@ class Bounds:
                 self.device = max(self.device, hops)
             else:
                 self.node = max(self.node, hops)
-            stalled = number > 60 and before - relaxation.bound < 1e-6 * before
+            if before - relaxation.bound > 1e-6 * before:
+                improved = number
+            # new inequalities first make the bound worse, until their prices are right
+            stalled = number - improved > _PATIENCE
             if self.objective >= known * (1 - 1e-12) or stalled or time.perf_counter() >= deadline:
                 break
 
