@@ -148,12 +148,15 @@ def explain(what: Any = None, /, *args: Any, **kwargs: Any) -> Explanation:
 
 def _of_call(model: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Explanation:
     already = isinstance(model, torch._dynamo.OptimizedModule) or hasattr(model, "_torchdynamo_orig_callable")
-    before, earlier = len(reports()), len(torch_internals.compilations())
+    before = list(reports())
+    # The oldest reports and compilations are forgotten, so none is told by its place.
+    earlier = max((each.at for each in torch_internals.compilations()), default=0)
     broken = torch_internals.graph_breaks()
     (model if already else torch.compile(model, backend="effcc"))(*args, **kwargs)
     breaks = Counter(torch_internals.graph_breaks()) - Counter(broken)
-    made = reports()[before:] or reports()
-    return _of_process(made, torch_internals.compilations()[earlier:], breaks)
+    made = [each for each in reports() if not any(each is old for old in before)] or reports()
+    recent = [each for each in torch_internals.compilations() if each.at > earlier]
+    return _of_process(made, recent, breaks)
 
 
 def _of_process(

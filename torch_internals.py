@@ -616,11 +616,12 @@ def boxed(function: Callable[..., Any]) -> Callable[..., Any]:
 
 @dataclass(frozen=True)
 class CompilationRecord:
-    """One frame that Dynamo compiled: the function with its file and line, and why it was compiled again ("" for the
-    first time)."""
+    """One frame that Dynamo compiled: the function with its file and line, why it was compiled again ("" for the first
+    time), and when, in microseconds."""
 
     where: str
     reason: str
+    at: int = 0
 
 
 def compilations() -> list[CompilationRecord]:
@@ -628,7 +629,11 @@ def compilations() -> list[CompilationRecord]:
     from torch._dynamo.utils import get_compilation_metrics
 
     return [
-        CompilationRecord(f"{each.co_name} at {each.co_filename}:{each.co_firstlineno}", each.recompile_reason or "")
+        CompilationRecord(
+            f"{each.co_name} at {each.co_filename}:{each.co_firstlineno}",
+            each.recompile_reason or "",
+            each.start_time_us or 0,
+        )
         for each in get_compilation_metrics()
         if each.co_name
     ]

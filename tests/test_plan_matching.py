@@ -190,7 +190,7 @@ def test_the_budget_of_a_plan_is_kept_where_it_runs(tmp_path: Path) -> None:
     x = torch.randn(2048, 32)
 
     def build() -> nn.Module:
-        return nn.Sequential(*(models.Block(32) for _ in range(6)))
+        return nn.Sequential(*(models.Block(32) for _ in range(3)))
 
     free = effcc.plan(build(), (x,), train=True)
     budget = int(free.plan.peak["device"] * 0.8)

@@ -65,7 +65,7 @@ def lowered(text: str, sizes: dict[str, int]) -> tuple[Program, ...]:
             unit = len(item.args) - 1 if item.args else None
             operands[str(item.func.__name__)] = Operand("f32", unit)
     inputs = {name: operand for name, operand in operands.items() if name in rewriting.cascade.inputs}
-    settings = Settings(sizes, inputs, caches=Caches(1 << 12, 1 << 14))
+    settings = Settings(sizes, inputs, machine=Caches(1 << 12, 1 << 14))
     return lower(rewriting.cascade, rewriting.monoids, cascade.outputs, settings).programs
 
 
