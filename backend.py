@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
 
 from . import torch_internals
 from .budget_loop import compile_within_budget
-from .cascade_fusion import RefusedKernelError
 from .cost_model.devices import load_device
 from .frontend.repeated_modules import trace_repeated_modules_once
 from .graph_compiler import Compilation, input_role
@@ -19,7 +17,6 @@ from .logs import logger, set_up_once
 from .options import Options, parse_options
 from .plan_matching import decided_by, matching_plan
 from .runtime.cache_directory import code_directory
-from .runtime.reports import forget
 
 _numbers = itertools.count()
 _log = logger("compile")
@@ -54,23 +51,6 @@ def effcc(
         torch_internals.cache_directory(code_directory(settings.chosen_cache())),
         torch_internals.inductor_settings(torch_internals.mode_options(mode)),
     ):
-        try:
-            # What is compiled is changed on the way, and may be needed once more.
-            first = torch_internals.copy_graph(gm) if settings.cascades else gm
-            return compile_graph(first, example_inputs, compilation)
-        except Exception as error:
-            cause = torch_internals.compile_error_cause(error)
-            if not isinstance(cause, RefusedKernelError):
-                raise
-            forget(list(compilation.planner.members))
-            without = Compilation(replace(settings, cascades=False), compilation.number, roles, plan)
-            without.fusion.refused.append(cause.message)
-            return compile_graph(gm, example_inputs, without)
-
-
-def compile_graph(
-    gm: torch.fx.GraphModule, example_inputs: Sequence[Any], compilation: Compilation
-) -> Callable[..., Any]:
-    if compilation.options.memory_budget is not None:
-        return compile_within_budget(gm, example_inputs, compilation)
-    return compilation.run(gm, example_inputs)
+        if settings.memory_budget is not None:
+            return compile_within_budget(gm, example_inputs, compilation)
+        return compilation.run(gm, example_inputs)

@@ -20,10 +20,6 @@ from .passes.raising.choose import Choice
 from .runtime.reports import CascadeReport
 
 
-class RefusedKernelError(CompileError):
-    """The C++ compiler does not take a kernel that is in the graph already."""
-
-
 @dataclass
 class CascadeFusion:
     """Callable as a pass over FX graphs. ``reports`` and ``refused`` collect what was done in all graphs of a step."""
@@ -35,12 +31,14 @@ class CascadeFusion:
     kernels: list[CascadeKernel] = field(default_factory=list)
 
     def finish(self) -> None:
-        """Wait for the kernels. Raises ``RefusedKernelError``."""
+        """Wait for the kernels. Raises ``CompileError``."""
         try:
             for kernel in self.kernels:
                 kernel.finish()
         except CompileError as error:
-            raise RefusedKernelError(error.message, remedy="Compile with options={'cascades': False}.") from error
+            raise CompileError(
+                error.message, remedy="Compile with options={'cascades': False}, and report it."
+            ) from error
 
     def __call__(self, graph: fx.Graph) -> None:
         gm: Any = graph.owning_module
