@@ -34,7 +34,8 @@ DATA = Path(__file__).parent / "data"
 
 class Recorded(nn.Module):
     """A language model whose code reads its inputs' device: positions, masks, autocast. ``data/cuda_capture.ir`` is its
-    Dynamo graph in training as a CUDA machine sees it."""
+    Dynamo graph in training as a CUDA machine would see it; no machine with a GPU has confirmed that yet
+    (``test_record_the_capture`` does)."""
 
     class Layer(nn.Module):
         def __init__(self) -> None:
@@ -112,12 +113,12 @@ def test_the_offline_capture_is_what_torch_compile_captures(name: str, train: bo
     assert [graph_hash(graph) for graph in here] == [graph_hash(graph) for graph in there]
 
 
-def recorded_on_cuda() -> Graph:
+def cuda_capture() -> Graph:
     return parse_graph((DATA / "cuda_capture.ir").read_text())
 
 
-def test_a_capture_recorded_on_cuda_is_equal_in_structure() -> None:
-    recorded = recorded_on_cuda()
+def test_a_capture_for_cuda_is_equal_in_structure() -> None:
+    recorded = cuda_capture()
     text = print_graph(recorded)
     assert "@cuda:0" in text and "device(cuda:0)" in text and "cpu" not in text
     (here,) = offline(recorded_spec(), train=True, device="cpu")
@@ -255,7 +256,7 @@ def test_a_graph_that_ends_early_or_late_is_refused() -> None:
 
 def test_a_plan_made_on_cpu_fits_the_recorded_cuda_capture() -> None:
     planned = effcc.plan(Recorded(), (torch.zeros(2, 12, dtype=torch.long),), train=True, device="h200")
-    recorded = recorded_on_cuda()
+    recorded = cuda_capture()
     assert check_plan(planned.plan, recorded).graph_hash == graph_hash(recorded)
     changed = print_graph(recorded).replace("_operator.ge(", "_operator.gt(", 1)
     with pytest.raises(PlanError, match=r"op %mask: b1\[12,12\]@cuda:0 = _operator.gt at .* differs"):
