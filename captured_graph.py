@@ -19,7 +19,9 @@ from .passes.manager import PassManager
 from .passes.pipeline import parse_pipeline
 
 #: What every captured graph goes through before its regions are compiled.
-PIPELINE = "normalize,regions"
+PIPELINE = "normalize,saved-layouts,regions"
+#: The same where memory is short: nothing is saved twice.
+BUDGET_PIPELINE = "normalize,regions"
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,7 @@ class CapturedGraph:
         graph = None
         try:
             graph = self.imported()
-            passes = parse_pipeline(PIPELINE)
+            passes = parse_pipeline(PIPELINE if self.options.memory_budget is None else BUDGET_PIPELINE)
             graph = PassManager(passes, dump_dir=self.options.dump_dir, verify=self.options.verify).run(graph)
             if why := not_carried(graph):
                 return Rewritten(gm, graph, (f"compiled as captured, passes only analysed it: {why}",))

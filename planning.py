@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from .passes.raising.analysis import GraphAnalysis
 
 #: What is done to every captured graph before it is planned.
-PIPELINE = "normalize,repeated-structure,regions,schedule"
+PIPELINE = "normalize,saved-layouts,repeated-structure,regions,schedule"
 #: The same where layers may differ in what they save: they are not folded into one.
 BUDGET_PIPELINE = "normalize,regions,schedule"
 
