@@ -13,7 +13,7 @@ import torch.fx as fx
 from . import torch_internals
 from .cascade_decisions import Decisions, Fused, decide
 from .codegen.cascade_kernel import CascadeKernel, begin
-from .codegen.cascade_op import kernel_of
+from .codegen.cascade_op import give_up_kernel, kernel_of
 from .errors import CompileError, EffccError
 from .frontend.fx_import import from_fx
 from .passes.raising.choose import Choice
@@ -27,18 +27,22 @@ class CascadeFusion:
     choice: Choice = field(default_factory=Choice)
     reports: list[CascadeReport] = field(default_factory=list)
     refused: list[str] = field(default_factory=list)
-    #: Being compiled in the background.
-    kernels: list[CascadeKernel] = field(default_factory=list)
+    #: Being compiled in the background, by the text of their ops.
+    kernels: dict[str, CascadeKernel] = field(default_factory=dict)
 
-    def finish(self) -> None:
-        """Wait for the kernels. Raises ``CompileError``."""
-        try:
-            for kernel in self.kernels:
+    def finish(self, strict: bool) -> None:
+        """Wait for the kernels. Cascades whose kernels do not compile run as eager ops; if ``strict``, they raise
+        ``CompileError``."""
+        for text, kernel in self.kernels.items():
+            try:
                 kernel.finish()
-        except CompileError as error:
-            raise CompileError(
-                error.message, remedy="Compile with options={'cascades': False}, and report it."
-            ) from error
+            except CompileError as error:
+                if strict:
+                    raise
+                give_up_kernel(text)
+                self.reports[:] = [each for each in self.reports if each.kernel != kernel.source]
+                self.refused.append(f"runs as eager ops, Einsum by Einsum: {error.message}")
+        self.kernels.clear()
 
     def __call__(self, graph: fx.Graph) -> None:
         gm: Any = graph.owning_module
@@ -60,7 +64,7 @@ class CascadeFusion:
         kernels = [kernel_of(each.text).kernel for each in decisions.fused]
         with torch_internals.region_settings():
             begin(kernels)
-            self.kernels += kernels
+        self.kernels.update((each.text, kernel) for each, kernel in zip(decisions.fused, kernels, strict=True))
         values = {node.name: node for node in graph.nodes}
         try:
             for each in decisions.fused:

@@ -92,13 +92,13 @@ class Compilation:
             # Dumps show passes at work, so they are run.
             key = None if wants_dumps(self.options) else record_key(gm, example_inputs, kwargs, self.options.gemm)
             result = self.restore(key, source, report, kwargs) or self.compile_anew(key, source, report, kwargs)
-        report.cascades = self.fusion.reports
-        report.not_fused = list(self.fusion.refused)
         report.make_plan = self.plan
         report.activation = self.activation.choice if self.activation is not None else None
         report.make_graph = functools.partial(getattr, self.planner.members[report.name], "graph")
+        report.not_fused = self.fusion.refused
         if phase != "forward":
             self.finish_step()
+        report.cascades = self.fusion.reports
         report.compile_seconds = time.perf_counter() - begin
         add_report(report)
         return result
@@ -197,7 +197,7 @@ class Compilation:
             for identity, layout in layouts.items():
                 code = member.compiled.code[identity]
                 move_to_scratch(member.result, member.compiled.functions[identity], code, layout)
-        self.fusion.finish()
+        self.fusion.finish(strict=self.options.fallback == "error")
         self.keep_budget()
         for key, (member, record) in self.records.items():
             save_record(key, with_scratch(record, scratch.get(member.name, {})))

@@ -20,6 +20,7 @@ from ..ir.parser import parse_fused_cascade
 from ..ir.types import TensorType, contiguous_stride
 from ..passes.rewrite_cascade import Rewriting
 from .cascade_kernel import TORCH_DTYPES
+from .eager_cascade import EagerCascade
 from .fused_kernel import FusedKernel, PlacedKernel, prepare_fused, prepare_with
 
 if TYPE_CHECKING:
@@ -69,6 +70,12 @@ def kernel_of(text: str) -> FusedKernel:
         fused = parse_fused_cascade(text)
         kernel = _kernels[text] = prepare_fused(fused, _rewritten.get(text), wide=frozenset(fused.wide))
     return kernel
+
+
+def give_up_kernel(text: str) -> None:
+    """The op with this text runs as eager ops from now on, for its kernel does not compile."""
+    placed: Any = kernel_of(text)
+    placed.kernel = EagerCascade(placed.fused.cascade, placed.sizes)
 
 
 @torch.library.impl(_library, "cascade", "CPU")

@@ -43,9 +43,9 @@ class PlacedKernel(Generic[K]):
         self._strides = [
             _numbers(result.stride or contiguous_stride(result.shape), bindings) for result in fused.results
         ]
-        sizes = {name: _number(size, bindings) for name, size in fused.sizes.items()}
-        self._inputs = [(view, placement(view, sizes, bindings)) for view in fused.inputs]
-        self._outputs = [(view, placement(view, sizes, bindings)) for view in fused.outputs]
+        self.sizes = {name: _number(size, bindings) for name, size in fused.sizes.items()}
+        self._inputs = [(view, placement(view, self.sizes, bindings)) for view in fused.inputs]
+        self._outputs = [(view, placement(view, self.sizes, bindings)) for view in fused.outputs]
 
     def __call__(
         self, operands: Sequence[torch.Tensor], results: Sequence[torch.Tensor] | None = None

@@ -14,9 +14,9 @@ import sympy
 import torch
 from sympy.core.function import AppliedUndef
 
+from ...codegen.einsums import Values, reduce
 from ...ir.monoid import Component, Monoid
 from ...passes.pipeline_parallel.vocabulary_cascade import OutputCascade
-from .einsum import Values, reduce
 
 #: Reduces a tensor over all devices with "max", "min" or "sum", and returns it.
 AllReduce = Callable[[torch.Tensor, str], torch.Tensor]
