@@ -7,7 +7,7 @@ import os
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +70,10 @@ class Compilation:
 
     def __post_init__(self) -> None:
         self.planner = StepPlanner(self.options.device or "cpu")
-        self.fusion.choice = Choice(Rates.of(device_named(self.options.device or "cpu")))
+        choice = Choice(Rates.of(device_named(self.options.device or "cpu")))
+        # Where memory is short, a kernel that is somewhat slower is still the cheapest way to do without a wide tensor.
+        short = self.options.memory_budget is not None
+        self.fusion.choice = replace(choice, memory_ratio=choice.memory_ratio / 2) if short else choice
 
     def run(self, gm: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         """Compile Dynamo's graph, forward and backward."""
