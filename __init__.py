@@ -1,8 +1,8 @@
 """effcc: a graph compiler and scheduler for PyTorch.
 
 ``torch.compile(model, backend="effcc", options={...})``, or ``effcc.compile(model, ...)``, compiles and runs;
-``effcc.plan`` predicts memory and time on any device; ``effcc.reports`` tells what was compiled, what fell back and
-what it took; ``effcc.explain`` says the same in words.
+``effcc.train_step`` trains a model that does not fit; ``effcc.plan`` predicts memory and time on any device;
+``effcc.reports`` tells what was compiled, what fell back and what it took; ``effcc.explain`` says the same in words.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from .ir.plan_file import load_plan
     from .options import Options
     from .planning import plan
-    from .public import Explanation, compile, explain
+    from .public import Explanation, compile, explain, train_step
     from .runtime.reports import reports
     from .runtime.reports import reset as reset_reports
 
@@ -32,6 +32,7 @@ __all__ = [
     "plan",
     "reports",
     "reset_reports",
+    "train_step",
 ]
 
 #: Public name -> (module, name in it). Imported on first use: commands that never run a model need not load torch.
@@ -45,6 +46,7 @@ _PLACES = {
     "plan": ("planning", "plan"),
     "reports": ("runtime.reports", "reports"),
     "reset_reports": ("runtime.reports", "reset"),
+    "train_step": ("public", "train_step"),
 }
 
 

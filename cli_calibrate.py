@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from .cli_support import JsonOption, check_writable, console, heading, print_json, stage, table, write_text
+from .errors import OptionError
 from .formatting import bytes_text, count_text, seconds_text
 
 
@@ -18,16 +19,24 @@ def calibrate_command(
     from_data: Annotated[
         bool, typer.Option("--from-data", help="Train the kernel-time model from EFFCC_BENCH_DATA instead.")
     ] = False,
+    steps: Annotated[
+        bool, typer.Option("--steps", help="With --from-data: calibrate whole training steps, not kernels.")
+    ] = False,
     json: JsonOption = False,
 ) -> None:
     """Measure this machine's CPU: matrix products by library and layout, memory, call overhead, disk.
 
     The result replaces the generic device 'cpu' in plans made here, and decides which library runs a product.
-    With --from-data, trains the model behind 'effcc predict kernels' on $EFFCC_BENCH_DATA/kernels/*.train.csv.gz.
+    With --from-data, trains the model behind 'effcc predict kernels' on $EFFCC_BENCH_DATA/kernels/*.train.csv.gz; with
+    --from-data --steps, the constants behind 'effcc predict FILE.py --mesh' on $EFFCC_BENCH_DATA/clusters/*_given.csv.
     """
     if from_data:
-        _train(output, save=not no_save, json=json)
+        (_fit_steps if steps else _train)(output, save=not no_save, json=json)
         return
+    if steps:
+        raise OptionError(
+            "--steps without --from-data", remedy="add --from-data: steps are calibrated on measured rows"
+        )
     import msgspec
 
     if output is not None:
@@ -59,27 +68,12 @@ def calibrate_command(
 
 def _train(output: Path | None, *, save: bool, json: bool) -> None:
     """Train the kernel-time model, write it, and say what it was trained on."""
-    import os
-
-    from .errors import KernelDataError, OptionError
-
-    data = os.environ.get("EFFCC_BENCH_DATA")
-    if not data:
-        raise OptionError(
-            "--from-data needs the folder of measured kernels",
-            remedy="set EFFCC_BENCH_DATA to the folder above kernels/",
-        )
-    if not save and output is None:
-        raise OptionError("--from-data --no-save without -o keeps nothing", remedy="name a file with -o")
     from .cost_model.kernel_time import model_file, training
 
-    target = output or model_file.own_path()
-    check_writable(target)
-    if not Path(data).is_dir():
-        raise KernelDataError(f"the folder {data} does not exist", remedy="correct EFFCC_BENCH_DATA")
+    data, target = _data_folder(output, model_file.own_path(), save)
     out = console()
     with stage("train the kernel-time model", quiet=json):
-        model = training.train_from(Path(data), log=(lambda text: None) if json else typer.echo)
+        model = training.train_from(data, log=(lambda text: None) if json else typer.echo)
     encoded = model_file.encode(model)
     model_file.write(target, encoded)
     if output is not None and save:
@@ -88,3 +82,45 @@ def _train(output: Path | None, *, save: bool, json: bool) -> None:
         print_json({"file": str(target), "bytes": len(encoded), **model.provenance})
         return
     out.print(f"{target}: {bytes_text(len(encoded))}, from {model.provenance['rows']} rows")
+
+
+def _fit_steps(output: Path | None, *, save: bool, json: bool) -> None:
+    """Fit the constants of training steps, write them, and say on what and how well."""
+    from math import exp
+
+    from .cost_model.parallel_training import constants, fitting
+
+    data, target = _data_folder(output, constants.own_path(), save)
+    with stage("calibrate training steps", quiet=json):
+        made = fitting.calibrate_from(data, log=(lambda text: None) if json else typer.echo)
+    encoded = constants.encode(made)
+    for path in dict.fromkeys([target, *([constants.own_path()] if save else [])]):
+        check_writable(path)
+        write_text(path, encoded.decode())
+    if json:
+        print_json({"file": str(target), **made.provenance})
+        return
+    console().print(
+        f"{target}: 90 % of steps within a factor of {exp(made.seen):.2f}, {exp(made.unseen):.2f} on other devices"
+    )
+
+
+def _data_folder(output: Path | None, own: Path, save: bool) -> tuple[Path, Path]:
+    """The folder of measured rows, and where the result goes."""
+    import os
+
+    from .errors import KernelDataError
+
+    data = os.environ.get("EFFCC_BENCH_DATA")
+    if not data:
+        raise OptionError(
+            "--from-data needs the folder of measured rows",
+            remedy="set EFFCC_BENCH_DATA to the folder above kernels/ and clusters/",
+        )
+    if not save and output is None:
+        raise OptionError("--from-data --no-save without -o keeps nothing", remedy="name a file with -o")
+    target = output or own
+    check_writable(target)
+    if not Path(data).is_dir():
+        raise KernelDataError(f"the folder {data} does not exist", remedy="correct EFFCC_BENCH_DATA")
+    return Path(data), target

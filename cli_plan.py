@@ -64,7 +64,8 @@ def plan_command(
         str | None, typer.Option("-p", "--passes", help="Passes to run instead of the usual ones.")
     ] = None,
     mesh: Annotated[
-        str | None, typer.Option("--mesh", metavar="pp=N", help="Plan a training step as a pipeline of N devices.")
+        str | None,
+        typer.Option("--mesh", metavar="pp=N[,dp=M]", help="Plan a training step as a pipeline of N devices, M times."),
     ] = None,
     microbatches: Annotated[
         int | None, typer.Option("--microbatches", min=1, help="With --mesh; the file's inputs are one of them.")

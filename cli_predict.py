@@ -1,4 +1,4 @@
-"""``effcc predict kernels``: times of kernels from their sizes, from CSV to CSV."""
+"""``effcc predict``; and ``effcc predict kernels``: times of kernels from their sizes, from CSV to CSV."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from .cli_predict_model import ModelOrCommand, predict_model_command
 from .cli_support import JsonOption, check_writable, console, print_json, read_text, stage, table, write_text
 from .errors import KernelDataError
 from .formatting import seconds_text
@@ -18,7 +19,8 @@ if TYPE_CHECKING:
 
 predict_app = typer.Typer(
     name="predict",
-    help="Predict times without running anything.",
+    cls=ModelOrCommand,
+    help="Predict times without running anything: of a model file's step (FILE.py), or of kernels.",
     no_args_is_help=True,
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -30,7 +32,10 @@ COLUMNS = ("predicted_ms", "p05_ms", "p95_ms")
 
 @predict_app.callback()
 def _predict() -> None:
-    """Predict times without running anything."""
+    """Predict times without running anything: of a model file's step (effcc predict FILE.py), or of kernels."""
+
+
+predict_app.command("model")(predict_model_command)
 
 
 @predict_app.command("kernels")

@@ -40,6 +40,9 @@ def run_command(
     nproc: Annotated[
         int | None, typer.Option("--nproc", min=1, help="Run a pipeline's plan in so many processes (torchrun).")
     ] = None,
+    rank_limit: Annotated[
+        float, typer.Option("--rank-limit", min=1.0, help="With --nproc: seconds that ranks wait for each other.")
+    ] = 120.0,
     json: JsonOption = False,
 ) -> None:
     """Run a plan's model on this machine and print predicted beside measured time and peak memory.
@@ -50,7 +53,7 @@ def run_command(
     if nproc is not None:
         from .cli_pipeline import run_pipeline
 
-        run_pipeline(plan, model, nproc, rounds, seed, None, json)
+        run_pipeline(plan, model, nproc, rounds, seed, None, rank_limit, json)
         return
     # Before torch is loaded: its profiler, which counts the memory, would print a line at each start and stop.
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")

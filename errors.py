@@ -113,3 +113,7 @@ class ExpertParallelError(EffccError):
 
 class PipelineError(EffccError):
     """A step cannot be cut into stages or sharded, or a rank of a pipeline failed; ``where`` is rank and pass."""
+
+
+class TrainStepError(EffccError):
+    """A training step cannot run as asked, or has failed half-way; ``where`` names the parameter or the option."""

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import statistics
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,20 +21,25 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
 from torch.utils import _pytree as pytree
 
 from .cost_model.devices import load_device
-from .errors import PipelineError, PlanError
+from .errors import EffccError, PipelineError
 from .frontend.inputs import check_inputs, convert
 from .frontend.model_file import ModelSpec, load_model_file, parse_dtype
 from .frontend.without_weights import Weightless
 from .ir.plan import Plan
 from .ir.plan_file import load_plan
-from .passes.pipeline_parallel.plan import from_plan, to_plan
+from .passes.pipeline_parallel.plan import from_plan, replicas_of, to_plan
 from .runtime.pipeline.executor import PipelineRank
 from .runtime.pipeline.plan import PipelinePlan, plan_pipeline
 from .runtime.pipeline.stages import cut
 from .runtime.pipeline.step_graph import export_step, input_head, output_head
+from .runtime.process_group import join_group
+
+#: Seconds that a rank goes on after the launcher asked it to end.
+_GRACE = 15.0
 
 
 class FileStep(torch.nn.Module):
@@ -80,27 +87,32 @@ class PlannedPipeline:
 
 
 def plan_file(
-    model: str, *, ranks: int, microbatches: int, device: str, memory: int | None, dtype: str | None
+    model: str, *, ranks: int, replicas: int, microbatches: int, device: str, memory: int | None, dtype: str | None
 ) -> PlannedPipeline:
-    """Plan the training step of a model file for ``ranks`` devices, without allocating weights."""
+    """Plan the training step of a model file for ``ranks`` devices, or ``replicas`` times as many, without allocating
+    weights."""
     weightless = Weightless()
     with weightless.building():
         spec = load_model_file(model)
         step, leaves = file_step(spec, dtype)
     with weightless.tracing():
         chosen = plan_pipeline(
-            step, leaves, ranks=ranks, microbatches=microbatches, device=load_device(device), memory=memory
-        )
-    plan = to_plan(chosen.found, model=spec.name, device=device, held=chosen.costs.held)
+            step, leaves, ranks=ranks, replicas=replicas, microbatches=microbatches, device=load_device(device),
+            memory=memory,
+        )  # fmt: skip
+    plan = to_plan(chosen.found, model=spec.name, device=device, held=chosen.costs.held, replicas=replicas)
     return PlannedPipeline(chosen, plan)
 
 
-def run_rank(plan_path: Path, model: str, rounds: int, seed: int, dtype: str | None) -> dict[str, Any]:
+def run_rank(plan_path: Path, model: str, rounds: int, seed: int, dtype: str | None, limit: float) -> dict[str, Any]:
     """One rank of a planned pipeline, in a process of torch.distributed's launcher: median seconds of a step (after one
-    that is not counted), the loss, the barriers a microbatch, the most live microbatches."""
-    dist.init_process_group("gloo", timeout=timedelta(seconds=120))
+    that is not counted), the loss, the barriers a microbatch, the most live microbatches. ``limit``: seconds that ranks
+    wait for each other. Raises PipelineError naming rank and step."""
+    join_group(limit=limit)
     try:
-        schedule = from_plan(load_plan(plan_path).plan)
+        plan = load_plan(plan_path).plan
+        schedule, replicas = from_plan(plan), replicas_of(plan)
+        mesh = init_device_mesh("cpu", (schedule.ranks, replicas), mesh_dim_names=("pp", "dp"))
         torch.manual_seed(seed)
         step, first = file_step(load_model_file(model), dtype)
         graph = export_step(step, first)
@@ -111,14 +123,14 @@ def run_rank(plan_path: Path, model: str, rounds: int, seed: int, dtype: str | N
             **dict(step.named_buffers(remove_duplicate=False)),
         }
         stages = cut(graph, schedule.stages, head, embedding)
-        pipeline = PipelineRank(schedule, stages, state)
+        pipeline = PipelineRank(schedule, stages, state, timeout=timedelta(seconds=limit), mesh=mesh)
         batch = [_tensors(first)] * schedule.microbatches
         seconds = []
         for number in range(rounds + 1):
-            dist.barrier()
+            pipeline.watch.collective("a round's begin", dist.barrier)
             begin = time.perf_counter()
             report = pipeline.step(batch)
-            dist.barrier()
+            pipeline.watch.collective("a round's end", dist.barrier)
             if number:
                 seconds.append(time.perf_counter() - begin)
         pipeline.close()
@@ -130,48 +142,41 @@ def run_rank(plan_path: Path, model: str, rounds: int, seed: int, dtype: str | N
             "live": max(report.live.values(), default=0),
         }
     finally:
-        dist.destroy_process_group()
+        if sys.exc_info()[0] is None:  # else it would wait for what the others no longer do
+            dist.destroy_process_group()
 
 
 def _tensors(leaves: Sequence[Any]) -> list[Any]:
     return [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
 
 
-def launch(plan_path: Path, model: str, nproc: int, rounds: int, seed: int, dtype: str | None) -> list[dict[str, Any]]:
-    """Run a planned pipeline with torch's launcher (``torchrun``) on this machine; what each rank reports.
-
-    Raises PlanError when the plan is for another number of ranks, PipelineError when a rank fails.
-    """
-    import subprocess
-    import tempfile
-
-    schedule = from_plan(load_plan(plan_path).plan)
-    if schedule.ranks != nproc:
-        raise PlanError(
-            f"the plan is for {schedule.ranks} ranks, not {nproc}", where=str(plan_path),
-            remedy=f"run it with --nproc {schedule.ranks}, or plan for a mesh with pp={nproc}",
-        )  # fmt: skip
-    with tempfile.TemporaryDirectory() as folder:
-        asked = {"plan": str(plan_path), "model": model, "rounds": rounds, "seed": seed, "dtype": dtype, "to": folder}
-        command = [
-            sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(nproc),
-            "-m", f"{__package__}.pipeline_steps", json.dumps(asked),
-        ]  # fmt: skip
-        variables = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": os.environ.get("GLOO_SOCKET_IFNAME", "lo")}
-        done = subprocess.run(command, capture_output=True, text=True, env=os.environ | variables)
-        found = [json.loads(path.read_text()) for path in sorted(Path(folder).glob("*.json"))]
-    if done.returncode or len(found) < nproc:
-        lines = [line for line in done.stderr.splitlines() if "Error: " in line or " at rank " in line]
-        said = "\n  ".join(line.split("]: ")[-1].strip() for line in lines[:3]) or done.stderr.strip()[-500:]
-        raise PipelineError(f"a rank failed\n  {said}", where=str(plan_path), remedy="its own message is above")
-    return found
-
-
-def _worker(text: str) -> None:
+def _worker(text: str) -> int:
+    """A process of the launcher: writes what the rank reports, or the message it ends with, to a file of its own."""
     asked = json.loads(text)
-    found = run_rank(Path(asked["plan"]), asked["model"], asked["rounds"], asked["seed"], asked["dtype"])
-    (Path(asked["to"]) / f"{found['rank']}.json").write_text(json.dumps(found))
+    folder, rank = Path(asked["to"]), os.environ["RANK"]
+    # The launcher ends all ranks as soon as one has failed. They end by themselves, and say first what they know.
+    signal.signal(signal.SIGTERM, lambda *_: _end_later())
+    # One machine: its own name need not have an address.
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    torch.set_num_threads(1)
+    try:
+        found = run_rank(
+            Path(asked["plan"]), asked["model"], asked["rounds"], asked["seed"], asked["dtype"], asked["limit"]
+        )
+    except EffccError as error:
+        (folder / f"{rank}.error").write_text(str(error))
+        sys.stderr.write(f"{error}\n")
+        sys.stderr.flush()
+        os._exit(1)  # without waiting for collectives that have begun
+    (folder / f"{rank}.json").write_text(json.dumps(found))
+    return 0
+
+
+def _end_later() -> None:
+    timer = threading.Timer(_GRACE, os._exit, (1,))
+    timer.daemon = True
+    timer.start()
 
 
 if __name__ == "__main__":
-    _worker(sys.argv[1])
+    sys.exit(_worker(sys.argv[1]))

@@ -169,10 +169,21 @@ def plan(
     return plan_model(request, spec=_spec_of_module(model, example_inputs, loss))
 
 
+def capture_model(request: PlanRequest) -> Captured:
+    """The capture that ``plan_model`` plans, to be planned for several devices of one kind. Raises what it raises."""
+    check_options(request)
+    return _capture(request, device_named(request.device), _load(request.model))
+
+
 def plan_model(
-    request: PlanRequest, progress: Progress = lambda _: nullcontext(), *, spec: ModelSpec | None = None
+    request: PlanRequest,
+    progress: Progress = lambda _: nullcontext(),
+    *,
+    spec: ModelSpec | None = None,
+    captured: Captured | None = None,
 ) -> Planned:
-    """Capture a model file (or ``spec``), run the passes, make the plan and have the independent validator check it.
+    """Capture a model file (or ``spec``, or take what was ``captured`` of it for this kind of device), run the passes,
+    make the plan and have the independent validator check it.
 
     Raises:
         ModelFileError, CaptureError: the file offers no model, or the model cannot be traced.
@@ -194,9 +205,10 @@ def plan_model(
     planner = _budget_planner(device, request.swap) if budgeted else None
     watch = _cascade_watch() if request.cascades else None
     with progress("capture"):
-        spec = spec or _load(request.model)
-        with watch.watching() if watch is not None else nullcontext():
-            captured = _capture(request, device, spec, planner)
+        if captured is None:
+            spec = spec or _load(request.model)
+            with watch.watching() if watch is not None else nullcontext():
+                captured = _capture(request, device, spec, planner)
         for line in (*captured.notes, *_graph_breaks(captured)):
             logger("capture").info("%s", line)
     manager = PassManager(passes, dump_dir=request.dump_dir, verify=request.verify)

@@ -1,13 +1,14 @@
-"""``effcc.compile`` and ``effcc.explain``."""
+"""``effcc.compile``, ``effcc.explain`` and ``effcc.train_step``."""
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from html import escape
 from pathlib import Path
-from typing import Any, TypeVar, overload
+from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 import torch
 
@@ -16,11 +17,14 @@ from .activation_words import rows_in_words, sentence
 from .errors import OptionError
 from .formatting import bytes_text, seconds_text
 from .ir.plan import Plan
-from .options import Options, parse_options
+from .options import Options, parse_bytes, parse_options
 from .planning import Planned
 from .runtime.reports import GraphReport, reports
 from .suggestions import suggestions
 from .summary import summarize
+
+if TYPE_CHECKING:
+    from .runtime.train_step import TrainStep
 
 _Model = TypeVar("_Model", bound=Callable[..., Any])
 
@@ -78,6 +82,74 @@ def compile(
         )
     return torch.compile(
         model, backend="effcc", options=chosen or None, mode=mode, dynamic=dynamic, fullgraph=fullgraph
+    )
+
+
+def train_step(
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    loss_fn: Callable[..., torch.Tensor],
+    *,
+    memory_budget: int | str | None = None,
+    swap: bool = True,
+    swap_dir: str | os.PathLike[str] | None = None,
+    checkpoint: str | os.PathLike[str] | None = None,
+    clip_grad_norm: float | None = None,
+    clip_grad_value: float | None = None,
+    accumulate: int = 1,
+) -> TrainStep:
+    """A training step for a model that does not fit: ``loss = step(inputs, *targets)``.
+
+    Parameters, gradients and optimizer state are in memory only while they are used: in between they are in files (of
+    ``swap_dir``), for a GPU in pinned host memory. The optimizer is applied to each parameter as soon as its gradient
+    is there. The results are those of the ordinary loop, bit for bit on the CPU.
+
+    Args:
+        model: may be on the meta device, with a ``checkpoint``. It runs as it is, eagerly or with compiled modules;
+            blocks (modules of a ``ModuleList`` or ``Sequential``) are computed again in the backward where the budget
+            asks for it.
+        optimizer: made of the model's parameters; one that treats each of them by itself.
+        loss_fn: ``loss_fn(outputs, *targets)`` of what the model returns.
+        memory_budget: most bytes to hold during a step, parameters, gradients, optimizer state, saved values and inputs
+            counted; ``"auto"``: what is free now; None: everything stays.
+        swap: whether anything may leave memory.
+        swap_dir: directory of the swap file, which has no name there; default: the system's temporary directory.
+        checkpoint: path of a state dict (``torch.save``, safetensors, or a folder of those) that the parameters are
+            read from, one at a time.
+        clip_grad_norm, clip_grad_value: as ``torch.nn.utils.clip_grad_norm_`` and ``clip_grad_value_``.
+        accumulate: calls of the step to an update; their gradients are added.
+
+    Raises:
+        OptionError: a value that makes no sense. TrainStepError: an optimizer or a model that cannot be used this way.
+        SwapError: no room for the files. BudgetError, from the step's first call: the least budget that works.
+    """
+    from .runtime.train_step import TrainStep
+
+    where = "effcc.train_step"
+    if memory_budget == "auto":
+        from .budget_loop import budget_in_bytes
+
+        memory_budget = budget_in_bytes(memory_budget, list(model.parameters()))
+    elif memory_budget is not None:
+        memory_budget = parse_bytes(memory_budget)
+    if isinstance(accumulate, bool) or not isinstance(accumulate, int) or accumulate < 1:
+        raise OptionError(f"accumulate must be a whole number from 1 on, not {accumulate!r}", where=where)
+    for name, value in (("clip_grad_norm", clip_grad_norm), ("clip_grad_value", clip_grad_value)):
+        if value is not None and not value > 0:
+            raise OptionError(f"{name} must be more than 0, not {value!r}", where=where)
+    if clip_grad_norm is not None and clip_grad_value is not None:
+        raise OptionError("clip_grad_norm and clip_grad_value are given together", where=where, remedy="Give one.")
+    return TrainStep(
+        model,
+        optimizer,
+        loss_fn,
+        memory_budget=memory_budget,
+        swap=swap,
+        swap_dir=swap_dir,
+        checkpoint=checkpoint,
+        clip_grad_norm=clip_grad_norm,
+        clip_grad_value=clip_grad_value,
+        accumulate=accumulate,
     )
 
 

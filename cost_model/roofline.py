@@ -3,7 +3,7 @@
 ``seconds = max(flop / rate, bytes / bandwidth) + launch`` (Williams et al., Roofline, CACM 2009), with the rate and the
 bandwidth scaled by the device's efficiency for that class of work, a matrix product's rate by how evenly its tiles fill
 the units, and the bandwidth by the cache the working set fits in. Measured matrix products are preferred where the
-device was calibrated.
+device was calibrated, and the learned kernel-time model where it applies (``kernel_seconds.py``).
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from . import op_classes
 from .devices import Device, GemmMeasurement
 from .flops import Call, contraction_flop, executed_fraction
 from .fusion import Kernel, group_kernels
+from .kernel_seconds import learned_seconds
 from .op_classes import kind_of, packet
 from .storages import StorageTable, storage_table
 from .tensors import Bindings, Tensor, TensorTable, called, evaluate
@@ -137,8 +138,9 @@ def _kernel_cost(kind: str, nodes: list[Node], moved: int, table: TensorTable, d
         executed += contraction * executed_fraction(node, table)
         other += _vector_flop(node, table)
     dtype = _dtype(nodes, table)
+    shape = gemm_shape(nodes[0], table) if kind == "gemm" and len(nodes) == 1 else (1, 1, 1, 1)
     if kind == "gemm" and len(nodes) == 1:
-        compute = gemm_seconds(*gemm_shape(nodes[0], table), dtype, device, executed)
+        compute = gemm_seconds(*shape, dtype, device, executed)
     elif matmul:
         compute = executed / (device.matrix_rate(dtype) * device.efficiency_of(kind))
     else:
@@ -147,7 +149,9 @@ def _kernel_cost(kind: str, nodes: list[Node], moved: int, table: TensorTable, d
     memory = moved / bandwidth(moved, kind, device)
     launch = device.launch.value
     bound = "launch" if launch >= max(compute, memory) else "compute" if compute >= memory else "memory"
-    return Cost(matmul + other, moved, max(compute, memory) + launch, bound, matmul)
+    learned = learned_seconds(nodes[0], shape, table, device) if len(nodes) == 1 else None
+    seconds = learned.seconds if learned is not None else max(compute, memory)
+    return Cost(matmul + other, moved, seconds + launch, bound, matmul)
 
 
 def bandwidth(moved: int, kind: str, device: Device) -> float:

@@ -11,7 +11,6 @@ at once, so that nothing is left behind however the process ends. The system wri
 
 from __future__ import annotations
 
-import errno
 import mmap
 import os
 import tempfile
@@ -20,6 +19,7 @@ from pathlib import Path
 import torch
 
 from ..errors import SwapError
+from .swap_file import fill, unlinked_file
 
 _library = torch.library.Library("effcc", "FRAGMENT")  # type: ignore[no-untyped-call]
 _library.define("swap_out(Tensor x) -> Tensor")  # type: ignore[no-untyped-call]
@@ -41,27 +41,18 @@ def file_backed(size: int) -> torch.Tensor:
     """``size`` bytes in an unlinked file, as a tensor. Raises SwapError for a full disk or a directory that cannot be
     written to."""
     folder = _directory or Path(tempfile.gettempdir())
+    descriptor = unlinked_file(folder)
     try:
-        descriptor, name = tempfile.mkstemp(prefix="effcc-swap-", dir=folder)
-    except OSError as error:
-        raise SwapError(
-            f"no swap file can be made in {folder}: {error.strerror}",
-            where=str(folder),
-            remedy="Choose a directory that exists and can be written to.",
-        ) from error
-    try:
-        os.posix_fallocate(descriptor, 0, max(size, 1))
+        fill(descriptor, 0, max(size, 1), folder)
         # The tensor's storage keeps the mapping, and the mapping the file. The allocator does not count it.
         return torch.frombuffer(mmap.mmap(descriptor, max(size, 1)), dtype=torch.uint8)
     except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
         raise SwapError(
             f"{size} bytes cannot be swapped out: {error.strerror}",
             where=str(folder),
-            remedy="Free space there, or choose another directory." if full else "Choose another directory.",
+            remedy="Choose another directory.",
         ) from error
     finally:
-        os.unlink(name)
         os.close(descriptor)
 
 

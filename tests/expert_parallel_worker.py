@@ -14,6 +14,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from effcc.errors import ExpertParallelError
 from effcc.runtime.expert_parallel import ExpertParallel, parallelize_experts
+from torch.distributed.device_mesh import init_device_mesh
 
 EXPERTS, LAYERS, VOCABULARY = 8, 3, 97
 
@@ -68,10 +69,22 @@ def equalities(cases: list[tuple[str, int, str, int]], seed: int) -> None:
     finish(rank=rank, cases=[equality(*case, seed, rank, ranks) for case in cases])
 
 
-def equality(kind: str, k: int, mode: str, width: int, seed: int, rank: int, ranks: int) -> dict[str, Any]:
+def replicated(kind: str, k: int, mode: str, width: int, seed: int) -> None:
+    """Two replicas of experts that are spread over the other axis of the mesh."""
+    rank, ranks = begin()
+    finish(rank=rank, **equality(kind, k, mode, width, seed, rank, ranks, 2))
+
+
+def equality(
+    kind: str, k: int, mode: str, width: int, seed: int, rank: int, ranks: int, replicas: int = 1
+) -> dict[str, Any]:
     plain = moe(kind, k).train()
     model = copy.deepcopy(plain)
-    parallel = parallelize_experts(model, random_slots(width, seed), mode=mode, ranks=ranks, time_limit=60)
+    names = ("ep", "dp")
+    mesh = init_device_mesh("cpu", (ranks // replicas, replicas), mesh_dim_names=names) if replicas > 1 else None
+    parallel = parallelize_experts(
+        model, random_slots(width, seed), mode=mode, ranks=ranks // replicas, mesh=mesh, time_limit=60
+    )
     ids = torch.randint(0, VOCABULARY, (2 * ranks, 9), generator=torch.Generator().manual_seed(seed))
     mine = share(ids, rank, ranks)
     for _ in range(2):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from datetime import timedelta
 from types import SimpleNamespace
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
 
 
 class Step(nn.Module):
@@ -105,27 +105,33 @@ def main(asked: dict[str, Any]) -> dict[str, Any]:
     from effcc.runtime.pipeline.step_graph import export_step, input_head, output_head
 
     torch.set_num_threads(1)
-    ranks, count, scale = dist.get_world_size(), asked.get("microbatches", 4), asked.get("scale", 1.0)
+    replicas, count, scale = asked.get("replicas", 1), asked.get("microbatches", 4), asked.get("scale", 1.0)
+    ranks = dist.get_world_size() // replicas
+    mesh = init_device_mesh("cpu", (ranks, replicas), mesh_dim_names=("pp", "dp")) if replicas > 1 else None
     vocabulary, embedding = asked.get("vocabulary", ""), asked.get("embedding", False)
-    schedule = schedule_of(asked["schedule"], asked.get("world", ranks), count, vocabulary, embedding)
+    schedule = schedule_of(asked["schedule"], ranks, count, vocabulary, embedding)
     step = build(asked["model"], asked.get("layers", 4), **asked.get("settings", {}))
-    data = batch(count)[: asked.get("given")]
+    everything = batch(count * replicas)
+    place = dist.get_rank() % replicas
+    data = everything[place * count : (place + 1) * count]
     graph = export_step(step, data[0])
     head = output_head(graph) if vocabulary else None
     stages = cut(graph, schedule.stages, head, input_head(graph, head.size) if head and embedding else None)
     state = {**dict(step.named_parameters(remove_duplicate=False)), **dict(step.named_buffers(remove_duplicate=False))}
-    pipeline = PipelineRank(schedule, stages, state, scale=scale, timeout=timedelta(seconds=20))
-    if asked.get("killed") == dist.get_rank():
-        os._exit(9)
+    pipeline = PipelineRank(schedule, stages, state, scale=scale, timeout=timedelta(seconds=20), mesh=mesh)
 
-    whole = (torch.cat([ids for ids, _ in data]), torch.cat([labels for _, labels in data]))
+    whole = (torch.cat([ids for ids, _ in everything]), torch.cat([labels for _, labels in everything]))
     mine = [pipeline.parameters.named[path] for path in sorted(pipeline.parameters.named)]
     theirs = dict(step.named_parameters())
     optimizers = [torch.optim.AdamW(each, lr=1e-3) for each in (mine, list(theirs.values()))]
     found: dict[str, Any] = {}
+    if asked.get("accumulated"):  # a step's gradients are added to those that are there, which are sums already
+        pipeline.step(data)
+        (step(*whole) * scale).backward()
     for number in range(asked.get("steps", 1)):
-        for optimizer in optimizers:
-            optimizer.zero_grad()
+        if number or not asked.get("accumulated"):
+            for optimizer in optimizers:
+                optimizer.zero_grad()
         report = pipeline.step(data)
         loss = step(*whole) * scale
         loss.backward()
@@ -138,7 +144,7 @@ def main(asked: dict[str, Any]) -> dict[str, Any]:
                 "rank": dist.get_rank(), "loss": abs(report.loss - float(loss.detach())) / abs(float(loss.detach())),
                 "gradient": max(apart.values()), "where": max(apart, key=apart.__getitem__),
                 "barriers": sorted(set(report.barriers.values())), "waited": len(report.barriers),
-                "live": max(report.live.values()), "limit": live_limit(schedule)[dist.get_rank()],
+                "live": max(report.live.values()), "limit": live_limit(schedule)[pipeline.rank],
                 "parameters": len(apart),
             }  # fmt: skip
         for optimizer in optimizers:

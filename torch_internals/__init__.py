@@ -45,6 +45,7 @@ from .observing import (
     graph_breaks,
     is_recompilation,
     memory_timeline,
+    peak_and_mark,
     peak_growth,
     structured_trace,
 )
@@ -57,16 +58,27 @@ from .settings import (
     region_settings,
     without_code_cache,
 )
+from .tensors import (
+    compiled_entry,
+    plain_tensors,
+    record_offset,
+    storage_key,
+    storage_owners,
+    tensor_owners,
+    unhooked_step,
+    weak_storage,
+)
 
 __all__ = [
     "COMPILER_ERRORS", "CompilationRecord", "backward_only_nodes", "boxed", "cache_directory", "code_cache_path",
     "code_key", "collect_output_strides", "comment_cpp_calls", "compilations", "compile_cpp_module",
-    "compile_error_cause", "compile_fx", "compile_region", "copy_graph", "cudagraphs_wanted", "debug_directory",
-    "divert_cpp_kernels", "donated_inputs", "donating", "fake_mode_of", "fake_result", "first_look", "graph_breaks",
-    "graph_settings", "has_bodies", "inductor_settings", "is_invoke_subgraph", "is_primal", "is_recompilation",
-    "joint_partitioner", "joint_pass", "knapsack_partition", "load_cpp_kernel", "load_region",
-    "lowering_error_target", "memory_timeline", "minimum_cut_partition", "mode_options", "peak_growth",
-    "prepare_joint", "refresh_values", "region_settings", "remembered_toolchain", "report_output_strides",
-    "saved_outputs", "split_joint", "stable_topological_sort", "start_cpp_library", "structured_trace",
-    "without_code_cache",
+    "compile_error_cause", "compile_fx", "compile_region", "compiled_entry", "copy_graph", "cudagraphs_wanted",
+    "debug_directory", "divert_cpp_kernels", "donated_inputs", "donating", "fake_mode_of", "fake_result",
+    "first_look", "graph_breaks", "graph_settings", "has_bodies", "inductor_settings", "is_invoke_subgraph",
+    "is_primal", "is_recompilation", "joint_partitioner", "joint_pass", "knapsack_partition", "load_cpp_kernel",
+    "load_region", "lowering_error_target", "memory_timeline", "minimum_cut_partition", "mode_options",
+    "peak_and_mark", "peak_growth", "plain_tensors", "prepare_joint", "record_offset", "refresh_values",
+    "region_settings", "remembered_toolchain", "report_output_strides", "saved_outputs", "split_joint",
+    "stable_topological_sort", "start_cpp_library", "storage_key", "storage_owners", "structured_trace",
+    "tensor_owners", "unhooked_step", "weak_storage", "without_code_cache",
 ]  # fmt: skip

@@ -35,10 +35,17 @@ def memory_timeline(profile: Any) -> list[tuple[float, int]]:
 
 def peak_growth(run: Callable[[], Any]) -> tuple[Any, int | None]:
     """``run()``, and the most bytes that it held on the CPU above what was held before; None while a profiler is on."""
+    result, growth, _ = peak_and_mark(run, "")
+    return result, growth
+
+
+def peak_and_mark(run: Callable[[], Any], prefix: str) -> tuple[Any, int | None, str]:
+    """As ``peak_growth``, with the last ``torch.profiler.record_function`` before the peak whose name begins with
+    ``prefix``, or ""."""
     from torch._C import _autograd, _profiler
 
     if not hasattr(_autograd, "_enable_profiler_legacy") or torch.autograd._profiler_enabled():
-        return run(), None
+        return run(), None, ""
     # Unlike torch.profiler's Kineto it starts at once and says nothing.
     settings = _profiler.ProfilerConfig(
         _profiler.ProfilerState.CPU, False, True, False, False, False, _profiler._ExperimentalConfig()
@@ -48,15 +55,18 @@ def peak_growth(run: Callable[[], Any]) -> tuple[Any, int | None]:
         result = run()
     finally:
         records = _autograd._disable_profiler_legacy()
-    highest = 0
+    highest, mark = 0, ""
     for thread in records:
         event: Any
-        running = 0
+        running, latest = 0, ""
         for event in thread:
             if event.kind() == "memory_alloc":
                 running += event.cpu_memory_usage()
-                highest = max(highest, running)
-    return result, highest
+                if running > highest:
+                    highest, mark = running, latest
+            elif prefix and event.kind() == "push" and event.name().startswith(prefix):
+                latest = event.name()
+    return result, highest, mark
 
 
 @dataclass(frozen=True)

@@ -29,15 +29,15 @@ class Bounds:
         self.device = self.total - kept_by_rows(problem, problem.ranks)
         self.node = self.total - kept_by_rows(problem, problem.nodes) if problem.nodes > 1 else 0.0
         self.proven = -np.inf
+        #: Of device hops and loads together, where they are bounded together.
+        self.both = -np.inf
 
     @property
     def objective(self) -> float:
         weights = self.problem.weights
         hops, node = self.problem.weight_of_hops
-        return max(
-            self.proven, hops * _up(self, self.device) + node * _up(self, self.node)
-            + weights.load * float(self.loads.sum()),
-        )  # fmt: skip
+        apart = hops * _up(self, self.device) + weights.load * float(self.loads.sum())
+        return max(self.proven, max(self.both, apart) + node * _up(self, self.node))
 
     def relax(self, slots: Ints, known: float, deadline: float) -> None:
         """Semidefinite bounds on hops, beginning with a good placement, until ``known`` is proven or the time is up."""
@@ -61,21 +61,38 @@ class Bounds:
         begin = time.perf_counter()
         if _seconds_a_round(self.problem) * _LEAST_ROUNDS > deadline - begin:
             return
-        relaxation = Semidefinite(self.problem.transitions, groups, device)
+        weighed = self._weighed_loads(device) if groups == self.problem.ranks else None
+        relaxation = Semidefinite(self.problem.transitions, groups, device, weighed)
         improved = 0
         for number in range(0, _ROUNDS, 10):
             before = relaxation.bound
             hops = self.total - relaxation.run(10, deadline)
-            if groups == self.problem.ranks:
+            if groups != self.problem.ranks:
+                self.node = max(self.node, hops)
+            elif weighed is None:
                 self.device = max(self.device, hops)
             else:
-                self.node = max(self.node, hops)
+                by_itself = np.where(weighed.any(axis=1), 0.0, self.loads)
+                together = self.problem.weight_of_hops[0] * hops + self.problem.weights.load * float(by_itself.sum())
+                self.both = max(self.both, together)
             if before - relaxation.bound > 1e-6 * before:
                 improved = number
             # new inequalities first make the bound worse, until their prices are right
             stalled = number - improved > _PATIENCE
             if self.objective >= known * (1 - 1e-12) or stalled or time.perf_counter() >= deadline:
                 break
+
+    def _weighed_loads(self, device: Ints) -> Floats | None:
+        """[layers, experts] loads in units of a hop, of the layers where the relaxation is likely to say more of the
+        busiest device than the bound on loads does: with the loads that a good placement gives. None if there are none.
+        """
+        problem, (hop, _) = self.problem, self.problem.weight_of_hops
+        held = np.zeros((problem.layers, problem.ranks))
+        np.add.at(held, (np.arange(problem.layers)[:, None], device), problem.loads)
+        total = np.maximum(held.sum(axis=1), 1e-300)
+        chosen = (held**2).sum(axis=1) / total >= self.loads * (1 - 1e-12)
+        weighed = np.where(chosen[:, None], problem.loads * (problem.weights.load / hop), 0.0)
+        return weighed if weighed.any() else None
 
 
 def _seconds_a_round(problem: Problem) -> float:

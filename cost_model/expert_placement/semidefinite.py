@@ -12,7 +12,11 @@ It is solved by the alternating direction method of multipliers: entries (clippe
 (projected to 0 <= eigenvalue <= 2m with a given sum) on the other. The bound comes from the multipliers alone and holds
 for any of them, converged or not: entries are bounded row by row, spectra by the R - 1 largest eigenvalues.
 
-Triangle inequalities (triangles.py) are added where they are broken, with multipliers of their own.
+Triangle and star inequalities (triangles.py, stars.py) are added where they are broken, with multipliers of their own.
+
+**Loads.** Of the loads ``L_g`` that a layer's groups have, ``sum of L_g^2 <= max L_g * A`` with A their sum; so the
+busiest has at least ``a' Y a / A`` for the experts' loads a. That is linear in Y: with a weight on loads the relaxation
+bounds ``tokens kept - weight * busiest``, which no group of one layer can have both ways.
 
 Graph partition as an eigenvalue and semidefinite problem: Donath and Hoffman 1973; Karisch and Rendl 1998. ADMM for
 semidefinite programs: Povh, Rendl and Wiegele 2006; Wen, Goldfarb and Yin 2010.
@@ -25,21 +29,27 @@ import time
 import numpy as np
 
 from .problem import Floats, Ints
+from .stars import Stars
 from .triangles import Triangles
 
 #: Rounds between two evaluations of the bound.
 _EVERY = 10
 #: Share by which the bound is raised for what rounding may have taken off it.
 _ROUNDING = 1e-9
-#: Rounds before triangle inequalities are looked for, and between two searches; step of their prices, in penalties.
-_TRIANGLES, _SEPARATE, _ASCENT = 50, 20, 0.1
+#: Rounds before inequalities are looked for, and between two searches; step of the prices of triangles and of stars, in
+#: penalties. (Twice as large steps, tried on 64 experts x 24 layers x 8 groups, make the bound worse for good.)
+_TRIANGLES, _SEPARATE, _ASCENT, _STAR_ASCENT = 50, 20, 0.1, 0.025
 
 
 class Semidefinite:
     """The relaxation of all layers of a problem with ``groups`` equal groups; ``bound`` is the best so far."""
 
-    def __init__(self, transitions: Floats, groups: int, device: Ints | None = None) -> None:
-        """``device``: [layers, experts] the group of each expert in a good placement, to start from."""
+    def __init__(
+        self, transitions: Floats, groups: int, device: Ints | None = None, loads: Floats | None = None
+    ) -> None:
+        """``device``: [layers, experts] the group of each expert in a good placement, to start from.
+        ``loads``: [layers, experts] of the experts, times what a token of the busiest group counts beside one kept.
+        """
         self.pairs, self.experts, _ = transitions.shape
         self.groups, self.size = groups, self.experts // groups
         self.scale = max(float(transitions.max()), 1e-300)
@@ -52,12 +62,27 @@ class Semidefinite:
                 both = np.concatenate([device[pair], device[pair + 1]])
                 self.spectral[pair] = both[:, None] == both[None, :]
         self.penalty = float(self.counts.mean()) * 6.0 + 1e-12
-        self.triangles = Triangles(self.pairs, wide)
-        self.cost = np.zeros_like(self.multiplier)
+        self.triangles, self.stars = Triangles(self.pairs, wide), Stars(self.pairs, wide)
+        loads = np.zeros((self.pairs + 1, self.experts)) if loads is None else loads
+        self.load_cost, self.load_constant = self._load_cost(loads / self.scale)
+        self.cost = self.load_cost
         self.steps = 0
-        self.bound = min(by_rows(transitions, self.size), float(transitions.sum()))
+        self.bound = min(by_rows(transitions, self.size), float(transitions.sum())) - float(loads.sum()) / groups
 
-    def run(self, rounds: int, deadline: float, enough: float = 0.0) -> float:
+    def _load_cost(self, loads: Floats) -> tuple[Floats, float]:
+        """``a' Y a / A`` of all layers as costs of entries, each pair of layers bearing half of what both share; and
+        the diagonal's part, which is constant."""
+        n = self.experts
+        every = np.maximum(loads.sum(axis=1), 1e-300)
+        pair = 2.0 * loads[:, :, None] * loads[:, None, :] / every[:, None, None]
+        diagonal = np.arange(n)
+        pair[:, diagonal, diagonal] = 0.0
+        pair[1:-1] *= 0.5
+        cost = np.zeros_like(self.multiplier)
+        cost[:, :n, :n], cost[:, n:, n:] = pair[:-1], pair[1:]
+        return cost, float((loads**2 / every[:, None]).sum())
+
+    def run(self, rounds: int, deadline: float, enough: float = -np.inf) -> float:
         """Go on for some rounds, or until the bound is at most ``enough``. Returns the bound."""
         for _ in range(rounds):
             self._step()
@@ -89,9 +114,12 @@ class Semidefinite:
         if self.steps >= _TRIANGLES:
             if self.steps % _SEPARATE == 0:
                 self.triangles.separate(entries)
-            if self.triangles.price.size:
-                self.triangles.ascend(entries, _ASCENT * self.penalty)
-                self.cost = self.triangles.cost()
+                self.stars.separate(entries)
+            self.cost = self.load_cost
+            for inequalities, ascent in ((self.triangles, _ASCENT), (self.stars, _STAR_ASCENT)):
+                if inequalities.price.size:
+                    inequalities.ascend(entries, ascent * self.penalty)
+                    self.cost = self.cost + inequalities.cost()
         if self.steps % _EVERY == 0:
             self._balance(float(np.linalg.norm(entries - self.spectral)), float(np.linalg.norm(self.spectral - before)))
 
@@ -129,7 +157,7 @@ class Semidefinite:
         values = np.linalg.eigvalsh(self._centre(multiplier))
         total += 2.0 * m * float(values[:, 1 - self.groups :].sum()) if self.groups > 1 else 0.0
         total += float(multiplier.sum()) / self.groups
-        total += self.triangles.total
+        total += self.triangles.total + self.stars.total - self.load_constant
         gain = self.counts - 2.0 * multiplier[:, :n, n:] - self.cost[:, :n, n:]
         by_row, by_column = largest(gain, m).sum(axis=1), largest(gain.transpose(0, 2, 1), m).sum(axis=1)
         total += float(np.minimum(by_row, by_column).sum())

@@ -70,7 +70,8 @@ class FamilyModel:
 
 @dataclass(frozen=True)
 class Prediction:
-    """Seconds of each kernel; the features that adaptation compares rows by; whether the device was measured."""
+    """Seconds of each kernel; the features that adaptation compares rows by; whether the device was measured; the
+    seconds within ``core`` that the host's call takes."""
 
     seconds: Array
     core: Array
@@ -78,6 +79,7 @@ class Prediction:
     known: bool
     #: Distance to the nearest measured device.
     distance: float
+    call: float = 0.0
 
 
 def likeness_point(gpu: Gpu) -> Array:
@@ -122,7 +124,8 @@ def predict_family(rows: Rows, gpu: Gpu, model: FamilyModel) -> Prediction:
         if trees is not None and weight > 1e-3:
             correction += weight * trees.predict(described.features)
     seconds = described.seconds * np.exp(correction)
-    return Prediction(seconds, described.seconds, described.features, bool(own), float(distances[learned].min()))
+    call = model.constants.call_share * host
+    return Prediction(seconds, described.seconds, described.features, bool(own), float(distances[learned].min()), call)
 
 
 def bandwidth_share(gpu: Gpu, shares: dict[str, float]) -> float:

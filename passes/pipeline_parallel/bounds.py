@@ -33,7 +33,7 @@ def lower_bound(problem: Problem) -> float:
 
 
 def heads_and_tails(problem: Problem) -> tuple[dict[Pass, float], dict[Pass, float]]:
-    """Longest path to the begin of each pass, and from its end to the end of everything."""
+    """Longest path to the begin of each pass, and from its end to the end of everything but the optimizer."""
     order = passes_by_microbatch(problem)
     seconds = problem.costs.seconds
     before: dict[Pass, list[tuple[Pass, float]]] = {each: problem.waits(each) for each in order}
@@ -48,7 +48,7 @@ def heads_and_tails(problem: Problem) -> tuple[dict[Pass, float], dict[Pass, flo
     heads: dict[Pass, float] = {}
     for each in order:
         heads[each] = max((heads[need] + seconds(need) + lag for need, lag in before[each]), default=0.0)
-    tails = dict.fromkeys(order, 0.0)
+    tails = {each: problem.costs.sum_seconds(each, problem.end_kind) for each in order}
     for each in reversed(order):
         behind = tails[each] + seconds(each)
         for need, lag in before[each]:

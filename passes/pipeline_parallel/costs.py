@@ -18,6 +18,10 @@ class PipelineCosts:
     rank loses around each pass that receives and sends: issuing, waiting, waking up. ``finish`` follows the last pass,
     per rank: the optimizer.
 
+    ``gradient``: adding up the gradients of a virtual stage over the replicas of the pipeline, after the last pass that
+    makes them and beside later ones. ``shard_gradient``: the same for the sharded matrices of the vocabulary, after the
+    last T and the last D of a rank.
+
     ``activation``: what a microbatch holds between F and the end of its backward, per virtual stage.
     ``output_activation``: what it holds between S and the end of T, per rank. ``held``: what is held all the time, per
     rank.
@@ -32,6 +36,8 @@ class PipelineCosts:
     collective: float = 0.0
     exchange: float = 0.0
     finish: tuple[float, ...] = ()
+    gradient: tuple[float, ...] = ()
+    shard_gradient: tuple[float, float] = (0.0, 0.0)
     activation: tuple[int, ...] = ()
     output_activation: tuple[int, ...] = ()
     held: tuple[int, ...] = ()
@@ -50,14 +56,20 @@ class PipelineCosts:
             return self.output[stage][kind == "T"]
         return self.embedding[stage][kind == "D"]
 
+    def sum_seconds(self, each: Pass, end_kind: str) -> float:
+        """Adding up over the replicas what the last pass of this kind and stage completes."""
+        if each.kind == end_kind:
+            return self.gradient[each.stage] if self.gradient else 0.0
+        return self.shard_gradient["TD".index(each.kind)] if each.kind in ("T", "D") else 0.0
+
     def check(self, schedule: Schedule) -> None:
         """Raises ScheduleError when the costs are not those of this schedule's stages and ranks."""
         stages, ranks = schedule.stages, schedule.ranks
         wanted: dict[str, tuple[int, bool]] = {
             "forward": (stages, True), "backward": (stages, True), "weight": (stages, False),
             "output": (ranks, bool(schedule.vocabulary)), "embedding": (ranks, schedule.embedding),
-            "finish": (ranks, False), "activation": (stages, False), "output_activation": (ranks, False),
-            "held": (ranks, False),
+            "finish": (ranks, False), "gradient": (stages, False), "activation": (stages, False),
+            "output_activation": (ranks, False), "held": (ranks, False),
         }  # fmt: skip
         for name, (count, required) in wanted.items():
             given = len(getattr(self, name))

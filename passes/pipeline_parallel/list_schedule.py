@@ -101,7 +101,7 @@ def list_schedule(problem: Problem, caps: Sequence[int], urgency: Urgency, name:
 
 def stage_caps(schedule: Schedule) -> tuple[int, ...]:
     """Most live microbatches of each virtual stage of a schedule, in the order of its lists."""
-    end_kind = "W" if schedule.split_backward else "B"
+    end_kind = schedule.end_kind
     live = [0] * schedule.stages
     most = [0] * schedule.stages
     for order in schedule.orders:

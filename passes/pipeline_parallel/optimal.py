@@ -8,7 +8,7 @@ activations a_s on ranks with limit A_r.
                 [x_i, x_i + d_i) of one rank do not overlap
                 x of (kind, stage, k + 1) >= end of (kind, stage, k)    microbatches are alike, so their order is free
                 sum of a_s over microbatches between F and backward <= A_r    at every moment
-                C >= x_i + d_i
+                C >= x_i + d_i + g_i    g_i: adding up over replicas what the pass has completed
 
 With one stage on a rank the memory limit is a precedence: the forward of k + c waits for the backward of k. Time is
 whole numbers of a unit so fine that rounding is far below a pass; lengths are rounded up, and what that may have added
@@ -161,7 +161,9 @@ class _Model:
                     model.add(self.start[each] >= self._end(need) + self._units(lag))
             if each.microbatch:
                 model.add(self.start[each] >= self._end(Pass(each.kind, each.stage, each.microbatch - 1)))
-            model.add(self.makespan >= self._end(each))
+            summed = self.problem.costs.sum_seconds(each, self.problem.end_kind)
+            # Rounded down: what follows a pass here never makes the bound larger than it is.
+            model.add(self.makespan >= self._end(each) + math.floor(summed / self.unit + 1e-6))
 
     def _ranks(self, passes: list[Pass]) -> None:
         shell = self.problem.shell

@@ -20,7 +20,7 @@ class Problem:
     @property
     def end_kind(self) -> str:
         """The pass that frees a stage's activations."""
-        return "W" if self.shell.split_backward else "B"
+        return self.shell.end_kind
 
     def kinds(self, rank: int) -> list[tuple[str, int]]:
         """(kind, stage) of all passes of a rank, those of one microbatch."""

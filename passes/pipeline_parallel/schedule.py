@@ -74,6 +74,11 @@ class Schedule:
         """The kind that hands a gradient to the stage before: B, or I."""
         return "I" if self.split_backward else "B"
 
+    @property
+    def end_kind(self) -> str:
+        """The pass that ends a stage's backward and frees its activations: B, or W."""
+        return "W" if self.split_backward else "B"
+
     def rank_of(self, each: Pass) -> int:
         return self.placement[each.stage] if each.kind in STAGE_KINDS else each.stage
 
@@ -154,7 +159,7 @@ def needs(schedule: Schedule, each: Pass) -> list[Pass]:
 def live_limit(schedule: Schedule) -> tuple[int, ...]:
     """Most (stage, microbatch) pairs that are live on each rank at once, in the order of its list: from F to the end of
     B (of W, where backward is split)."""
-    end = "W" if schedule.split_backward else "B"
+    end = schedule.end_kind
     found = []
     for order in schedule.orders:
         live = most = 0

@@ -2,7 +2,7 @@
 
 Every rank has a compute stream that runs its passes in the schedule's order, a stream for sends to each neighbour, and
 one for each kind of collective, so that transfers overlap with compute. A barrier is a collective whose steps begin
-together on all ranks.
+together on all ranks. Where the pipeline has replicas, one of them is simulated: all do the same at the same time.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ from .schedule import Pass, Schedule, topological
 OUTPUT_INPUT, OUTPUT_BARRIER, OUTPUT_GRADIENT, EMBEDDING, EMBEDDING_GRADIENT = (
     "output input", "output barrier", "output gradient", "embedding", "embedding gradient",
 )  # fmt: skip
+#: Stream of the sums of gradients over the replicas of a pipeline.
+REPLICAS = "replicas"
 
 
 @dataclass(frozen=True)
@@ -72,6 +74,7 @@ class _Builder:
         self.arrivals: dict[tuple[Pass, int], int] = {}
         self.meetings: dict[tuple[str, int], list[int]] = {}
         self.last_of: dict[int, int] = {}
+        self.sums: dict[int, list[int]] = {}
 
     def add(self, each: Pass) -> None:
         schedule, (kind, stage, microbatch) = self.schedule, each
@@ -162,13 +165,24 @@ class _Builder:
         return identity
 
     def finish(self) -> None:
-        """The optimizer, on all ranks once the last has its gradients: their norm is taken over all."""
+        """The sums of gradients over replicas, in the order in which passes complete them; then the optimizer, on all
+        ranks once the last has its gradients: their norm is taken over all."""
+        schedule = self.schedule
+        for rank, order in enumerate(schedule.orders):
+            last = {(each.kind, each.stage): each for each in order}
+            for each in (each for each in order if last[each.kind, each.stage] is each):
+                seconds = self.costs.sum_seconds(each, schedule.end_kind)
+                if seconds:
+                    what = {"T": "output layer", "D": "embedding"}.get(each.kind, f"stage {each.stage}")
+                    name = f"gradients of {what}" + (f" of rank {rank}" if each.kind in "TD" else "")
+                    made = self._step(name, rank, REPLICAS, seconds, (self.ids[each],))
+                    self.sums.setdefault(rank, []).append(made)
         for rank, seconds in enumerate(self.costs.finish):
             identity = len(self.steps)
             self.steps.append(
                 Step(
                     id=identity, kind="optimizer", name="optimizer", phase="optimizer", device=rank, seconds=seconds,
-                    depends=(self.last_of[rank],), rendezvous="optimizer",
+                    depends=(self.last_of[rank], *self.sums.get(rank, ())), rendezvous="optimizer",
                 )
             )  # fmt: skip
 
@@ -185,7 +199,7 @@ class _Builder:
             touched.setdefault(high, []).append(("frees", identity))
 
         schedule = self.schedule
-        end_kind = "W" if schedule.split_backward else "B"
+        end_kind = schedule.end_kind
         for microbatch in range(schedule.microbatches):
             for stage, size in enumerate(self.costs.activation):
                 hold(
@@ -205,7 +219,7 @@ class _Builder:
 
 def _live(schedule: Schedule, steps: list[Step], timeline: Timeline) -> tuple[int, ...]:
     """Most microbatches of one stage that are live at once on each rank."""
-    end_kind = "W" if schedule.split_backward else "B"
+    end_kind = schedule.end_kind
     events: dict[int, list[tuple[float, int]]] = {stage: [] for stage in range(schedule.stages)}
     for index, step in enumerate(steps):
         stage, kind = _stage_and_kind(step)

@@ -9,15 +9,16 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from .failures import RankWatch
+from ..rank_watch import RankWatch
 
 
 class Wire:
-    """A group with its watch. ``sent``: bytes that this rank has sent to others; ``exchanges``: of rows, so far."""
+    """A group with its watch, whose own group may be larger. ``sent``: bytes that this rank has sent to others;
+    ``exchanges``: of rows, so far."""
 
     def __init__(self, group: dist.ProcessGroup, watch: RankWatch) -> None:
         self.group, self.watch = group, watch
-        self.rank, self.ranks = watch.rank, watch.ranks
+        self.rank, self.ranks = dist.get_rank(group), dist.get_world_size(group)
         self.sent = 0
         self.exchanges = 0
 

@@ -9,12 +9,14 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
 
 from ...errors import ExpertParallelError
+from ..mesh_layout import MeshLayout, summed
+from ..rank_watch import RankWatch
 from .coherent import CoherentForward
 from .exchange import Wire
 from .experts import ParallelExperts
-from .failures import RankWatch
 from .layout import digest, layouts
 from .predicted_bytes import ModelSizes, predict_bytes
 
@@ -31,8 +33,13 @@ class ExpertParallel:
     - ``auto``: the first call runs at home and counts; later ones use the mode for which fewer bytes are predicted.
     """
 
-    def __init__(self, model: torch.nn.Module, wire: Wire, blocks: dict[str, ParallelExperts], mode: str) -> None:
+    def __init__(
+        self, model: torch.nn.Module, wire: Wire, blocks: dict[str, ParallelExperts], mode: str,
+        replicas: dist.ProcessGroup | None = None,
+    ) -> None:  # fmt: skip
         self.model, self.wire, self.blocks, self.mode = model, wire, blocks, mode
+        #: The processes that hold the same experts, where there are several.
+        self.replicas = replicas
         self.coherent = CoherentForward(model, blocks, wire) if mode != "home" and _supported(model) else None
         if mode == "coherent" and self.coherent is None:
             raise ExpertParallelError(
@@ -91,8 +98,11 @@ class ExpertParallel:
         mine = {id(p) for block in self.blocks.values() for p in block.experts.parameters()}
         for name, parameter in self.model.named_parameters():
             if parameter.requires_grad and id(parameter) not in mine:
-                self._sum(parameter, f"adding the gradients of {name}")
+                self._sum(parameter, f"adding the gradients of {name}", self.wire.watch.group)
         for name, block in self.blocks.items():
+            if self.replicas is not None:
+                for parameter in block.experts.parameters():
+                    self._sum(parameter, f"adding the gradients of {name} over replicas", self.replicas)
             if len(block.layout.ranks[0]) == 1:
                 continue
             experts = len(block.layout.copies)
@@ -100,16 +110,16 @@ class ExpertParallel:
                 whole = parameter.new_zeros((experts, *parameter.shape[1:]))
                 if parameter.grad is not None:
                     whole[list(block.held)] = parameter.grad
-                self._all_reduce(whole, f"adding the gradients of the copies of {name}")
+                self._all_reduce(whole, f"adding the gradients of the copies of {name}", self.wire.group)
                 parameter.grad = whole[list(block.held)].clone()
 
-    def _sum(self, parameter: torch.nn.Parameter, step: str) -> None:
+    def _sum(self, parameter: torch.nn.Parameter, step: str, group: dist.ProcessGroup) -> None:
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
-        self._all_reduce(parameter.grad, step)
+        self._all_reduce(parameter.grad, step, group)
 
-    def _all_reduce(self, value: torch.Tensor, step: str) -> None:
-        self.wire.watch.collective(step, lambda: dist.all_reduce(value, group=self.wire.group))
+    def _all_reduce(self, value: torch.Tensor, step: str, group: dist.ProcessGroup) -> None:
+        self.wire.watch.collective(step, lambda: summed(value, group))
 
     @contextlib.contextmanager
     def counting(self) -> Iterator[Callable[[], int]]:
@@ -123,6 +133,7 @@ def parallelize_experts(
     slots: Sequence[Sequence[int]],
     *,
     group: dist.ProcessGroup | None = None,
+    mesh: DeviceMesh | None = None,
     ranks: int | None = None,
     mode: str = "auto",
     time_limit: float = 60.0,
@@ -131,6 +142,9 @@ def parallelize_experts(
 
     Args:
         slots: [layers][slots] experts in device order, as ``effcc place-experts --json`` prints them.
+        group: the processes that share the experts; all, if None.
+        mesh: instead of a group, over all processes, with axes ``ep`` (they share the experts) and ``dp`` (replicas of
+            that); each process has sequences of its own, and ``reduce_gradients`` adds up over all of them.
         ranks: that the placement was made for; checked, if given.
         mode: ``home``, ``coherent`` or ``auto``, see ExpertParallel.
         time_limit: seconds after which a rank that does not answer ends the others, which then name it.
@@ -144,30 +158,41 @@ def parallelize_experts(
         raise ExpertParallelError(
             "there is no process group", remedy="call torch.distributed.init_process_group first (torchrun)"
         )
-    group = group if group is not None else dist.group.WORLD
-    assert group is not None
-    world = dist.get_world_size(group)
+    if group is not None and mesh is not None:
+        raise ExpertParallelError("both a group and a mesh", remedy="give one of them")
+    layout = MeshLayout.of(mesh, "ep", ExpertParallelError) if mesh is not None else None
+    world = dist.get_world_size(group) if layout is None else layout.ranks
     if ranks is not None and ranks != world:
         raise ExpertParallelError(
             f"the placement is for {ranks} ranks, the group has {world}",
             remedy=f"start {ranks} processes, or place anew with --ranks {world}",
         )
-    members = dist.get_process_group_ranks(group)
-    own = dist.new_group(members, timeout=timedelta(seconds=time_limit), backend=dist.get_backend(group))
-    watch = RankWatch(own, time_limit)
-    _check_equal(watch, digest(slots, mode, _shapes(model)))
+    watch = RankWatch(
+        time_limit, ExpertParallelError,
+        "see that rank's own output; a larger time limit is an argument of parallelize_experts", group,
+    )  # fmt: skip
+    watch.check_equal(
+        "placement, mode or model", digest(slots, mode, _shapes(model)),
+        "give all ranks the same placement file and build the same model on each",
+    )  # fmt: skip
     found = _moe_blocks(model)
     if len(found) != len(slots):
         raise ExpertParallelError(
             f"the placement has {len(slots)} layers, the model has {len(found)} MoE layers",
             remedy="give a placement made from a trace of this model",
         )
+    own, replicas = watch.group, None
+    if layout is not None and layout.replicas > 1:
+        patience = timedelta(seconds=time_limit)
+        row = layout.row_group(patience)
+        assert row is not None
+        own, replicas = row, layout.replica_group(patience)
     wire = Wire(own, watch)
     blocks = {}
-    for (name, block), row in zip(found.items(), slots, strict=True):
-        layout = layouts([row], world, _count(block.experts))[0]
-        blocks[name] = block.experts = ParallelExperts(block.experts, layout, wire, name)
-    return ExpertParallel(model, wire, blocks, mode)
+    for (name, block), chosen in zip(found.items(), slots, strict=True):
+        placed = layouts([chosen], world, _count(block.experts))[0]
+        blocks[name] = block.experts = ParallelExperts(block.experts, placed, wire, name)
+    return ExpertParallel(model, wire, blocks, mode, replicas)
 
 
 def _moe_blocks(model: torch.nn.Module) -> dict[str, Any]:
@@ -197,17 +222,3 @@ def _shapes(model: torch.nn.Module) -> list[tuple[str, tuple[int, ...]]]:
 
 def _supported(model: torch.nn.Module) -> bool:
     return type(model).__name__ in ("MixtralForCausalLM", "Qwen3MoeForCausalLM")
-
-
-def _check_equal(watch: RankWatch, own: bytes) -> None:
-    """All ranks have the same placement, mode and model."""
-    gathered: list[Any] = [None] * watch.ranks
-    watch.collective("comparing placements", lambda: dist.all_gather_object(gathered, own, group=watch.group))
-    usual = max(set(gathered), key=lambda value: (gathered.count(value), value == gathered[0]))
-    other = [rank for rank, value in enumerate(gathered) if value != usual]
-    if other:
-        raise ExpertParallelError(
-            f"rank {watch.rank}: placement, mode or model of rank {', '.join(map(str, other))} differs from others'",
-            where="comparing placements",
-            remedy="give all ranks the same placement file and build the same model on each",
-        )

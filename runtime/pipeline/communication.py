@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -21,11 +20,10 @@ _OPERATIONS: dict[str, Any] = {"max": "MAX", "min": "MIN", "sum": "SUM"}
 
 
 class Lane:
-    """Collectives of one kind among all ranks, one after the other."""
+    """Collectives of one kind in a group of its own, one after the other."""
 
-    def __init__(self, name: str, timeout: timedelta) -> None:
-        self.name = name
-        self.group = dist.new_group(timeout=timeout)
+    def __init__(self, name: str, group: dist.ProcessGroup) -> None:
+        self.name, self.group = name, group
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix=f"effcc {name}")
 
     def submit(self, collective: Callable[[], _T]) -> Future[_T]:
@@ -38,7 +36,8 @@ class Lane:
         return tensor
 
     def broadcast(self, tensor: torch.Tensor, source: int) -> torch.Tensor:
-        dist.broadcast(tensor, source, group=self.group)
+        """From the group's rank ``source``."""
+        dist.broadcast(tensor, group=self.group, group_src=source)
         return tensor
 
     def close(self) -> None:
@@ -46,11 +45,11 @@ class Lane:
 
 
 class Transfers:
-    """Sends and receives between neighbouring stages. A send does not wait; its tensor is held until it is over."""
+    """Sends and receives between neighbouring stages, ranks being those of the group. A send does not wait; its tensor
+    is held until it is over."""
 
-    def __init__(self, stages: int, timeout: timedelta) -> None:
-        self.stages = stages
-        self.group = dist.new_group(timeout=timeout)
+    def __init__(self, stages: int, group: dist.ProcessGroup) -> None:
+        self.stages, self.group = stages, group
         self._pending: list[tuple[Any, torch.Tensor]] = []
 
     def send(self, tensors: Sequence[torch.Tensor], target: int, stage: int, microbatch: int, forward: bool) -> None:
@@ -59,7 +58,7 @@ class Transfers:
         for index, tensor in enumerate(tensors):
             held = tensor.detach().contiguous()
             tag = self._tag(stage, microbatch, forward, index)
-            work = dist.isend(held, target, group=self.group, tag=tag)
+            work = dist.isend(held, group=self.group, tag=tag, group_dst=target)
             if work is not None:
                 self._pending.append((work, held))
 
@@ -71,7 +70,8 @@ class Transfers:
         found = []
         for index, (shape, dtype) in enumerate(shapes):
             tensor = torch.empty(shape, dtype=dtype, device=device)
-            dist.recv(tensor, source, group=self.group, tag=self._tag(stage, microbatch, forward, index))
+            tag = self._tag(stage, microbatch, forward, index)
+            dist.recv(tensor, group=self.group, tag=tag, group_src=source)
             found.append(tensor)
         return found
 

@@ -17,14 +17,19 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
 
 from ...errors import PipelineError
 from ...passes.pipeline_parallel.schedule import Pass, Schedule
 from ...passes.pipeline_parallel.vocabulary_cascade import output_cascade
+from ..mesh_layout import MeshLayout, summed
+from ..rank_watch import RankWatch
 from .communication import Lane, Transfers
+from .gradients import GradientSums
+from .losses import loss_weights
 from .output_layer import Microbatch, OutputLayer, Shard
 from .parameters import RankParameters
-from .stages import Stage, Stages, Value
+from .stages import Stage, Stages, Value, digest
 
 
 @dataclass
@@ -49,7 +54,12 @@ class _Held:
 
 class PipelineRank:
     """``model_state``: parameters and buffers by path, of which only this rank's are kept. ``scale``: what the loss is
-    multiplied with, such as a GradScaler's. Every rank of the default process group must make one, at the same time."""
+    multiplied with, such as a GradScaler's. ``mesh``: of axes ``pp`` and ``dp``; replicas of the pipeline take their
+    own microbatches each, and their gradients are added up. ``timeout``: after which a rank that does not answer ends
+    the others, which then name it. Every process of the default group must make one, at the same time.
+
+    Raises PipelineError where processes, schedule, stages and mesh do not fit, or differ between ranks.
+    """
 
     def __init__(
         self,
@@ -59,23 +69,35 @@ class PipelineRank:
         *,
         scale: float = 1.0,
         timeout: timedelta = timedelta(seconds=300),
+        mesh: DeviceMesh | None = None,
     ) -> None:
         schedule.check()
-        self.rank, self.ranks = dist.get_rank(), dist.get_world_size()
+        self.layout = MeshLayout.of(mesh, "pp", PipelineError)
+        self.rank, self.ranks = self.layout.rank, self.layout.ranks
         if self.ranks != schedule.ranks:
             raise PipelineError(
                 f"the schedule is for {schedule.ranks} ranks, {self.ranks} are running",
-                where=f"rank {self.rank}",
-                remedy=f"start {schedule.ranks} processes",
+                where=self.layout.name,
+                remedy=f"start {schedule.ranks} processes" + (" a replica" if mesh is not None else ""),
             )
         if len(stages.stages) != schedule.stages or bool(schedule.vocabulary) != (stages.output is not None):
             raise PipelineError(
                 "schedule and stages were not made for each other", remedy="cut the step for the schedule"
             )
         self.schedule, self.stages, self.scale = schedule, stages, scale
+        self.watch = RankWatch(
+            timeout.total_seconds(), PipelineError,
+            "see that rank's own output, and start the step again from the last checkpoint; PipelineRank has a timeout",
+        )  # fmt: skip
+        self.watch.check_equal(
+            "the plan or model", digest(schedule, stages), "give all ranks the same plan and build the same model"
+        )
         self.parameters = RankParameters(schedule, stages, model_state, self.rank)
-        self.transfers = Transfers(schedule.stages, timeout)
-        self.lanes = {name: Lane(name, timeout) for name in ("rows", "barrier 0", "barrier 1", "embedding", "gradient")}
+        with self.watch.waiting("making groups"):
+            self.transfers = Transfers(schedule.stages, self._group(timeout))
+            names = ("rows", "barrier 0", "barrier 1", "embedding", "gradient")
+            self.lanes = {name: Lane(name, self._group(timeout)) for name in names}
+            self.sums = GradientSums(schedule, self.parameters, self.layout, timeout)
         self.output: OutputLayer | None = None
         if stages.output is not None:
             kind = "two-barriers" if schedule.vocabulary == "interlaced" else schedule.vocabulary
@@ -87,15 +109,17 @@ class PipelineRank:
             "S": self._output_start, "T": self._output_finish, "E": self._embed, "D": self._embed_gradient,
         }  # fmt: skip
 
+    def _group(self, timeout: timedelta) -> dist.ProcessGroup:
+        found = self.layout.row_group(timeout)
+        assert found is not None
+        return found
+
     def step(self, microbatches: Sequence[Sequence[Any]]) -> StepReport:
         """Run the schedule once: gradients are added to those of ``parameters``. Each rank gets all microbatches'
-        inputs; only the ranks that use one read it. Raises PipelineError naming rank and pass."""
+        inputs of its replica; only the ranks that use one read it. Raises PipelineError naming rank and pass."""
         if len(microbatches) != self.schedule.microbatches:
-            raise PipelineError(
-                f"the schedule has {self.schedule.microbatches} microbatches, the batch {len(microbatches)}",
-                where=f"rank {self.rank}",
-                remedy="cut the batch into as many, or plan for that number",
-            )
+            said = f"the schedule has {self.schedule.microbatches} microbatches, the batch {len(microbatches)}"
+            raise self._failed("the begin of a step", said, "cut the batch into as many, or plan for that number")
         self.inputs = microbatches
         self.report = StepReport()
         self.held: dict[tuple[int, int], _Held] = {}
@@ -104,29 +128,54 @@ class PipelineRank:
         self.needed: dict[int, int] = {}
         self.waiting: dict[tuple[str, int], Future[Any]] = {}
         self.sent: list[Future[Any]] = []
-        self._post_receives()
-        self.losses = torch.zeros((), dtype=torch.float64)
-        self.weights = self._loss_weights()
-        for each in self.schedule.orders[self.rank]:
-            try:
+        self.sums.begin()
+        try:
+            self.watch.doing("the begin of a step")
+            self.weights = loss_weights(self.stages, self.inputs, self.scale, self.layout.replicas, self._over_replicas)
+            self._post_receives()
+            self.losses = torch.zeros((), dtype=torch.float64)
+            for each in self.schedule.orders[self.rank]:
+                self.watch.doing(f"pass {each}")
                 self._run[each.kind](each)
-            except (RuntimeError, ValueError) as error:
-                raise PipelineError(
-                    f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}",
-                    where=f"rank {self.rank}, pass {each} ({self.schedule.name})",
-                    remedy="if a rank was lost, start the step again from the last checkpoint",
-                ) from error
-        for future in (*self.waiting.values(), *self.sent):  # what no pass of this rank has waited for
-            future.result()
-        self.transfers.finish()
-        self.parameters.reduce_shared_gradients()
-        if self.output is None:
-            dist.all_reduce(self.losses)
-        self.report.loss = float(self.losses)
+                self.sums.after(each)
+            with self.watch.waiting("the end of the step"):
+                self._finish()
+        except (RuntimeError, ValueError, IndexError) as error:  # of this rank's own; what waits has its explanation
+            said = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+            raise self._failed(self.watch.state.place, said, "the cause is above") from error
+        except PipelineError:
+            self.close()
+            raise
         return self.report
 
+    def _over_replicas(self, count: int) -> int:
+        if self.sums.lane is None:
+            return count
+        group = self.sums.lane.group
+        return self.watch.collective("counting the batch's tokens", lambda: int(summed(torch.tensor(count), group)))
+
+    def _finish(self) -> None:
+        """Wait for what no pass of this rank has waited for, and add up gradients and losses."""
+        for future in (*self.waiting.values(), *self.sent):
+            future.result()
+        self.transfers.finish()
+        self.sums.finish()
+        if self.output is None:
+            summed(self.losses, self.transfers.group)
+        if self.sums.lane is not None:
+            summed(self.losses, self.sums.lane.group)
+        self.report.loss = float(self.losses)
+
+    def _failed(self, step: str, said: str, remedy: str) -> PipelineError:
+        """This rank's own error; the others are told."""
+        self.watch.failed(step, said)
+        self.close()
+        return PipelineError(said, where=f"{self.layout.name}, {step} ({self.schedule.name})", remedy=remedy)
+
     def close(self) -> None:
-        for lane in self.lanes.values():
+        """End the threads. Collectives that have begun end by themselves, within the time limit."""
+        self.watch.close()
+        for lane in (*self.lanes.values(), *([self.sums.lane] if self.sums.lane is not None else [])):
             lane.close()
 
     # --- F, B, I, W
@@ -211,11 +260,12 @@ class PipelineRank:
 
     def _output_start(self, each: Pass) -> None:
         assert self.output is not None and self.stages.targets is not None
-        microbatch, rows = each.microbatch, self.stages.rows
+        loss, microbatch, rows = self.stages.loss, each.microbatch, self.stages.rows
+        assert loss is not None
         source = self.schedule.placement[self.schedule.last]
         hidden = self._await("rows", microbatch)
         targets = self.stages.targets(*self.inputs[microbatch]).flatten()
-        counted = targets != self._loss().ignore_index
+        counted = targets != loss.ignore_index
         scale = counted.to(rows.dtype) * self.weights[microbatch]
         started = self.output.start(hidden.reshape(-1, rows.shape[-1]), torch.where(counted, targets, -1), scale)
         self.micro[microbatch] = started
@@ -300,7 +350,8 @@ class PipelineRank:
         if source == self.rank:
             return self.handed.pop((each.stage, each.microbatch, forward))
         shapes = [(value.shape, value.dtype) for value in values]
-        return self.transfers.receive(shapes, source, each.stage, each.microbatch, forward, torch.device("cpu"))
+        with self.watch.waiting(f"pass {each}, from rank {source} of the pipeline"):
+            return self.transfers.receive(shapes, source, each.stage, each.microbatch, forward, torch.device("cpu"))
 
     def _give(self, tensors: list[torch.Tensor], stage: int, microbatch: int, forward: bool) -> None:
         target = self.schedule.placement[stage]
@@ -333,28 +384,13 @@ class PipelineRank:
         self.waiting[lane, microbatch] = self.lanes[lane].submit(lambda: collective(self.lanes[lane]))
 
     def _await(self, lane: str, microbatch: int) -> Any:
-        return self.waiting.pop((lane, microbatch)).result()
+        future = self.waiting.pop((lane, microbatch))
+        with self.watch.waiting(f"{self.watch.state.place}, at {lane} of microbatch {microbatch}"):
+            return future.result()
 
     @staticmethod
     def _gradient_of(leaf: torch.Tensor) -> torch.Tensor:
         return torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
-
-    # --- the loss
-
-    def _loss(self) -> Any:
-        assert self.stages.loss is not None
-        return self.stages.loss
-
-    def _loss_weights(self) -> list[float]:
-        """What each microbatch's loss (a sum over tokens, for a cross-entropy) counts with: the mean is over the tokens
-        of all microbatches that are not ignored; other losses are averaged over the microbatches."""
-        count = len(self.inputs)
-        if self.stages.targets is None:
-            return [self.scale / count] * count
-        if not self._loss().mean:
-            return [self.scale] * count
-        tokens = sum(int((self.stages.targets(*each) != self._loss().ignore_index).sum()) for each in self.inputs)
-        return [self.scale / tokens if tokens else float("nan")] * count
 
 
 def _receive(lane: Lane, *, value: Value, source: int) -> torch.Tensor:

@@ -1,7 +1,7 @@
 """The parameters that one rank of a pipeline holds: its stages', and its rows of the sharded vocabulary matrices.
 
-A parameter that several stages use (tied embeddings) is one leaf on a rank; where it lies on several ranks, their
-gradients are added up after each step.
+A parameter that several stages use (tied embeddings) is one leaf on a rank; where it lies on several ranks, each has
+one, and their gradients are added up after each step (``gradients``).
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
-import torch.distributed as dist
 
 from ...errors import PipelineError
 from ...passes.pipeline_parallel.schedule import Schedule
@@ -36,8 +35,8 @@ class RankParameters:
                 self.sharded[path] = shard
                 if path not in self.named:  # tied: one shard for both
                     self.named[path] = self._tensor(matrix)[shard.slice].detach().clone().requires_grad_()
-        self._by_stage: dict[int, list[torch.Tensor]] = {}
-        owners: dict[str, set[int]] = {}
+        self._by_stage: dict[int, list[str]] = {}
+        self._owners: dict[str, set[int]] = {}
         for stage in stages.stages:
             paths = [self._path(argument.name) for argument in stage.arguments if argument.kind == "parameter"]
             for path in paths:
@@ -46,14 +45,11 @@ class RankParameters:
                         f"{path} is sharded over the ranks, and stage {stage.index} reads all of it",
                         remedy="shard both the input embedding and the output layer where they are tied",
                     )
-                owners.setdefault(path, set()).add(schedule.placement[stage.index])
+                self._owners.setdefault(path, set()).add(schedule.placement[stage.index])
                 if schedule.placement[stage.index] == rank and path not in self.named:
                     self.named[path] = self._tensor(path).detach().clone().requires_grad_()
             if schedule.placement[stage.index] == rank:
-                self._by_stage[stage.index] = [self.named[path] for path in dict.fromkeys(paths)]
-        # All ranks make all groups, in the same order.
-        self._groups = {path: dist.new_group(sorted(ranks)) for path, ranks in sorted(owners.items()) if len(ranks) > 1}
-        self._shared = {path: group for path, group in self._groups.items() if rank in owners[path]}
+                self._by_stage[stage.index] = list(dict.fromkeys(paths))
 
     def value(self, argument: Argument) -> torch.Tensor:
         """What a stage's module is called with."""
@@ -64,7 +60,24 @@ class RankParameters:
         return self._tensor(argument.name)
 
     def of_stage(self, stage: int) -> list[torch.Tensor]:
-        return [parameter for parameter in self._by_stage[stage] if parameter.requires_grad]
+        leaves = [self.named[path] for path in self._by_stage[stage]]
+        return [leaf for leaf in leaves if leaf.requires_grad]
+
+    def paths_of_stage(self, stage: int) -> list[str]:
+        return self._by_stage[stage]
+
+    def shared_paths(self) -> dict[str, list[int]]:
+        """Parameters that lie on several ranks of a pipeline, with these ranks."""
+        return {path: sorted(ranks) for path, ranks in sorted(self._owners.items()) if len(ranks) > 1}
+
+    @property
+    def output_paths(self) -> list[str]:
+        """The sharded output matrix, if there is one."""
+        return [] if self._stages.output_path is None else [self._path(self._stages.output_path)]
+
+    @property
+    def input_paths(self) -> list[str]:
+        return [] if self._stages.input_path is None else [self._path(self._stages.input_path)]
 
     def output_shard(self) -> torch.Tensor:
         assert self._stages.output_path is not None
@@ -80,14 +93,6 @@ class RankParameters:
             parameter.grad = gradient.clone()
         else:
             parameter.grad += gradient
-
-    def reduce_shared_gradients(self) -> None:
-        """Add up the gradients of parameters that lie on several ranks."""
-        for path, group in sorted(self._shared.items()):
-            parameter = self.named[path]
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-            dist.all_reduce(parameter.grad, group=group)
 
     def _path(self, name: str) -> str:
         return self._canonical.get(name, name)

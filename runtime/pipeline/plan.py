@@ -60,14 +60,16 @@ def plan_pipeline(
     schedules: Sequence[str] = ("1f1b", "interleaved"),
     vocabularies: Sequence[str] = ("", "one-barrier", "two-barriers"),
     memory: int | None = None,
+    replicas: int = 1,
     time_limit: float = 5.0,
     seed: int = 0,
 ) -> PipelinePlan:
-    """Plan ``step`` (a module whose result is the loss) for ``ranks`` devices.
+    """Plan ``step`` (a module whose result is the loss) for ``ranks`` devices, or ``replicas`` times as many.
 
-    ``microbatch``: arguments of one. ``schedules``: of ``SCHEDULES``. ``vocabularies``: "" for vocabulary layers on the
-    first and last stage, or the algorithms that shard them; one that the step does not allow is passed over if there is
-    another. ``memory``: bytes of each device, its own if None. Raises PipelineError or ScheduleError when nothing fits.
+    ``microbatch``: arguments of one; each replica has ``microbatches``. ``schedules``: of ``SCHEDULES``.
+    ``vocabularies``: "" for vocabulary layers on the first and last stage, or the algorithms that shard them; one that
+    the step does not allow is passed over if there is another. ``memory``: bytes of each device, its own if None.
+    Raises PipelineError or ScheduleError when nothing fits.
     """
     graph = export_step(step, microbatch)
     state = _parameter_sizes(step)
@@ -82,7 +84,7 @@ def plan_pipeline(
                 shell = make_schedule(name, ranks, microbatches, kind)
                 head = output_head(graph) if kind else None
                 stages = cut(graph, shell.stages, head, input_head(graph, head.size) if head else None)
-                costs = stage_costs(graph, stages, shell, device, state)
+                costs = stage_costs(graph, stages, shell, device, state, replicas)
                 room = tuple((memory or device.memory) - held for held in costs.held)
                 solved = solve(Problem(shell, costs, room), [shell], time_limit=time_limit, seed=seed)
             except (PipelineError, ScheduleError) as error:
@@ -120,18 +122,20 @@ def make_schedule(name: str, ranks: int, microbatches: int, kind: str = "") -> S
 
 
 def stage_costs(
-    graph: StepGraph, stages: Stages, schedule: Schedule, device: Device, sizes: dict[str, int]
+    graph: StepGraph, stages: Stages, schedule: Schedule, device: Device, sizes: dict[str, int], replicas: int = 1
 ) -> PipelineCosts:
-    """Predicted costs of the cut step. ``sizes``: bytes of each parameter by path."""
+    """Predicted costs of the cut step. ``sizes``: bytes of each parameter by path. Replicas of a rank are neighbours;
+    its neighbours in the pipeline may be on another node as soon as the mesh is larger than one."""
     forward = tuple(_forward_seconds(stage, device) for stage in stages.stages)
     message = max(
         (sum(_value_bytes(value.shape, value.dtype) for value in stage.sends) for stage in stages.stages[:-1]),
         default=0,
     )
-    between = collective_cost("send", message, 2, device).seconds if schedule.ranks > 1 else 0.0
+    everyone = schedule.ranks * replicas
+    between = collective_cost("send", message, everyone, device).seconds if schedule.ranks > 1 else 0.0
     held = [0] * schedule.ranks
     for stage in stages.stages:
-        paths = {argument.name for argument in stage.arguments if argument.kind == "parameter"}
+        paths = _parameters(stage)
         held[schedule.placement[stage.index]] += sum(_state_bytes(sizes[path]) for path in paths)
     output: tuple[tuple[float, float], ...] = ()
     embedding: tuple[tuple[float, float], ...] = ()
@@ -157,8 +161,22 @@ def stage_costs(
         if schedule.embedding:
             moved = 3 * tokens * width * element / _bandwidth(device) + device.launch.value
             embedding = ((moved, 2 * moved),) * ranks
+    summed = [
+        collective_cost("all_reduce", sum(sizes[path] for path in _parameters(stage)), replicas, device).seconds
+        for stage in stages.stages
+    ]
+    # The gradient of a matrix that is both output layer and embedding is whole after D.
+    output_bytes, input_bytes = (
+        -(-sizes[path] // schedule.ranks) if path is not None else 0
+        for path in (None if stages.output_path == stages.input_path else stages.output_path, stages.input_path)
+    )
     return PipelineCosts(
         forward=forward,
+        gradient=tuple(summed) if replicas > 1 else (),
+        shard_gradient=(
+            collective_cost("all_reduce", output_bytes, replicas, device).seconds,
+            collective_cost("all_reduce", input_bytes, replicas, device).seconds,
+        ),
         backward=tuple(_BACKWARD * seconds for seconds in forward),
         output=output,
         embedding=embedding,
@@ -180,6 +198,11 @@ def _forward_seconds(stage: Stage, device: Device) -> float:
             seconds = max(seconds, flop / (device.matrix_rate(_short(value.dtype)) * device.efficiency_of("gemm")))
         total += seconds + device.launch.value
     return total
+
+
+def _parameters(stage: Stage) -> set[str]:
+    """Paths of what the stage reads of the model."""
+    return {argument.name for argument in stage.arguments if argument.kind == "parameter"}
 
 
 def _activation(stage: Stage) -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import bisect
 import contextlib
+import hashlib
 import itertools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 
 from ...errors import PipelineError
+from ...passes.pipeline_parallel.schedule import Schedule
 from .step_graph import InputHead, LossHead, OutputHead, StepGraph, aten, free_nodes
 
 #: How much more than its share of the work the fullest stage may have before more is handed over instead.
@@ -106,6 +108,12 @@ def cut(graph: StepGraph, count: int, output: OutputHead | None = None, embeddin
         graph.parameters[output.weight] if output is not None else None,
         graph.parameters[embedding.weight] if embedding is not None else None,
     )  # fmt: skip
+
+
+def digest(schedule: Schedule, stages: Stages) -> bytes:
+    """32 bytes that differ where ranks would not agree on what to run or to send."""
+    parts = [(stage.arguments, stage.receives, stage.sends) for stage in stages.stages]
+    return hashlib.sha256(repr((schedule.placement, schedule.orders, schedule.vocabulary, parts)).encode()).digest()
 
 
 def _bounds(work: list[Node], result: Node, count: int, outside: Node | None) -> list[int]:

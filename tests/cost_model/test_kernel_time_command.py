@@ -183,7 +183,7 @@ def test_the_documentation_has_every_option() -> None:
     text = (ROOT / "docs" / "command_line.md").read_text()
     section = re.search(r"^## predict\b.*?(?=^## |\Z)", text, re.MULTILINE | re.DOTALL)
     assert section is not None
-    shown = run("predict", "kernels", "--help").stdout
+    shown = "".join(run("predict", command, "--help").stdout for command in ("kernels", "model"))
     real = set(re.findall(r"^│ \*?\s*(--[\w-]+)", shown, re.MULTILINE))
     assert real - {"--help"} == set(re.findall(r"--[a-z][\w-]*", section[0])) - {"--from-data"}
     assert {"--adapt", "--device-file"} <= real

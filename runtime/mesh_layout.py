@@ -1,0 +1,86 @@
+"""Where a process stands in a mesh of replicas: its place in its own replica, and who has that place in the others."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+
+from ..errors import EffccError
+
+
+@dataclass(frozen=True)
+class MeshLayout:
+    """``rows[d][p]``: the process at place p of replica d. ``rank`` and ``replica`` are this process's."""
+
+    rows: tuple[tuple[int, ...], ...]
+    rank: int
+    replica: int
+
+    @classmethod
+    def of(cls, mesh: DeviceMesh | None, axis: str, error: type[EffccError]) -> MeshLayout:
+        """The layout of a mesh with ``axis`` (the places of a replica) and perhaps ``dp`` (replicas), made by
+        ``init_device_mesh`` over all processes; without a mesh, all processes are one replica. Raises ``error`` for
+        other meshes."""
+        me, world = dist.get_rank(), dist.get_world_size()
+        if mesh is None:
+            return cls((tuple(range(world)),), me, 0)
+        names = mesh.mesh_dim_names or ()
+        other = [name for name in names if name not in (axis, "dp")]
+        if other or axis not in names or mesh.size() != world:
+            wrong = (
+                f"axis {other[0]!r}" if other else f"no axis {axis!r}" if axis not in names else f"{mesh.size()} ranks"
+            )
+            raise error(
+                f"a mesh with {wrong} for {axis} of {world} processes", where=f"rank {me}",
+                remedy=f"init_device_mesh(device, (places, replicas), mesh_dim_names=({axis!r}, 'dp')) over all",
+            )  # fmt: skip
+        ranks = mesh.mesh if "dp" in names else mesh.mesh.unsqueeze(-1)
+        if names[0] == axis:
+            ranks = ranks.t()
+        table = tuple(tuple(int(rank) for rank in row) for row in ranks.tolist())
+        replica, rank = next((d, row.index(me)) for d, row in enumerate(table) if me in row)
+        return cls(table, rank, replica)
+
+    @property
+    def ranks(self) -> int:
+        return len(self.rows[0])
+
+    @property
+    def replicas(self) -> int:
+        return len(self.rows)
+
+    @property
+    def name(self) -> str:
+        """This process as messages call it."""
+        place = f" (place {self.rank} of replica {self.replica})" if self.replicas > 1 else ""
+        return f"rank {self.rows[self.replica][self.rank]}{place}"
+
+    def row_group(self, timeout: timedelta, places: Sequence[int] | None = None) -> dist.ProcessGroup | None:
+        """A new group of these places (all, if None) of this process's replica; None if it is not among them. All
+        processes call this together."""
+        chosen = range(self.ranks) if places is None else places
+        return _group([[row[place] for place in chosen] for row in self.rows], timeout)
+
+    def replica_group(self, timeout: timedelta) -> dist.ProcessGroup:
+        """A new group of the processes that have this one's place in their replicas."""
+        found = _group([list(column) for column in zip(*self.rows, strict=True)], timeout)
+        assert found is not None
+        return found
+
+
+def _group(partition: list[list[int]], timeout: timedelta) -> dist.ProcessGroup | None:
+    new_groups: Any = dist.new_subgroups_by_enumeration  # torch has no types for it
+    found: dist.ProcessGroup | None = new_groups(partition, timeout=timeout)[0]
+    return found
+
+
+def summed(value: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+    """``value``, added up in place over a group."""
+    dist.all_reduce(value, group=group)
+    return value
