@@ -12,6 +12,7 @@ import contextlib
 import difflib
 import functools
 import logging
+import math
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -86,6 +87,13 @@ class _Handler(logging.Handler):
         topic = record.name.removeprefix(f"{_ROOT}.")
         if record.levelno >= self.levels.get(topic, logging.CRITICAL):
             print(f"[effcc {topic}] {record.getMessage()}", file=sys.stderr)
+
+
+def tell_gap(what: str, value: float, bound: float, text: Callable[[float], str] = "{:.6g}".format) -> None:
+    """How far a solver that minimises has come, once it has a bound: value, bound, the gap as a share of the value."""
+    if math.isfinite(bound):
+        gap = 100 * max(value - bound, 0.0) / abs(value) if value else 0.0
+        logger("solver").info("%s: %s, bound %s, gap %.2f %%", what, text(value), text(bound), gap)
 
 
 class _Watch(logging.Handler):

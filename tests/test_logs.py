@@ -7,10 +7,12 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 from command_line import Effcc, refused
 from effcc import logs
 from effcc.errors import OptionError
+from fresh_seed import fresh_random
 
 
 @pytest.fixture(autouse=True)
@@ -57,7 +59,6 @@ def test_progress_of_long_work_is_what_it_logs() -> None:
 
 
 def test_the_solver_of_offsets_tells_its_value_and_bound() -> None:
-    import numpy as np
     from effcc.cost_model.offset_assignment.problem import Problem
     from effcc.cost_model.offset_assignment.solver import solve
 
@@ -65,10 +66,25 @@ def test_the_solver_of_offsets_tells_its_value_and_bound() -> None:
     lower, upper, size = np.array([0, 2, 4]), np.array([3, 6, 8]), np.array([4, 2, 3])
     with logs.watching(told.append):
         result = solve(Problem(lower, upper, size, np.ones(3, np.int64)))
-    assert told == [f"offsets of 3 buffers: {result.height} bytes, bound {result.lower_bound}, gap 0.00 %"]
+    assert told == [f"offsets of 3 buffers: {result.height} bytes, bound {result.lower_bound} bytes, gap 0.00 %"]
 
 
 def test_the_documentation_has_every_topic() -> None:
     text = (Path(__file__).parent.parent / "docs" / "options.md").read_text()
     section = text.partition("### Logs")[2]
     assert set(re.findall(r"^\| `(\w+)` \|", section, re.MULTILINE)) == set(logs.TOPICS)
+
+
+def test_the_solver_of_placements_tells_its_value() -> None:
+    from effcc.cost_model.expert_placement.problem import Problem
+    from effcc.cost_model.expert_placement.solver import solve
+
+    generator = np.random.default_rng(fresh_random().getrandbits(32))
+    counts = generator.integers(1, 50, (2, 8, 8)).astype(float)
+    loads = np.stack([counts[0].sum(1), counts[0].sum(0), counts[1].sum(0)])
+    told: list[str] = []
+    with logs.watching(told.append):
+        found = solve(Problem(loads, counts, 4), time_limit=2.0)
+    values = [float(match[1]) for line in told if (match := re.match(r"experts: ([\d.e+]+)", line))]
+    assert values and values == sorted(values, reverse=True)
+    assert values[-1] == pytest.approx(found.objective, rel=1e-4)

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from ...logs import tell_gap
 from .baselines import eplb_global, eplb_hierarchical
 from .problem import Ints, Problem, costs
 from .replicated import anneal_copies
@@ -71,6 +72,7 @@ class CopiesSearch:
         objective = self._objective(slots)
         if objective < self.objective:
             self.slots, self.objective = slots.copy(), objective
+            tell_gap("experts", objective, self.goal)
 
     def run(self, rounds: int = ROUNDS) -> None:
         for number in range(rounds):

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from ...logs import tell_gap
 from .annealing import anneal
 from .baselines import round_robin
 from .chains import improve_by_chains
@@ -56,6 +57,7 @@ class Search:
         objective = self._objective(slots)
         if objective < self.objective:
             self.slots, self.objective = slots.copy(), objective
+            tell_gap("experts", objective, self.goal)
 
     def run(self, rounds: int = ROUNDS) -> None:
         for number in range(rounds):

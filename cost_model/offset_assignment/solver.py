@@ -19,13 +19,12 @@ from dataclasses import replace
 
 import numpy as np
 
-from ...logs import logger
+from ...logs import tell_gap
 from .parts import Part, split
 from .problem import Problem, Result
 from .quick import first_fit, orders, reorder
 from .tables import Ints
 
-_log = logger("solver")
 #: Up to so many buffers first fit in Python is quicker than loading compiled code.
 _PYTHON_BUFFERS = 2000
 #: Work of reordering in Python: trials times the square of the number of buffers; about a second at most.
@@ -106,9 +105,7 @@ def solve(
 
 def _tell(parts: Sequence[Part], bound: int) -> None:
     height = max((part.height for part in parts), default=0)
-    gap = 100 * max(height - bound, 0) / height if height else 0.0
-    _log.info("offsets of %d buffers: %d bytes, bound %d, gap %.2f %%", sum(p.members.size for p in parts), height,
-              bound, gap)  # fmt: skip
+    tell_gap(f"offsets of {sum(part.members.size for part in parts)} buffers", height, bound, "{:.0f} bytes".format)
 
 
 def _greedy(problem: Problem, goal: int, deadline: float) -> list[Part]:

@@ -11,7 +11,7 @@ import itertools
 from collections.abc import Callable, Collection
 
 from ...formatting import bytes_text, seconds_text
-from ...logs import logger
+from ...logs import tell_gap
 from .blocks import Block, blocks_of, crossing_values
 from .candidates import Candidate, evaluate, pareto, staircase
 from .cut import Cut, PricedCuts
@@ -20,8 +20,6 @@ from .master import MasterSolution, solve_master
 from .options import Moments, Option, options_of
 from .problem import JointProblem
 from .simulate import Simulator
-
-_log = logger("solver")
 
 #: What is saved, and what is swapped.
 Key = tuple[frozenset[int], frozenset[int]]
@@ -70,7 +68,10 @@ class ActivationSearch:
         found = solve_master(self.blocks, options, moments, limit)
         if found is None:
             return None
-        tell(found, limit)
+        if limit is None:
+            tell_gap("least memory for activations", found.value, found.bound, lambda size: bytes_text(int(size)))
+        else:
+            tell_gap(f"recomputation within {bytes_text(limit)}", found.value, found.bound, seconds_text)
         saved = frozenset(v for i, o in enumerate(found.chosen) for v in options[i][o].saved)
         swapped = frozenset(v for i, o in enumerate(found.chosen) for v in options[i][o].swapped)
         return evaluate(self.simulator, saved, swapped, self.copy_seconds), found
@@ -131,13 +132,3 @@ class ActivationSearch:
                 if entry.op == moment.op and entry.backward == moment.backward
             ]
         return max(0, min(found))
-
-
-def tell(found: MasterSolution, limit: int | None) -> None:
-    gap = 100 * (found.value - found.bound) / found.value if found.value else 0.0
-    if limit is None:
-        _log.info("least memory for activations: %s, bound %s, gap %.2f %%", bytes_text(int(found.value)),
-                  bytes_text(int(found.bound)), gap)  # fmt: skip
-    else:
-        _log.info("activations within %s: %s of recomputation, bound %s, gap %.2f %%", bytes_text(limit),
-                  seconds_text(found.value), seconds_text(found.bound), gap)  # fmt: skip

@@ -24,6 +24,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ...errors import ScheduleError
+from ...formatting import seconds_text
+from ...logs import tell_gap
 from .bounds import heads_and_tails, lower_bound
 from .heuristics import Found, best_schedule, keeps_limit
 from .precedence import Problem, passes_by_microbatch
@@ -84,7 +86,15 @@ def _improve(problem: Problem, first: Found, time_limit: float, seed: int, worke
     solver.parameters.use_strong_propagation_in_disjunctive = True
     solver.parameters.use_overload_checker_in_cumulative = True
     solver.parameters.use_hard_precedences_in_cumulative = True
-    status = solver.solve(model.model)
+
+    def tell(value: float, bound: float) -> None:
+        tell_gap("pipeline schedule", value * unit + finish, bound * unit - model.rounding + finish, seconds_text)
+
+    class Watch(cp_model.CpSolverSolutionCallback):
+        def on_solution_callback(self) -> None:
+            tell(self.objective_value, self.best_objective_bound)
+
+    status = solver.solve(model.model, Watch())
     proven = max(first.bound, solver.best_objective_bound * unit - model.rounding + finish)
     if status not in (cp_model.OPTIMAL, cp_model.FEASIBLE):
         return replace(first, bound=min(proven, first.run.seconds)), "feasible"
