@@ -166,6 +166,12 @@ def _finish(planned: Planned, paths: dict[str, str], more_notes: list[str], json
     heading(out, planned.plan.model, f" on {planned.plan.device}")
     _print_summary(summary, planned)
     _print_pareto(planned)
+    if planned.plan.cascades:
+        fused = sum(found.verdict != "not" for found in planned.plan.cascades)
+        out.print(
+            f"  Cascades: {fused} of {len(planned.plan.cascades)} groups of dependent reductions would be one kernel; "
+            f"effcc explain {paths['plan']} says why."
+        )
     for note in (*planned.plan.notes, *more_notes, *_hints(planned.plan)):
         out.print(f"  note: {note}", markup=False, style="dim")
     for kind, path in paths.items():
