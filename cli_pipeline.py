@@ -27,12 +27,9 @@ _OTHER_AXES = {
 def parse_mesh(text: str) -> tuple[int, int]:
     """Stages and replicas of ``pp=N,dp=M``, either of which may be missing. Raises OptionError for what is no mesh, or
     has other axes."""
-    found: dict[str, int] = {}
-    for part in text.split(","):
-        axis, equals, size = part.strip().partition("=")
-        if not equals or not size.isdecimal() or not int(size) or axis in found:
-            raise OptionError(f"--mesh {text!r} is not understood", remedy="write pp=4 or pp=4,dp=2")
-        found[axis] = int(size)
+    from .cost_model.parallel_training.mesh import read_axes
+
+    found = read_axes(text, "pp=4 or pp=4,dp=2")
     if other := [axis for axis in found if axis not in ("pp", "dp")]:
         raise OptionError(
             f"--mesh: no plan has the axis {other[0]!r}; the axes are pp and dp",

@@ -1,8 +1,14 @@
-"""Numbers as people read them."""
+"""Numbers and errors as people read them."""
 
 from __future__ import annotations
 
 from .ir.plan import Buffer, Step
+
+
+def first_line(error: BaseException, limit: int = 200) -> str:
+    """What an error says, in a line of at most ``limit`` characters; the name of its type where it says nothing."""
+    text = str(error).strip()
+    return text.splitlines()[0][:limit] if text else type(error).__name__
 
 
 def bytes_text(count: float) -> str:

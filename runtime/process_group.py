@@ -11,6 +11,7 @@ from typing import Any
 import torch.distributed as dist
 
 from ..errors import EffccError, PipelineError
+from ..formatting import first_line
 
 
 def join_group(backend: str = "gloo", limit: float = 120.0, error: type[EffccError] = PipelineError) -> None:
@@ -33,16 +34,16 @@ def join_group(backend: str = "gloo", limit: float = 120.0, error: type[EffccErr
         store = _within(2 * limit + 1.0, lambda: next(rendezvous("env://", timeout=patience))[0])
         dist.init_process_group(backend, store=store, rank=int(rank), world_size=world, timeout=patience)
     except (RuntimeError, ValueError) as failure:
-        raise error(_said(rank, place, limit, str(failure)), where=where, remedy=_remedy(str(failure))) from failure
+        raise error(_said(rank, place, limit, failure), where=where, remedy=_remedy(str(failure))) from failure
 
 
-def _said(rank: str, place: str, limit: float, text: str) -> str:
+def _said(rank: str, place: str, limit: float, failure: Exception) -> str:
+    text = str(failure)
     if "EADDRINUSE" in text:
         return f"rank {rank} cannot listen at {place}: the port is taken"
     if "no answer" in text or "connect" in text:
         return f"rank {rank} finds no group at {place} within {limit:g} s"
-    line = text.strip().splitlines()[0][:200] if text.strip() else "no reason given"
-    return f"rank {rank} could not join its group within {limit:g} s: {line}"
+    return f"rank {rank} could not join its group within {limit:g} s: {first_line(failure)}"
 
 
 def _remedy(text: str) -> str:

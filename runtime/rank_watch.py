@@ -24,6 +24,7 @@ import torch
 import torch.distributed as dist
 
 from ..errors import EffccError
+from ..formatting import first_line
 
 _T = TypeVar("_T")
 #: Most seconds that ranks have to answer an alarm, and how often they listen for one.
@@ -134,7 +135,7 @@ class RankWatch:
             )  # fmt: skip
 
     def _explain(self, step: str, failure: RuntimeError) -> EffccError:
-        reason = str(failure).strip().splitlines()[0][:200] if str(failure).strip() else type(failure).__name__
+        reason = first_line(failure)
         blame = reason
         if self._listener is not None:
             self._listener.alarm()

@@ -63,15 +63,21 @@ class Mesh:
 
 def parse_mesh(text: str) -> Mesh:
     """``dp=8,tp=8,pp=4`` with any of the axes dp, fsdp, tp, pp, cp, ep. Raises OptionError."""
+    found = read_axes(text, "dp=8,tp=8,pp=4")
+    if other := [axis for axis in found if axis not in AXES]:
+        raise OptionError(f"--mesh: unknown axis {other[0]!r}", remedy=f"the axes are {', '.join(AXES)}")
+    return Mesh(**found)
+
+
+def read_axes(text: str, example: str) -> dict[str, int]:
+    """Sizes by axis, of ``axis=size,axis=size``. Raises OptionError, with ``example``, for anything else."""
     found: dict[str, int] = {}
     for part in text.split(","):
         axis, equals, size = part.strip().partition("=")
         if not equals or not size.isdecimal() or not int(size) or axis in found:
-            raise OptionError(f"--mesh {text!r} is not understood", remedy="write dp=8,tp=8,pp=4")
-        if axis not in AXES:
-            raise OptionError(f"--mesh: unknown axis {axis!r}", remedy=f"the axes are {', '.join(AXES)}")
+            raise OptionError(f"--mesh {text!r} is not understood", remedy=f"write {example}")
         found[axis] = int(size)
-    return Mesh(**found)
+    return found
 
 
 def group_cost(kind: str, size: float, ranks: int, stride: int, device: Device) -> CollectiveCost:

@@ -20,6 +20,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from ...errors import PipelineError
+from ...formatting import first_line
 from ...passes.pipeline_parallel.schedule import Pass, Schedule
 from ...passes.pipeline_parallel.vocabulary_cascade import output_cascade
 from ..mesh_layout import MeshLayout, summed
@@ -141,7 +142,7 @@ class PipelineRank:
             with self.watch.waiting("the end of the step"):
                 self._finish()
         except (RuntimeError, ValueError, IndexError) as error:  # of this rank's own; what waits has its explanation
-            said = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+            said = f"{type(error).__name__}: {first_line(error)}"
             raise self._failed(self.watch.state.place, said, "the cause is above") from error
         except PipelineError:
             self.close()

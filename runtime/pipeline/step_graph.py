@@ -15,6 +15,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from ...errors import PipelineError
+from ...formatting import first_line
 
 aten = torch.ops.aten
 #: Ops that move rows about and leave the last dimension alone (where their arguments do).
@@ -93,7 +94,7 @@ def export_step(step: torch.nn.Module, arguments: tuple[Any, ...]) -> StepGraph:
             program = torch.export.export(step, arguments, strict=False)
     except (RuntimeError, ValueError, TypeError) as error:  # what torch.export raises is one of these
         raise PipelineError(
-            f"the step cannot be exported: {str(error).splitlines()[0]}", remedy="see torch.export for what it asks"
+            f"the step cannot be exported: {first_line(error)}", remedy="see torch.export for what it asks"
         ) from error
     signature = program.graph_signature
     if signature.buffers_to_mutate or signature.user_inputs_to_mutate:

@@ -14,6 +14,7 @@ from torch import nn
 
 from ... import torch_internals
 from ...errors import OutputError, TrainStepError
+from ...formatting import first_line
 from ..host_tier import extent, laid_out
 from ..swap_file import memory_at
 from . import optimizers
@@ -80,10 +81,10 @@ class Checkpoint:
     def _state_dict(self, file: Path, device: str) -> dict[str, torch.Tensor]:
         try:
             found = torch.load(file, map_location=device, weights_only=True)
-        except OSError:
+        except (OSError, MemoryError):  # not the file's fault
             raise
         except Exception as error:  # whatever pickle and zip readers raise for a file that is something else
-            raise self._unreadable(str(error).splitlines()[0]) from error
+            raise self._unreadable(first_line(error)) from error
         if isinstance(found, dict) and isinstance(found.get("model"), dict):
             found = found["model"]  # what TrainStep.state_dict gives
         if not isinstance(found, dict):

@@ -121,7 +121,7 @@ def _copied(group: dict[str, Any]) -> dict[str, Any]:
 
 def state_bytes(optimizer: torch.optim.Optimizer, group: dict[str, Any], parameter: torch.Tensor) -> list[int]:
     """Bytes of each tensor that the optimizer will keep for ``parameter``, found on the meta device; empty where the
-    optimizer needs values for that."""
+    optimizer needs values for that (a disk that is too small is then noticed when the state is written)."""
     empty = torch.nn.Parameter(
         torch.empty(parameter.shape, dtype=parameter.dtype, device="meta"), requires_grad=parameter.requires_grad
     )
@@ -129,7 +129,7 @@ def state_bytes(optimizer: torch.optim.Optimizer, group: dict[str, Any], paramet
     empty.grad = torch.empty_like(empty)
     try:
         torch_internals.unhooked_step(made)()
-    except (RuntimeError, NotImplementedError):
+    except RuntimeError:  # what torch raises for the value of a tensor that has none
         return []
     return [value.nbytes for value in made.state[empty].values() if isinstance(value, torch.Tensor)]
 

@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 
 from ...errors import BudgetError, TrainStepError
-from ...formatting import bytes_text
+from ...formatting import bytes_text, first_line
 from . import optimizers, rehearsal
 from .adoption import adopt_parameter, adopt_parameters, adopt_state, reserve_state
 from .checkpoint import fill_meta, write_safetensors
@@ -207,7 +207,7 @@ class TrainStep:
         if self.residency is not None:
             self.residency.recover()
         if self.updates.updated:
-            self._failure = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+            self._failure = f"{type(error).__name__}: {first_line(error)}"
 
     def _adopt(self, tensor: torch.Tensor, name: str) -> None:
         if self.residency is not None:
