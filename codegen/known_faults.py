@@ -6,6 +6,14 @@ import torch
 import torch.fx as fx
 
 _POOLING = {torch.ops.aten.avg_pool2d_backward.default, torch.ops.aten.avg_pool3d_backward.default}
+#: Inductor turns these into a write through a view. Views of complex tensors are opaque calls to its scheduler, which
+#: then does not know that the write changes the tensor behind the view, and may order a read of that before the write.
+_SCATTERS = {
+    torch.ops.aten.as_strided_scatter.default,
+    torch.ops.aten.diagonal_scatter.default,
+    torch.ops.aten.select_scatter.default,
+    torch.ops.aten.slice_scatter.default,
+}
 
 
 def known_fault(node: fx.Node) -> str | None:
@@ -15,4 +23,6 @@ def known_fault(node: fx.Node) -> str | None:
         ceil_mode, count_include_pad, divisor = node.args[5:8]
         if ceil_mode and count_include_pad and divisor is None:
             return "Inductor divides windows that end behind the padding by the whole kernel"
+    if node.target in _SCATTERS and isinstance(value := node.meta.get("val"), torch.Tensor) and value.is_complex():
+        return "Inductor may read a complex tensor before it is written through a view"
     return None

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import msgspec
 import torch
 import torch.fx as fx
 
@@ -15,6 +16,7 @@ from ..errors import EffccError
 from ..ir.graph import Graph
 from .fx_export import to_fx
 from .kernel_batch import Collector, collecting
+from .kernel_order import kernel_order, order_in
 from .region_compiler import CompiledSegments
 from .segments import copy_module
 from .sizes import storage_bytes
@@ -64,7 +66,12 @@ def memory_of_generated_code(region: Graph) -> RegionMemory | None:
     names = [node.name if isinstance(node, fx.Node) else "" for node in results(module)]
     copy = copy_module(module)
     values = [node.meta["val"] for node in copy.graph.nodes if node.op == "placeholder"]
-    with torch_internals.region_settings(), torch_internals.without_code_cache(), collecting(Collector()):
+    with (
+        torch_internals.region_settings(),
+        torch_internals.without_code_cache(),
+        collecting(Collector()),
+        kernel_order(),
+    ):
         try:
             compiled = torch_internals.compile_region(copy, values)
         except Exception:  # whatever Inductor refuses, the planner estimates
@@ -95,7 +102,8 @@ def read_wrapper(source: str, module: fx.GraphModule, inputs: list[str], outputs
             count *= extent
         return count * fallback
 
-    return wrapper_memory(source, inputs, outputs, input_bytes, result_bytes)
+    memory = wrapper_memory(source, inputs, outputs, input_bytes, result_bytes)
+    return msgspec.structs.replace(memory, order=order_in(source)) if memory is not None else None
 
 
 def results(module: fx.GraphModule) -> list[Any]:
