@@ -13,7 +13,7 @@ from .codegen.tiles.roles import Caches, threads
 from .ir.graph import Graph
 from .ir.printer import print_graph
 from .passes.raising.choose import Choice, Refused, choose
-from .passes.raising.group import Group, Rest
+from .passes.raising.group import Early, Group, Rest
 from .passes.raising.prefilter import may_fuse
 from .passes.raising.raise_graph import raise_graph
 
@@ -32,6 +32,7 @@ class Fused(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     bytes_written: int
     bytes_fused: int
     certificates: tuple[str, ...]
+    early: Early | None = None
 
 
 class Decisions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -84,7 +85,8 @@ def _fused(group: Group, text: str) -> Fused:
     return Fused(
         group.name,
         text,
-        group.nodes[-1],
+        # What runs before a gradient that it needs is a part of the forward.
+        group.nodes[0 if group.early else -1],
         group.operands,
         group.results,
         group.rests,
@@ -92,4 +94,5 @@ def _fused(group: Group, text: str) -> Fused:
         group.traffic.written,
         group.traffic.fused,
         tuple(str(certificate) for certificate in group.rewriting.certificates),
+        group.early,
     )

@@ -4,6 +4,7 @@ inference graph, before anything else rewrites it."""
 from __future__ import annotations
 
 import operator
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,10 +15,14 @@ from . import torch_internals
 from .cascade_decisions import Decisions, Fused, decide
 from .codegen.cascade_kernel import CascadeKernel, begin
 from .codegen.cascade_op import give_up_kernel, kernel_of
+from .codegen.chunked_cascade import ChunkedCascade
 from .errors import CompileError, EffccError
 from .frontend.fx_import import from_fx
 from .passes.raising.choose import Choice
 from .runtime.reports import CascadeReport
+
+#: Of a wide tensor, where a cascade is done in chunks: what stays in the caches of a present processor.
+CHUNK_BYTES = 16 << 20
 
 
 @dataclass
@@ -28,7 +33,7 @@ class CascadeFusion:
     reports: list[CascadeReport] = field(default_factory=list)
     refused: list[str] = field(default_factory=list)
     #: Being compiled in the background, by the text of their ops.
-    kernels: dict[str, CascadeKernel] = field(default_factory=dict)
+    kernels: dict[str, CascadeKernel | ChunkedCascade] = field(default_factory=dict)
 
     def finish(self, strict: bool) -> None:
         """Wait for the kernels. Cascades whose kernels do not compile run as eager ops; if ``strict``, they raise
@@ -63,7 +68,7 @@ class CascadeFusion:
             return
         kernels = [kernel_of(each.text).kernel for each in decisions.fused]
         with torch_internals.region_settings():
-            begin(kernels)
+            begin([kernel for kernel in kernels if isinstance(kernel, CascadeKernel)])
         self.kernels.update((each.text, kernel) for each, kernel in zip(decisions.fused, kernels, strict=True))
         values = {node.name: node for node in graph.nodes}
         try:
@@ -89,10 +94,13 @@ def on_cpu(gm: fx.GraphModule) -> bool:
 def insert(graph: fx.Graph, group: Fused, values: dict[str, fx.Node]) -> None:
     """One call of ``effcc.cascade``; its results take the place of the nodes in ``values`` that have their names."""
     model = values[group.model]
-    operands = [values[name] for name in group.operands]
+    early = for_gradient_one(graph, group, values) if group.early else {}
+    operands = [early.get(name, values[name]) for name in group.operands]
     call = add(graph, model, torch.ops.effcc.cascade.default, group.text, operands)
     for index, name in enumerate(group.results):
         part = add(graph, model, operator.getitem, call, index)
+        if group.early and name in group.early.results:
+            part = add(graph, values[name], torch.ops.aten.mul.Tensor, part, values[group.early.tangent])
         if name in values:
             take_the_place(values[name], part)
         values[name] = part
@@ -108,15 +116,45 @@ def insert(graph: fx.Graph, group: Fused, values: dict[str, fx.Node]) -> None:
         values[rest.value] = total
 
 
-def add(graph: fx.Graph, model: fx.Node, target: Any, *args: Any) -> fx.Node:
+def for_gradient_one(graph: fx.Graph, group: Fused, values: dict[str, fx.Node]) -> dict[str, fx.Node]:
+    """The operands that depend on the scalar gradient, as they are if it is 1: their ops once more."""
+    assert group.early is not None
+    model, tangent = values[group.model], values[group.early.tangent]
+    kind = tangent.meta["val"]
+    one = add(graph, model, torch.ops.aten.full.default, [], 1, dtype=kind.dtype, device=kind.device, pin_memory=False)
+    needed = ancestors([values[name] for name in group.early.operands])
+    made = {tangent: one}
+    for node in [node for node in graph.nodes if node in needed]:
+        if node is not tangent and any(operand in made for operand in node.all_input_nodes):
+            with graph.inserting_before(graph.output_node()):
+                made[node] = graph.node_copy(node, lambda operand: made.get(operand, operand))
+            made[node].meta = {**metadata(model), "val": node.meta["val"]}
+    return {name: made[values[name]] for name in group.early.operands}
+
+
+def ancestors(nodes: Sequence[fx.Node]) -> set[fx.Node]:
+    """The nodes and all that they are computed from."""
+    waiting, seen = list(nodes), set(nodes)
+    while waiting:
+        new = set(waiting.pop().all_input_nodes) - seen
+        seen |= new
+        waiting += new
+    return seen
+
+
+def metadata(model: fx.Node) -> dict[str, Any]:
+    return {key: value for key, value in model.meta.items() if key not in ("val", "tensor_meta")}
+
+
+def add(graph: fx.Graph, model: fx.Node, target: Any, *args: Any, **named: Any) -> fx.Node:
     """An op at the end of the graph, with the metadata of ``model`` and its own value."""
     with graph.inserting_before(graph.output_node()):
-        node = graph.call_function(target, args)
-    node.meta.update({key: value for key, value in model.meta.items() if key not in ("val", "tensor_meta")})
+        node = graph.call_function(target, args, named)
+    node.meta.update(metadata(model))
     given = fx.node.map_arg(args, lambda operand: operand.meta["val"])
     gm: Any = graph.owning_module
     with torch_internals.fake_mode_of(gm):
-        node.meta["val"] = target(*given)
+        node.meta["val"] = target(*given, **named)
     return node
 
 

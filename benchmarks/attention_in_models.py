@@ -3,8 +3,8 @@
 python benchmarks/attention_in_models.py [--models gpt2,llama] [--rounds 9] [--length 2048]
 
 ``share``: the part of Inductor's step that attention takes, from a third model whose attention returns its values
-untouched (no scores, no softmax, no second product). ``aim``: 1 - 0.6 * share, the step ratio to stay below. Lengths are
-the longest that each model was published for, up to ``--length`` tokens, batch 1, float32.
+untouched (no scores, no softmax, no second product). ``aim``: 1 - 0.6 * share, the step ratio to stay below. Lengths
+are the longest that each model was published for, up to ``--length`` tokens, batch 1, float32.
 """
 
 from __future__ import annotations

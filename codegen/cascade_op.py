@@ -10,7 +10,7 @@ import functools
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 
@@ -19,19 +19,23 @@ from ..ir.fused_cascade_text import fused_cascade_lines
 from ..ir.parser import parse_fused_cascade
 from ..ir.types import TensorType, contiguous_stride
 from ..passes.rewrite_cascade import Rewriting
-from .cascade_kernel import TORCH_DTYPES
+from .cascade_kernel import TORCH_DTYPES, CascadeKernel
+from .chunked_cascade import ChunkedCascade
 from .eager_cascade import EagerCascade
-from .fused_kernel import FusedKernel, PlacedKernel, prepare_fused, prepare_with
+from .fused_kernel import PlacedKernel, prepare_fused, prepare_with
 
 if TYPE_CHECKING:
     from .triton_tiles.kernel import TritonKernel
+
+#: What the op runs on a CPU.
+CpuKernel: TypeAlias = "PlacedKernel[CascadeKernel] | PlacedKernel[ChunkedCascade]"
 
 _library: Any = torch.library.Library("effcc", "FRAGMENT")  # type: ignore[no-untyped-call]
 _library.define("cascade(str text, Tensor[] operands) -> Tensor[]", tags=(torch.Tag.pt2_compliant_tag,))
 
 #: Rewritten forms and kernels that this process has at hand, by the op's text.
 _rewritten: dict[str, Rewriting] = {}
-_kernels: dict[str, FusedKernel] = {}
+_kernels: dict[str, CpuKernel] = {}
 #: Text of a cascade without its workspace -> the op's text.
 _texts: dict[str, str] = {}
 
@@ -40,11 +44,11 @@ def cascade_text(fused: FusedCascade) -> str:
     return "\n".join(fused_cascade_lines("@fused", fused))
 
 
-def prepare(fused: FusedCascade, rewriting: Rewriting) -> tuple[str, FusedKernel]:
+def prepare(fused: FusedCascade, rewriting: Rewriting) -> tuple[str, CpuKernel]:
     """The op's text for a cascade, and its kernel, not compiled yet. Raises ``NotLowerable``."""
     plain = cascade_text(fused)
     if plain not in _texts:
-        kernel = prepare_fused(fused, rewriting, wide=frozenset(fused.wide))
+        kernel = _prepare_on_cpu(fused, rewriting)
         own = kernel.kernel
         text = cascade_text(replace(fused, thread_bytes=own.scratch_bytes, shared_bytes=own.buffer_bytes))
         _rewritten[text], _kernels[text], _texts[plain] = rewriting, kernel, text
@@ -64,11 +68,19 @@ def prepare_on_gpu(fused: FusedCascade, rewriting: Rewriting, device: int) -> tu
     return text, kernel
 
 
-def kernel_of(text: str) -> FusedKernel:
+def _prepare_on_cpu(fused: FusedCascade, rewriting: Rewriting | None) -> CpuKernel:
+    if not fused.chunks:
+        return prepare_fused(fused, rewriting, wide=frozenset(fused.wide))
+    sizes = {name: int(size) for name, size in fused.sizes.items()}
+    outputs = [view.tensor for view in fused.outputs]
+    return PlacedKernel(fused, ChunkedCascade(fused.cascade, sizes, fused.chunks, fused.dtypes, outputs), {})
+
+
+def kernel_of(text: str) -> CpuKernel:
     kernel = _kernels.get(text)
     if kernel is None:
         fused = parse_fused_cascade(text)
-        kernel = _kernels[text] = prepare_fused(fused, _rewritten.get(text), wide=frozenset(fused.wide))
+        kernel = _kernels[text] = _prepare_on_cpu(fused, _rewritten.get(text))
     return kernel
 
 

@@ -146,7 +146,7 @@ def evaluate(
     if e.is_Symbol:
         return _symbol(e, axes, values, extents).to(dtype)
     if not e.args:
-        return torch.tensor(float(e), dtype=dtype, device=values.device)
+        return torch.full((), float(e), dtype=dtype, device=values.device)
     if e.is_Pow and e.args[1] in _POWERS:
         return _POWERS[e.args[1]](evaluate(e.args[0], axes, values, extents))
     parts = [evaluate(argument, axes, values, extents) for argument in e.args]
@@ -173,10 +173,9 @@ def _contract(
     factors = list(sympy.Mul.make_args(term))
     axes = (*kept, *reduced)
     indicator = next((each for each in factors if _indicator(each, reduced)), None)
-    if indicator is not None and len(factors) > 1:
-        rest = sympy.Mul(*(factor for factor in factors if factor is not indicator))
-        if not set(indicator.args[0].args[1].args) & _axes_of(rest):
-            return _lookup(indicator, rest, kept, values, extents)
+    if indicator is not None:
+        rest = sympy.Mul(indicator.args[1], *(factor for factor in factors if factor is not indicator))
+        return _lookup(indicator, rest, kept, values, extents)
     groups: dict[tuple[sympy.Symbol, ...], list[sympy.Expr]] = {}
     for factor in factors:
         own = tuple(axis for axis in axes if axis in _axes_of(factor))
@@ -199,8 +198,8 @@ def _contract(
 
 
 def _indicator(e: sympy.Expr, reduced: Sequence[sympy.Symbol]) -> bool:
-    """Whether it is 1 at one coordinate of a reduced rank, which a tensor names, and 0 elsewhere."""
-    if not isinstance(e, Where) or not isinstance(e.args[0], Equal) or e.args[1:] != (1, 0):
+    """Whether it is 0 but at one coordinate of a reduced rank, which a tensor names."""
+    if not isinstance(e, Where) or not isinstance(e.args[0], Equal) or e.args[2] != 0:
         return False
     left, right = e.args[0].args
     named = isinstance(right, AppliedUndef) and all(index.is_Symbol for index in right.args)
@@ -214,12 +213,22 @@ def _lookup(
     values: Values,
     extents: Mapping[sympy.Symbol, int],
 ) -> torch.Tensor:
-    """``sum[v] where(v == T[t], 1, 0) * rest`` is rest at v = T[t], or 0 where that lies on another device."""
+    """``sum[v] where(v == T[t], a, 0) * b`` is ``rest``, a * b, at v = T[t], or 0 where that lies elsewhere."""
     rank, named = indicator.args[0].args
     place = values.tensor(tensor_name(named)).long() - values.first.get(rank.name, 0)
     inside = (place >= 0) & (place < extents[rank])
     place = torch.where(inside, place, 0)
     own = tuple(axis for axis in kept if axis in _axes_of(rest))
+    if rank not in _axes_of(rest) or set(named.args) & set(own):
+        shape = [extents[axis] if axis in named.args else 1 for axis in kept]
+        along = [named.args.index(axis) for axis in kept if axis in named.args]
+        inside, place = (each.permute(along).reshape(shape) for each in (inside, place))
+        if rank not in _axes_of(rest):
+            picked = _full(evaluate(rest, kept, values, extents), kept, extents)
+        else:
+            whole = _full(evaluate(rest, (*kept, rank), values, extents), (*kept, rank), extents)
+            picked = whole.gather(-1, _full(place, kept, extents).unsqueeze(-1)).squeeze(-1)
+        return torch.where(inside, picked, 0)
     table = _full(evaluate(rest, (rank, *own), values, extents), (rank, *own), extents)
     rows = table[place] * inside.reshape(*inside.shape, *(1,) * len(own)).to(table.dtype)
     found = (*named.args, *own)

@@ -47,7 +47,8 @@ class FusedCascade:
     that nothing reads them. ``dtypes``: tensor -> the element type it has in the model, for every tensor the cascade
     writes; a kernel computes in float32 or better whatever they are. ``wide`` are tensors that a kernel never stores.
     ``thread_bytes`` and ``shared_bytes``: what its kernel holds while it runs, for each thread and once; 0 where it has
-    not been generated.
+    not been generated. ``chunks``: rank -> coordinates at a time, where a library computes the cascade as it is
+    written, in chunks of independent rows; then the wide tensors are stored for one chunk.
     """
 
     cascade: Cascade
@@ -60,3 +61,4 @@ class FusedCascade:
     wide: tuple[str, ...] = ()
     thread_bytes: int = 0
     shared_bytes: int = 0
+    chunks: Mapping[str, int] = field(default_factory=dict)

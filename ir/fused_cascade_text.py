@@ -14,7 +14,8 @@
     }
 
 ``input 0`` says which element of operand 0 (written ``X``) a tensor's element is, after the sizes of its ranks.
-``workspace`` has the bytes that the kernel holds for each thread, and once.
+``workspace`` has the bytes that the kernel holds for each thread, and once. ``chunk m 4`` says that a library computes
+the cascade as written, 4 coordinates of m at a time.
 """
 
 from __future__ import annotations
@@ -53,6 +54,8 @@ def fused_cascade_lines(name: str, fused: FusedCascade) -> Iterator[str]:
         yield f"  wide {tensor}"
     if fused.thread_bytes or fused.shared_bytes:
         yield f"  workspace {fused.thread_bytes} {fused.shared_bytes}"
+    for rank, size in fused.chunks.items():
+        yield f"  chunk {rank} {size}"
     for einsum in fused.cascade.einsums:
         yield f"  {quote(print_einsum(einsum))}"
     yield "}"
@@ -81,6 +84,7 @@ def read_fused_cascade(
     dtypes: dict[str, str] = {}
     wide: list[str] = []
     workspace = (0, 0)
+    chunks: dict[str, int] = {}
     lines: list[str] = []
     while not scanner.take("}"):
         start = scanner.skip()
@@ -99,14 +103,17 @@ def read_fused_cascade(
             wide.append(word())
         elif scanner.word("workspace"):
             workspace = (count(), count())
+        elif scanner.word("chunk"):
+            rank = word()
+            chunks[rank] = count()
         elif (line := scanner.string()) is not None:
             lines.append(line)
         else:
-            expected = "'size', 'input', 'output', 'type', 'wide', 'workspace', an Einsum in quotes or '}'"
+            expected = "'size', 'input', 'output', 'type', 'wide', 'workspace', 'chunk', an Einsum in quotes or '}'"
             scanner.fail(f"expected {expected}", start)
     cascade = _parsed(scanner, "\n".join(lines))
     return FusedCascade(
-        cascade, sizes, operands, results, tuple(inputs), tuple(outputs), dtypes, tuple(wide), *workspace
+        cascade, sizes, operands, results, tuple(inputs), tuple(outputs), dtypes, tuple(wide), *workspace, chunks
     )
 
 

@@ -10,6 +10,7 @@ from .compiling import (
     compile_error_cause,
     compile_fx,
     compile_region,
+    compile_writer,
     donated_inputs,
     donating,
     lowering_error_target,
@@ -49,6 +50,7 @@ from .observing import (
     peak_growth,
     structured_trace,
 )
+from .scheduling import KernelValue, kernel_order
 from .settings import (
     cache_directory,
     cudagraphs_wanted,
@@ -70,12 +72,13 @@ from .tensors import (
 )
 
 __all__ = [
-    "COMPILER_ERRORS", "CompilationRecord", "backward_only_nodes", "boxed", "cache_directory", "code_cache_path",
-    "code_key", "collect_output_strides", "comment_cpp_calls", "compilations", "compile_cpp_module",
-    "compile_error_cause", "compile_fx", "compile_region", "compiled_entry", "copy_graph", "cudagraphs_wanted",
-    "debug_directory", "divert_cpp_kernels", "donated_inputs", "donating", "fake_mode_of", "fake_result",
-    "first_look", "graph_breaks", "graph_settings", "has_bodies", "inductor_settings", "is_invoke_subgraph",
-    "is_primal", "is_recompilation", "joint_partitioner", "joint_pass", "knapsack_partition", "load_cpp_kernel",
+    "COMPILER_ERRORS", "CompilationRecord", "KernelValue", "backward_only_nodes", "boxed", "cache_directory",
+    "code_cache_path", "code_key", "collect_output_strides", "comment_cpp_calls", "compilations", "compile_cpp_module",
+    "compile_error_cause", "compile_fx", "compile_region", "compile_writer", "compiled_entry", "copy_graph",
+    "cudagraphs_wanted",
+    "debug_directory", "divert_cpp_kernels", "donated_inputs", "donating", "fake_mode_of", "fake_result", "first_look",
+    "graph_breaks", "graph_settings", "has_bodies", "inductor_settings", "is_invoke_subgraph", "is_primal",
+    "is_recompilation", "joint_partitioner", "joint_pass", "kernel_order", "knapsack_partition", "load_cpp_kernel",
     "load_region", "lowering_error_target", "memory_timeline", "minimum_cut_partition", "mode_options",
     "peak_and_mark", "peak_growth", "plain_tensors", "prepare_joint", "record_offset", "refresh_values",
     "region_settings", "remembered_toolchain", "report_output_strides", "saved_outputs", "split_joint",

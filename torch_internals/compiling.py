@@ -24,6 +24,29 @@ def compile_region(gm: torch.fx.GraphModule, example_inputs: Sequence[Any], **kw
     return compile_fx_inner(gm, list(example_inputs), **kwargs)
 
 
+def compile_writer(
+    function: Callable[..., None], like: Sequence[tuple[tuple[int, ...], tuple[int, ...], torch.dtype]]
+) -> Callable[[list[torch.Tensor]], Any]:
+    """Inductor's code of a function that only writes into some of its tensors. ``like``: their shapes, strides and
+    dtypes. Other compilations under way are not touched. Raises what Inductor raises."""
+    from torch._guards import tracing
+    from torch._inductor.decomposition import select_decomp_table
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    with torch.no_grad(), FakeTensorMode() as mode, tracing(TracingContext(mode)):
+        inputs = [torch.empty_strided(shape, stride, dtype=dtype) for shape, stride, dtype in like]
+
+        def returning(*tensors: torch.Tensor) -> tuple[()]:
+            function(*tensors)
+            return ()
+
+        gm = make_fx(returning, decomposition_table=select_decomp_table())(*inputs)
+        gm.graph.eliminate_dead_code()
+        gm.recompile()
+        return compile_region(gm, inputs)  # type: ignore[no-any-return]
+
+
 @contextlib.contextmanager
 def collect_output_strides() -> Iterator[list[Any]]:
     """The strides that regions compiled inside report for their outputs; the surrounding record is left untouched."""

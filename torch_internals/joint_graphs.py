@@ -39,12 +39,13 @@ def minimum_cut_partition(
 
 
 def knapsack_partition(
-    gm: torch.fx.GraphModule, joint_inputs: Any, budget: float, **kwargs: Any
+    gm: torch.fx.GraphModule, joint_inputs: Any, budget: float, solver: str = "dp", **kwargs: Any
 ) -> tuple[torch.fx.GraphModule, torch.fx.GraphModule]:
-    """Torch's choice for its relative ``activation_memory_budget``, 0 to 1. It rewrites ``gm``."""
+    """Torch's choice for its relative ``activation_memory_budget``, 0 to 1, by its ``solver`` (dp, ilp, greedy). It
+    rewrites ``gm``."""
     import torch._functorch.config as functorch_config
 
-    with functorch_config.patch(activation_memory_budget=budget):
+    with functorch_config.patch(activation_memory_budget=budget, activation_memory_budget_solver=solver):
         return minimum_cut_partition(gm, joint_inputs, **kwargs)
 
 

@@ -91,7 +91,7 @@ class Candidates:
             raise NotFused(f"{len(component.core)} Einsums hang together, more than the {_MAX_CORE} of a kernel")
         for _ in range(_MAX_ABSORBED):
             found = self._staged(*self._prepared(component))
-            leaks = self._leaks(found) | self._unmade(found)
+            leaks = self.leaks(found) | self.unmade(found)
             if not leaks:
                 return found
             if any(
@@ -144,10 +144,10 @@ class Candidates:
     def _evaluate(self, candidate: Candidate) -> dict[str, Level]:
         """Extract and rewrite every stage. What must be put off to a later stage, if anything must."""
         candidate.extracted, candidate.traffic, candidate.parts = [], [], []
-        around = self._surroundings(candidate)
+        around = self.surroundings(candidate)
         for stage in candidate.stages:
             _refuse_exact_comparisons(stage, candidate.tensors)
-            wanted = self._wanted(stage, candidate)
+            wanted = self.wanted(stage, candidate)
             named, _ = unify_ranks(stage.einsums, self.rank_sizes, {einsum.output for einsum in stage.einsums})
             merged = merge_nested_sums(named, wanted)
             einsums, wanted, parts = with_partial_sums(merged, wanted, candidate.space)
@@ -179,7 +179,7 @@ class Candidates:
         dtype = "f32" if whole.dtype in ("bf16", "f16") else whole.dtype
         candidate.tensors[part.part] = Tensor(part.part, (), dtype, sizes, (1,) * len(sizes), False)
 
-    def _wanted(self, stage: Stage, candidate: Candidate) -> list[str]:
+    def wanted(self, stage: Stage, candidate: Candidate) -> list[str]:
         """Tensors of the stage that something outside needs, in order."""
         own = {einsum.output for einsum in stage.einsums}
         others = {einsum.output: einsum for other in candidate.stages if other is not stage for einsum in other.einsums}
@@ -190,7 +190,7 @@ class Candidates:
         order = [einsum.output for einsum in stage.einsums if einsum.output in stage.own]
         return [name for name in order if name in read or name in self.needed]
 
-    def _surroundings(self, candidate: Candidate) -> Surroundings:
+    def surroundings(self, candidate: Candidate) -> Surroundings:
         order = {}
         for name, tensor in candidate.tensors.items():
             writer = candidate.space.writer.get(name)
@@ -203,7 +203,7 @@ class Candidates:
         found = self.types.get(tensor.nodes[0]) if tensor.nodes else None
         return found if isinstance(found, TensorType) else TensorType(tensor.dtype, tensor.shape)
 
-    def _unmade(self, candidate: Candidate) -> set[str]:
+    def unmade(self, candidate: Candidate) -> set[str]:
         """Operands that only exist inside an op that is not done as such: what computes them has to be taken in."""
         made = {name for each in candidate.extracted for name in each.results}
         operands = {name for each in candidate.extracted for name in each.operands} - made
@@ -212,7 +212,7 @@ class Candidates:
             raise NotFused("it needs a part of an op that is left as it is")
         return unmade
 
-    def _leaks(self, candidate: Candidate) -> set[str]:
+    def leaks(self, candidate: Candidate) -> set[str]:
         """Einsums outside of the component whose ops need an op of it that is no result (a column of a joined tensor):
         they have to be done by it too."""
         covered = {e.line for stage in candidate.stages for e in stage.einsums if e.output in stage.own}

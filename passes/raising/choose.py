@@ -2,12 +2,14 @@
 
 A component is taken as a whole, with all its stages (a forward and its backward): its wide tensors are then never in
 memory. It is taken where every stage can be rewritten to one pass and the time that the rates predict falls enough, or
-where far less memory is needed and dependent reductions make Inductor keep the wide tensor anyway. What is refused is
-reported with the reason.
+where far less memory is needed and dependent reductions make Inductor keep the wide tensor anyway. Where a library in
+chunks of rows is predicted to be faster than such kernels, all stages are done together that way (``chunked``). What is
+refused is reported with the reason.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -15,16 +17,21 @@ import networkx
 import sympy
 
 from ...cost_model.devices import Device
-from ...ir.cascade import Cascade
+from ...ir.cascade import Cascade, rank
 from ...ir.graph import Graph, Location
+from ...logs import logger
 from ..cascade_analysis import group_of, rank_passes
+from ..rewrite_cascade import Rewriting
 from .candidates import Candidate, Candidates, NotFused, rewritten, value_name
+from .chunked import Chunked, chunked
 from .components import Component, components
 from .emit import Tensor
 from .group import Group, Rest
 from .raise_graph import Raised
 from .stages import Stage
-from .traffic import element_bytes, traffic
+from .traffic import element_bytes, is_contraction, traffic
+
+_log = logger("cascades")
 
 #: A place that is not known.
 _NOWHERE = Location()
@@ -62,13 +69,15 @@ class Rates:
 class Choice:
     """``gain``: least ratio of predicted times. ``wide_bytes`` and ``memory_ratio``: a component whose dependent
     reductions keep a wide tensor of at least so many bytes, so many times what must be moved anyway, is taken for the
-    memory that it saves. ``saved_bytes``: least traffic that a component must save at all."""
+    memory that it saves. ``saved_bytes``: least traffic that a component must save at all. ``chunk_bytes``: of
+    a wide tensor, where a component is done in chunks; 0 for never. The caller must know ``Group.early``."""
 
     rates: Rates = Rates()
     gain: float = 1.2
     wide_bytes: int = 16 << 20
     memory_ratio: float = 1.5
     saved_bytes: int = 1 << 18
+    chunk_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -101,19 +110,18 @@ class _Chooser:
 
     def run(self) -> Chosen:
         """What saves most is taken first; what shares ops with it is not taken any more."""
-        found: list[tuple[float, Component, Candidate]] = []
+        found: list[tuple[float, Component, list[Stage], list[Group]]] = []
         for component in components(self.space):
             try:
                 self._hopeless(component)
-                candidate = self.candidates.work_out(component)
-                found.append((self._decide(candidate), component, candidate))
+                saved, stages, own = self._best(self.candidates.work_out(component))
+                found.append((saved, component, stages, own))
             except NotFused as refusal:
                 self._refuse(component, str(refusal))
         taken: set[str] = set()
         groups: list[Group] = []
-        for _, component, candidate in sorted(found, key=lambda item: -item[0]):
-            einsums = {einsum.output for stage in candidate.stages for einsum in stage.einsums}
-            made = self._groups(candidate)
+        for _, component, stages, made in sorted(found, key=lambda item: -item[0]):
+            einsums = {einsum.output for stage in stages for einsum in stage.einsums}
             if einsums & taken:
                 self._refuse(component, "another group has a part of its ops, and saves more")
             elif not _acyclic(self.graph, [*groups, *made]):
@@ -153,6 +161,36 @@ class _Chooser:
                 "the time"
             )
 
+    def _best(self, candidate: Candidate) -> tuple[float, list[Stage], list[Group]]:
+        """Seconds saved, and the groups: kernels of their own or one in chunks. Raises ``NotFused``."""
+        refusal: NotFused | None = None
+        saved = -math.inf
+        try:
+            saved = self._decide(candidate)
+        except NotFused as error:
+            refusal = error
+        if self.choice.chunk_bytes:
+            try:
+                cut = chunked(self.candidates, candidate, self.choice.chunk_bytes)
+                gain = self._decide_chunked(candidate, cut)
+                if gain > saved:
+                    return gain, [cut.stage], [self._chunked_group(candidate, cut)]
+            except NotFused as error:
+                _log.debug("%s not in chunks: %s", candidate.component.core[0], error)
+        if refusal is not None:
+            raise refusal
+        return saved, candidate.stages, self._groups(candidate)
+
+    def _decide_chunked(self, candidate: Candidate, cut: Chunked) -> float:
+        """Seconds that it saves. A library's products stay what they were; what lies between them stays in a cache."""
+        rates, total = self.choice.rates, cut.traffic
+        if cut.wide_bytes < self.choice.wide_bytes:
+            raise NotFused(f"its largest tensor has {cut.wide_bytes} bytes only")
+        if any(is_contraction(einsum) for einsum in cut.stage.einsums if einsum.output in candidate.component.wide):
+            before = total.flops_written / rates.library + rates.moving(total.written, total.largest)
+            return before - total.flops_written / rates.library - rates.moving(total.written, cut.chunk_bytes)
+        raise NotFused("no product of a library makes its wide tensors")
+
     def _decide(self, candidate: Candidate) -> float:
         """Seconds that the component saves, by the rates. Raises ``NotFused`` if it is not worth it."""
         rates, choice = self.choice.rates, self.choice
@@ -183,6 +221,32 @@ class _Chooser:
                 found = max(found, candidate.space.tensor_elements(name) * element_bytes(candidate.tensors[name]))
         return found
 
+    def _chunked_group(self, candidate: Candidate, cut: Chunked) -> Group:
+        extracted, tensors = cut.extracted, candidate.tensors
+        lines = sorted({einsum.line for einsum in cut.stage.einsums})
+        nodes = tuple(self.graph.nodes[line].name for line in lines)
+        results = tuple(value_name(tensors[name]) for name in extracted.results)
+        fused = extracted.fused
+        return Group(
+            name=f"chunked_{results[0].removeprefix('cascade_')}",
+            component=candidate.component.core[0],
+            fused=fused,
+            operands=tuple(value_name(tensors[name]) for name in extracted.operands),
+            results=results,
+            nodes=nodes,
+            rewriting=Rewriting(fused.cascade, (), (), ()),
+            grid=tuple(rank(name) for name in fused.chunks),
+            streamed=(),
+            wide=fused.wide,
+            traffic=cut.traffic,
+            rounded=_rounded(cut.stage, tensors),
+            location=self._location(lines),
+            early=cut.early,
+        )
+
+    def _location(self, lines: Sequence[int]) -> Location:
+        return next((self.graph.nodes[line].location for line in lines if self.graph.nodes[line].location), _NOWHERE)
+
     def _groups(self, candidate: Candidate) -> list[Group]:
         groups = []
         for number, stage in enumerate(candidate.stages):
@@ -202,9 +266,6 @@ class _Chooser:
             fused = replace(fused, wide=tuple(name for name in wide if name not in written))
             lines = sorted({einsum.line for einsum in stage.einsums if einsum.output in stage.own})
             nodes = tuple(self.graph.nodes[line].name for line in lines)
-            location = next(
-                (self.graph.nodes[line].location for line in lines if self.graph.nodes[line].location), None
-            )
             results = tuple(value_name(candidate.tensors[name]) for name in extracted.results)
             groups.append(
                 Group(
@@ -220,7 +281,7 @@ class _Chooser:
                     wide=tuple(wide),
                     traffic=moved,
                     rounded=_rounded(stage, candidate.tensors),
-                    location=location or _NOWHERE,
+                    location=self._location(lines),
                     rests=tuple(
                         Rest(
                             value_name(candidate.tensors[part.whole]),

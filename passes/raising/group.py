@@ -39,6 +39,16 @@ class Rest:
 
 
 @dataclass(frozen=True)
+class Early:
+    """A kernel that computes gradients before the loss's own, the scalar ``tangent``, is known. The ``operands`` that
+    depend on it are given as for 1; the ``results`` that do are then multiplied by it."""
+
+    tangent: str
+    operands: tuple[str, ...]
+    results: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class Group:
     """``fused`` is the kernel's whole description; equal layers have equal ``fused``.
 
@@ -47,8 +57,8 @@ class Group:
     that every output keeps: their coordinates are independent. ``streamed`` are the ranks that the wide tensors have
     beyond the grid: a kernel loops over tiles of them. ``wide`` are the tensors that are never in memory. ``rounded``
     are graph values that eager rounds to a narrower element type, and the kernel does not. ``rests`` are small sums
-    that the kernel leaves to be done. Groups of one ``component`` (a forward and its backward) are made together or not
-    at all: each keeps what the others compute again.
+    that the kernel leaves to be done; ``early`` says that it runs before a gradient that it needs. Groups of one
+    ``component`` (a forward and its backward) are made together or not at all: each keeps what others compute again.
     """
 
     name: str
@@ -65,3 +75,4 @@ class Group:
     location: Location = _NOWHERE
     rests: tuple[Rest, ...] = ()
     component: str = ""
+    early: Early | None = None

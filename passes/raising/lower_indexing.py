@@ -96,9 +96,10 @@ def _rows(program: Program, table: Value, index: Value) -> Value:
     return pick(program, columns, wide)
 
 
-@lowers("scatter.value", "scatter.src")
+@lowers("scatter.value", "scatter.src", "scatter_add")
 def lower_scatter(program: Program, call: Call) -> Value:
-    """One element a row is written: ``where(v == I[t], source, X[t,v])``."""
+    """One element a row is written, ``where(v == I[t], source, X[t,v])``, or added to,
+    ``X[t,v] + where(v == I[t], source, 0)``."""
     value, dim, index = call.value(0), call.integer(1), is_index(call.value(2))
     dim = dim % value.ndim
     for other in range(value.ndim):
@@ -113,6 +114,11 @@ def lower_scatter(program: Program, call: Call) -> Value:
     given = call.value(3, "src")
     if not all(equal(a, b) for a, b in zip(given.shape, index.shape, strict=True)):
         raise NotRaised("more is given than written")
+    if call.node.op == "aten.scatter_add.default":
+        added = program.generate(
+            lambda e, at: Where(Equal(at[dim], e[0]), e[1], ZERO), value.shape, value.dtype, index, given
+        )
+        return added if _is_zero(value) else program.map(lambda x, y: x + y, value, added)
     return program.generate(
         lambda e, at: Where(Equal(at[dim], e[1]), e[2], e[0]), value.shape, value.dtype, value, index, given
     )

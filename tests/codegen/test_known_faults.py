@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import effcc
 import pytest
 import torch
 from fresh_seed import fresh_random

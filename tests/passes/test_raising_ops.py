@@ -53,6 +53,7 @@ _OPS: dict[str, tuple[Callable[..., Tensor], Callable[[], tuple[Tensor, ...]]]] 
     "embedding": (lambda w, i: F.embedding(i, w).sum(1) + w[i[0]].sum(0), lambda: (_x(7, 3), _index(7, 2, 4))),
     "one hot": (lambda x, i: F.one_hot(i, 5) * x, lambda: (_x(3, 5), _index(5, 3))),
     "scatter": (lambda x, i: x.scatter(1, i, 2.0) + x.scatter(1, i, x[:, :1] * 2), lambda: (_x(3, 5), _index(5, 3, 1))),
+    "scatter_add": (lambda x, i: x.scatter_add(1, i, x[:, :1] * 2), lambda: (_x(3, 5), _index(5, 3, 1))),
     "cross entropy": (
         lambda x, i: F.cross_entropy(x, i, ignore_index=1, label_smoothing=0.2)
         + F.cross_entropy(x, i, reduction="sum"),
