@@ -18,8 +18,9 @@ from .cost_model.devices import Device
 from .errors import EffccError
 from .frontend.fx_import import from_fx
 from .held_elsewhere import Elsewhere
-from .joint_split import split_saving, values_saved
-from .passes.activation.choice import ActivationChoice, copy_seconds, describe
+from .joint_split import prefetches, split_saving, values_saved
+from .passes.activation.choice import ActivationChoice, describe
+from .passes.activation.host_link import host_link
 from .passes.activation.problem import JointProblem, joint_problem
 from .passes.activation.search import ActivationSearch
 
@@ -94,7 +95,7 @@ class ActivationPlanner:
             **others,
         )
         search = ActivationSearch(
-            problem, values_saved(split[0], problem, num_fwd_outputs), self.copies(problem) if self.swap else None
+            problem, values_saved(split[0], problem, num_fwd_outputs), host_link(self.device()) if self.swap else None
         )
         plain = search.plain
         if plain.key not in self.refused and plain.peak + self.excess <= self.budget:
@@ -107,11 +108,9 @@ class ActivationPlanner:
             self.exhausted = True
             chosen = search.least
         self.choice = describe(problem, chosen, plain, "planned", self.budget, search.bound(limit), search.floor_bound)
-        return split_saving(gm, problem, chosen.saved, num_fwd_outputs, static, chosen.swapped)
-
-    def copies(self, problem: JointProblem) -> Callable[[int], float]:
-        """What swapping a value costs."""
-        return copy_seconds(problem, self.device())
+        return split_saving(
+            gm, problem, chosen.saved, num_fwd_outputs, static, chosen.swapped, prefetches(problem, chosen)
+        )
 
     def problem(self, gm: fx.GraphModule, num_fwd_outputs: int) -> JointProblem:
         inputs = gm.graph.find_nodes(op="placeholder")

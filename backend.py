@@ -10,6 +10,7 @@ import torch
 
 from . import torch_internals
 from .budget_loop import compile_within_budget
+from .candidate_timing import compile_faster
 from .cost_model.devices import load_device
 from .frontend.repeated_modules import trace_repeated_modules_once
 from .graph_compiler import Compilation, input_role
@@ -53,4 +54,6 @@ def effcc(
     ):
         if settings.memory_budget is not None:
             return compile_within_budget(gm, example_inputs, compilation)
+        if settings.measure_candidates and settings.cascades and plan is None:
+            return compile_faster(gm, example_inputs, compilation)
         return compilation.run(gm, example_inputs)

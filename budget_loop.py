@@ -10,12 +10,12 @@ import torch
 
 from . import torch_internals
 from .activation_planner import MOST_ATTEMPTS, ActivationPlanner, OverBudgetError
-from .cost_model.devices import load_device
 from .errors import BudgetError
 from .formatting import bytes_text
 from .graph_compiler import Compilation, cost_device
 from .held_elsewhere import held_elsewhere, note_graph, real_inputs
 from .runtime.reports import GraphReport, forget
+from .summary import device_named
 
 
 def compile_within_budget(
@@ -28,7 +28,7 @@ def compile_within_budget(
     budget = budget_in_bytes(compilation.options.memory_budget, example_inputs)
     options = dataclasses.replace(compilation.options, memory_budget=budget)
     name = compilation.options.device or cost_device(example_inputs, GraphReport("", ""))
-    device = load_device(name)
+    device = device_named(name)
     inputs = real_inputs(gm)
     elsewhere = held_elsewhere(inputs, device)
     if elsewhere.optimizer_step > budget:

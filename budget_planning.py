@@ -19,9 +19,10 @@ from .errors import BudgetError, EffccError
 from .formatting import bytes_text
 from .frontend.fx_import import from_fx
 from .ir.plan import Plan
-from .joint_split import split_saving, values_saved
+from .joint_split import prefetches, split_saving, values_saved
 from .passes.activation.candidates import Candidate
-from .passes.activation.choice import ActivationChoice, copy_seconds, describe
+from .passes.activation.choice import ActivationChoice, describe
+from .passes.activation.host_link import host_link
 from .passes.activation.problem import joint_problem
 from .passes.activation.search import ActivationSearch
 
@@ -52,7 +53,8 @@ class JointGraph:
     def split(self) -> tuple[fx.GraphModule, fx.GraphModule]:
         assert self.chosen is not None
         chosen = self.chosen
-        return split_saving(self.module, self.search.problem, chosen.saved, self.outputs, self.static, chosen.swapped)
+        problem, ahead = self.search.problem, prefetches(self.search.problem, chosen)
+        return split_saving(self.module, problem, chosen.saved, self.outputs, self.static, chosen.swapped, ahead)
 
     @property
     def saved_bytes(self) -> int:
@@ -103,8 +105,8 @@ class BudgetPlanner:
             self.notes.append(f"activations are saved as torch chooses: {error.message}")
             self.graphs.append(None)
             return split
-        copies = copy_seconds(problem, self.device) if self.swap else None
-        search = ActivationSearch(problem, values_saved(split[0], problem, num_fwd_outputs), copies)
+        link = host_link(self.device) if self.swap else None
+        search = ActivationSearch(problem, values_saved(split[0], problem, num_fwd_outputs), link)
         self.graphs.append(JointGraph(joint, search, num_fwd_outputs, static))
         return split
 
@@ -123,7 +125,7 @@ class BudgetPlanner:
             over = made.peak.get("device", 0) - budget
             if over <= 0:
                 return self._loosen(captured, made, budget, make)
-            if not self._tighten(over):
+            if _beside_graphs(made) > budget or not self._tighten(over):
                 break
             captured = self._split_again(captured)
             made = make(captured)
@@ -205,6 +207,14 @@ class BudgetPlanner:
             bound = search.bound(graph.limit) if graph.limit is not None else None
             found.append(describe(search.problem, chosen, search.plain, rule, budget, bound, search.floor_bound))
         return found
+
+
+def _beside_graphs(plan: Plan) -> int:
+    """Most bytes in use while neither a forward nor a backward runs: what is saved changes nothing there."""
+    from .summary import live_use
+
+    use = live_use(plan)
+    return max((use[i] for i, step in enumerate(plan.steps) if step.phase == "optimizer"), default=0)
 
 
 def floor_error(plan: Plan, budget: int, bound: int) -> BudgetError:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -16,9 +16,10 @@ from .cascade_decisions import Decisions, Fused, decide
 from .codegen.cascade_kernel import CascadeKernel, begin
 from .codegen.cascade_op import give_up_kernel, kernel_of
 from .codegen.chunked_cascade import ChunkedCascade
+from .cost_model.devices import Device
 from .errors import CompileError, EffccError
 from .frontend.fx_import import from_fx
-from .passes.raising.choose import Choice
+from .passes.raising.choose import Choice, Rates
 from .runtime.reports import CascadeReport
 
 #: Of a wide tensor, where a cascade is done in chunks: what stays in the caches of a present processor.
@@ -27,9 +28,11 @@ CHUNK_BYTES = 16 << 20
 
 @dataclass
 class CascadeFusion:
-    """Callable as a pass over FX graphs. ``reports`` and ``refused`` collect what was done in all graphs of a step."""
+    """Callable as a pass over FX graphs. ``reports`` and ``refused`` collect what was done in all graphs of a step.
+    ``compiles``: whether the graphs are to be run here, and need their kernels."""
 
     choice: Choice = field(default_factory=Choice)
+    compiles: bool = True
     reports: list[CascadeReport] = field(default_factory=list)
     refused: list[str] = field(default_factory=list)
     #: Being compiled in the background, by the text of their ops.
@@ -67,9 +70,10 @@ class CascadeFusion:
         if not decisions.fused:
             return
         kernels = [kernel_of(each.text).kernel for each in decisions.fused]
-        with torch_internals.region_settings():
-            begin([kernel for kernel in kernels if isinstance(kernel, CascadeKernel)])
-        self.kernels.update((each.text, kernel) for each, kernel in zip(decisions.fused, kernels, strict=True))
+        if self.compiles:
+            with torch_internals.region_settings():
+                begin([kernel for kernel in kernels if isinstance(kernel, CascadeKernel)])
+            self.kernels.update((each.text, kernel) for each, kernel in zip(decisions.fused, kernels, strict=True))
         values = {node.name: node for node in graph.nodes}
         try:
             for each in decisions.fused:
@@ -84,6 +88,13 @@ class CascadeFusion:
                     each.name, each.source, each.bytes_written, each.bytes_fused, each.certificates, kernel.source
                 )
             )
+
+
+def choice_for(device: Device, short_of_memory: bool) -> Choice:
+    """What is fused for a device. Where memory is short, a kernel that is somewhat slower is still the cheapest way to
+    do without a wide tensor."""
+    choice = Choice(Rates.of(device), chunk_bytes=CHUNK_BYTES)
+    return replace(choice, memory_ratio=choice.memory_ratio / 2) if short_of_memory else choice
 
 
 def on_cpu(gm: fx.GraphModule) -> bool:

@@ -28,10 +28,11 @@ class CascadeWatch:
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:
         """Inside, joint and inference graphs are kept, bodies of repeated layers included."""
-        with torch_internals.joint_pass(self._keep, "effcc cascade watch"):
+        with torch_internals.joint_pass(self.keep, "effcc cascade watch"):
             yield
 
-    def _keep(self, graph: fx.Graph) -> None:
+    def keep(self, graph: fx.Graph) -> None:
+        """Note a graph that is met for the first time."""
         module: Any = graph.owning_module
         if not torch_internals.first_look(graph, "effcc_watched"):
             return

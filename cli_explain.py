@@ -32,6 +32,10 @@ def explain_command(
         bool,
         typer.Option("--cascades", help="Also which reductions could be one kernel, and why others stay. Seconds."),
     ] = False,
+    schedule: Annotated[
+        bool,
+        typer.Option("--schedule", help="Also the schedule as a model: decisions, alternatives, bounds and gaps."),
+    ] = False,
     json: JsonOption = False,
 ) -> None:
     """Explain a plan: who holds the peak, what is slow and why, which ops fell back, what the solvers proved."""
@@ -40,14 +44,53 @@ def explain_command(
     summary = summarize(loaded)
     verdicts, skipped = _verdicts(file) if cascades or loaded.cascades else ([], [])
     if json:
-        more = {"cascades": verdicts, "notes": skipped} if cascades or loaded.cascades else {}
+        more: dict[str, object] = {"cascades": verdicts, "notes": skipped} if cascades or loaded.cascades else {}
         rows = {"summary": summary, "fallbacks": fallback_rows(loaded), "solvers": solver_rows(loaded)}
+        if schedule:
+            from .inspection.schedule import figures
+
+            more["schedule"] = figures(loaded)
         print_json(rows | {"suggestions": suggestions(loaded, summary)} | more)
         return
     out = console()
     print_explanation(out, loaded, summary, top)
     if cascades or loaded.cascades:
         _cascades(out, verdicts, skipped)
+    if schedule:
+        _schedule(out, loaded)
+
+
+def _schedule(out: Console, plan: Plan) -> None:
+    from .cost_model.step_bounds import step_bounds
+    from .inspection.schedule import decisions, gap_of, taken, value_text, words
+
+    bounds = step_bounds(plan)
+    for line in words(plan, bounds):
+        out.print(line, markup=False, soft_wrap=True)
+    rows = table("stream", "steps", "busy", "alone", right=("steps", "busy", "alone"), title="Streams")
+    for load in bounds.streams:
+        rows.add_row(
+            f"{load.device}: {load.stream}", str(load.steps), seconds_text(load.busy), seconds_text(load.alone)
+        )
+    out.print(rows)
+    found = decisions(plan)
+    if not found:
+        return
+    rows = table("decision", "about", "chosen", "value", "instead of", "bound", "gap", right=("value", "bound", "gap"))
+    rows.title = "What was decided"
+    for each in found:
+        value, gap = taken(each), gap_of(each)
+        others = [
+            f"{a.what} {value_text(a.value, each.unit)}{' (measured)' if a.measured else ''}"
+            for a in each.alternatives
+            if a.what != each.chosen
+        ]
+        rows.add_row(
+            each.kind, each.subject, each.chosen, value_text(value, each.unit) if value is not None else "",
+            "; ".join(others), value_text(each.bound, each.unit) if each.bound is not None else "",
+            f"{100 * gap:.2f} %" if gap is not None else "",
+        )  # fmt: skip
+    out.print(rows)
 
 
 def _verdicts(file: PlanFile) -> tuple[list[CascadeVerdict], list[str]]:

@@ -30,16 +30,29 @@ def map_memory_command(
     ] = None,
     time_limit: Annotated[float, typer.Option("--time-limit", min=0.0, help="Seconds for each file.")] = 10.0,
     seed: Annotated[int, typer.Option("--seed", min=0, help="Of the searches' random choices.")] = 0,
+    device: Annotated[
+        str | None, typer.Option("--device", "-d", help="Of a plan: whose scratchpad. Default: the plan's device.")
+    ] = None,
     json: JsonOption = False,
 ) -> None:
-    """Place buffers with known lifetimes in one arena.
+    """Place buffers with known lifetimes in one arena; or, for a PLAN.effcc, in the scratchpad.
 
     Reads and writes MiniMalloc's CSV: a buffer is live at times lower <= t < upper; a gap is written 3-7 (free) or
     3-7@0:128 (only these bytes in use). Every map is checked by a validator that shares no code with the solver.
     Exit code 0: solved, 1: not within the capacity or the time (the best map is written all the same), 2: bad input.
+
+    Of a plan, each use of each buffer is served from the scratchpad or from device memory: copied, there already, or
+    left out, as makes the steps fastest, beside XLA's heap and a greedy choice, with a bound.
     """
     if capacity is not None and minimize:
         raise OptionError("--capacity and --minimize exclude each other", remedy="give one of them")
+    if any(file.suffix == ".effcc" for file in files):
+        from .cli_map_tiers import map_plan
+
+        map_plan(files, device, capacity, output, time_limit, seed, json)
+        return
+    if device is not None:
+        raise OptionError("--device without a plan", remedy="a CSV's buffers have one arena, whatever the device")
     targets = _targets(files, output)
     rows = []
     for file, target in zip(files, targets, strict=True):

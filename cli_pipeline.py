@@ -12,46 +12,45 @@ from .errors import OptionError
 from .formatting import bytes_text, seconds_text
 
 if TYPE_CHECKING:
+    from .cost_model.devices import Device
     from .ir.plan import Plan
 
 
-#: What to do about axes of a mesh that plans do not have.
-_OTHER_AXES = {
-    "ep": "experts are placed by 'effcc place-experts' and run by effcc.runtime.expert_parallel",
-    "tp": "its time: 'effcc predict --mesh'; to run it, torch.distributed.tensor.parallel on the model",
-    "fsdp": "its time: 'effcc predict --mesh'; to run it, torch.distributed.fsdp.fully_shard on the model",
-    "cp": "its time: 'effcc predict --mesh'; to run it, torch.distributed.tensor.experimental.context_parallel",
-}  # fmt: skip
+def device_on_nodes(device: str, ranks: int, nodes: int | None) -> Device:
+    """The device, with as many to a node as the mesh has ranks for each. Raises OptionError where they do not divide,
+    DeviceError for a device without a network between nodes."""
+    import msgspec
 
+    from .summary import device_named
 
-def parse_mesh(text: str) -> tuple[int, int]:
-    """Stages and replicas of ``pp=N,dp=M``, either of which may be missing. Raises OptionError for what is no mesh, or
-    has other axes."""
-    from .cost_model.parallel_training.mesh import read_axes
-
-    found = read_axes(text, "pp=4 or pp=4,dp=2")
-    if other := [axis for axis in found if axis not in ("pp", "dp")]:
-        raise OptionError(
-            f"--mesh: no plan has the axis {other[0]!r}; the axes are pp and dp",
-            remedy=_OTHER_AXES.get(other[0], "write pp=4 or pp=4,dp=2"),
-        )
-    return found.get("pp", 1), found.get("dp", 1)
+    found = device_named(device)
+    if nodes is None or nodes == 1:
+        return found
+    if ranks % nodes:
+        raise OptionError(f"--nodes {nodes} does not divide {ranks} ranks", remedy="choose a divisor")
+    found.link("cluster")  # there must be one
+    links = tuple(
+        msgspec.structs.replace(link, devices=ranks // nodes) if link.scope == "node" else link for link in found.links
+    )
+    return msgspec.structs.replace(found, links=links)
 
 
 def plan_pipeline(
     model: str, mesh: str, microbatches: int | None, device: str, memory: int | None, dtype: str | None, output: Path,
-    json: bool,
+    nodes: int | None, json: bool,
 ) -> None:  # fmt: skip
     """Plan a training step for the mesh, write the plan, print what was chosen."""
-    ranks, replicas = parse_mesh(mesh)
+    from .cost_model.parallel_training.mesh import parse_mesh
+
+    axes = parse_mesh(mesh)
+    ranks, replicas = axes.pp, axes.ranks // axes.pp
     count = microbatches if microbatches is not None else 4 * ranks
+    on = device_on_nodes(device, axes.ranks, nodes)
     check_writable(output)
-    with quiet_torch(), contextlib.redirect_stdout(sys.stderr), stage(f"plan {ranks * replicas} ranks", quiet=json):
+    with quiet_torch(), contextlib.redirect_stdout(sys.stderr), stage(f"plan {axes.ranks} ranks", quiet=json):
         from .pipeline_steps import plan_file
 
-        planned = plan_file(
-            model, ranks=ranks, replicas=replicas, microbatches=count, device=device, memory=memory, dtype=dtype
-        )
+        planned = plan_file(model, axes, microbatches=count, device=on, memory=memory, dtype=dtype)
     from .ir.plan_file import save_plan
 
     save_plan(output, planned.plan, {}, {})
@@ -59,13 +58,16 @@ def plan_pipeline(
     facts: dict[str, Any] = {
         "schedule": chosen.schedule.name,
         "ranks": chosen.schedule.ranks,
+        "mesh": str(axes),
         "replicas": replicas,
+        "context": planned.chosen.context,
         "stages": chosen.schedule.stages,
         "microbatches": chosen.schedule.microbatches,
         "vocabulary": chosen.schedule.vocabulary or "first and last stage",
         "seconds": run.seconds,
         "bubble": run.bubble,
         "gradient_sums": max(_sum_seconds(planned.plan), default=0.0),
+        "collectives": _collective_seconds(planned.plan),
         "bound": chosen.found.bound,
         "gap": chosen.found.gap,
         "peak": list(run.peak),
@@ -78,17 +80,17 @@ def plan_pipeline(
         return
     out = console()
     of = f"{ranks}" if replicas == 1 else f"{ranks} x {replicas}"
-    heading(out, planned.plan.model, f" on {of} x {device}: {chosen.schedule.name}, {count} microbatches")
+    heading(out, planned.plan.model, f" on {of} x {device} ({axes}): {chosen.schedule.name}, {count} microbatches")
     out.print(
         f"  {seconds_text(run.seconds)} an iteration, bubble {100 * run.bubble:.1f} %; "
         f"no order of these passes is {100 * chosen.found.gap:.2f} % faster",
         markup=False,
     )
-    if replicas > 1:
-        out.print(
-            f"  gradients of {replicas} replicas: {seconds_text(facts['gradient_sums'])} of sums on a rank",
-            markup=False,
-        )
+    if facts["gradient_sums"]:
+        out.print(f"  gradients of replicas: {seconds_text(facts['gradient_sums'])} of sums on a rank", markup=False)
+    for stream, seconds in facts["collectives"].items():
+        how = f" ({chosen.context})" if stream == "context" else ""
+        out.print(f"  {stream}{how}: {seconds_text(seconds)} of exchanges on a rank", markup=False)
     rows = table(
         "rank", "memory", "live microbatches", "computes", right=("rank", "memory", "live microbatches", "computes")
     )
@@ -109,6 +111,16 @@ def _sum_seconds(plan: Plan) -> list[float]:
         if step.stream == REPLICAS:
             found[step.device] = found.get(step.device, 0.0) + step.seconds
     return list(found.values())
+
+
+def _collective_seconds(plan: Plan) -> dict[str, float]:
+    """Of each stream of a mesh's other axes, what the busiest rank spends on it."""
+    found: dict[str, dict[int, float]] = {}
+    for step in plan.steps:
+        if step.stream in ("tensor", "context", "experts", "parameters"):
+            ranks = found.setdefault(step.stream, {})
+            ranks[step.device] = ranks.get(step.device, 0.0) + step.seconds
+    return {stream: max(ranks.values()) for stream, ranks in found.items()}
 
 
 def run_pipeline(

@@ -48,6 +48,9 @@ def plan_command(
     cascades: Annotated[
         bool, typer.Option("--cascades", help="Also which reductions could be one kernel, and why others stay.")
     ] = False,
+    fuse: Annotated[
+        bool, typer.Option("--fuse/--no-fuse", help="Whether cascades become kernels, as in torch.compile (cascades).")
+    ] = True,
     dynamic: Annotated[bool, typer.Option("--dynamic", help="Keep the inputs' sizes symbolic.")] = False,
     output: Annotated[Path, typer.Option("-o", "--output", help="Where the plan goes.")] = Path("plan.effcc"),
     report: Annotated[
@@ -65,7 +68,14 @@ def plan_command(
     ] = None,
     mesh: Annotated[
         str | None,
-        typer.Option("--mesh", metavar="pp=N[,dp=M]", help="Plan a training step as a pipeline of N devices, M times."),
+        typer.Option(
+            "--mesh",
+            metavar="pp=N[,dp=N,...]",
+            help="Plan a training step on a mesh of devices with any of the axes pp, dp, cp, tp, fsdp, ep.",
+        ),
+    ] = None,
+    nodes: Annotated[
+        int | None, typer.Option("--nodes", min=1, help="With --mesh: how many nodes the devices are spread over.")
     ] = None,
     microbatches: Annotated[
         int | None, typer.Option("--microbatches", min=1, help="With --mesh; the file's inputs are one of them.")
@@ -83,7 +93,7 @@ def plan_command(
         from .cli_pipeline import plan_pipeline
 
         memory = budget_bytes(memory_budget, device, "--memory-budget")
-        plan_pipeline(model, mesh, microbatches, device, memory, dtype, output, json)
+        plan_pipeline(model, mesh, microbatches, device, memory, dtype, output, nodes, json)
         return
     if emit not in (None, "mlir"):
         raise OptionError(f"--emit {emit!r} is not understood", remedy="the only form is mlir")
@@ -99,6 +109,7 @@ def plan_command(
         swap=swap,
         pareto=pareto,
         cascades=cascades,
+        fuse=fuse,
         dynamic=dynamic,
         pipeline=pipeline or PIPELINE,
         dump_dir=dump_dir,

@@ -76,7 +76,7 @@ def predict_model_command(
         else:
             shape, found = _on_mesh(request.model, mesh, names, microbatches, dtype, recompute, interleave, zero, json)
     if json:
-        print_json({"model": model, "mesh": mesh, "shape": shape, "devices": found})
+        print_json({"model": model, "mesh": mesh, "shape": shape, "devices": found, "energy": None})
         return
     _print(model, mesh, shape, found)
 
@@ -110,6 +110,7 @@ def _print(model: str, mesh: str | None, shape: TransformerShape | None, found: 
             ", ".join(f"{name} {100 * share:.0f} %" for name, share in each.shares.items() if share >= 0.005),
         )  # fmt: skip
     out.print(rows)
+    out.print("Energy and power: not available; no measured rows of them are at hand.")
     for each in found if mesh else ():
         spent = ", ".join(
             f"{name} {seconds_text(part)}" for name, part in each.parts.items() if part > 1e-3 * each.seconds

@@ -7,18 +7,20 @@ import os
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import torch
 
 from . import torch_internals
 from .activation_planner import ActivationPlanner, OverBudgetError
 from .captured_graph import CapturedGraph
-from .cascade_fusion import CascadeFusion
+from .cascade_fusion import CascadeFusion, choice_for
 from .codegen.host_module import constants_of, host_source
 from .codegen.kernel_batch import Collector
+from .codegen.kernel_order import kernel_order
 from .codegen.region_compiler import CompiledSegments, compile_segments, cut_again, source_of
 from .codegen.region_store import (
     GraphRecord,
@@ -35,10 +37,9 @@ from .cost_model.gemm_measurement import GemmMeasurements
 from .errors import BudgetError, CompileError
 from .formatting import bytes_text
 from .held_elsewhere import Elsewhere
-from .ir.plan import Plan
+from .ir.plan import Decision, Plan
 from .options import Options
 from .passes.manager import DUMP_VARIABLE
-from .passes.raising.choose import Choice, Rates
 from .runtime.cache_directory import usable_directory
 from .runtime.compiled_graph import CompiledGraph
 from .runtime.peak_meter import PeakMeter
@@ -65,15 +66,15 @@ class Compilation:
     restored: bool = False
     #: Chooses what forwards save, where there is a budget.
     activation: ActivationPlanner | None = None
+    #: What was decided of the graph as a whole.
+    decisions: list[Decision] = field(default_factory=list)
     #: Records to be kept once the whole step is compiled, by key.
     records: dict[str, tuple[Member, GraphRecord]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.planner = StepPlanner(self.options.device or "cpu")
-        choice = Choice(Rates.of(device_named(self.options.device or "cpu")))
-        # Where memory is short, a kernel that is somewhat slower is still the cheapest way to do without a wide tensor.
-        short = self.options.memory_budget is not None
-        self.fusion.choice = replace(choice, memory_ratio=choice.memory_ratio / 2) if short else choice
+        device = device_named(self.options.device or "cpu")
+        self.fusion.choice = choice_for(device, self.options.memory_budget is not None)
 
     def run(self, gm: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         """Compile Dynamo's graph, forward and backward."""
@@ -91,7 +92,7 @@ class Compilation:
         self.planner.device = self.options.device or cost_device(example_inputs, report)
         torch_internals.refresh_values(gm, example_inputs)
         source = self.source(gm, report)
-        with torch_internals.region_settings():
+        with torch_internals.region_settings(), kernel_order(self.options.kernel_order):
             # Dumps show passes at work, so they are run.
             key = None if wants_dumps(self.options) else record_key(gm, example_inputs, kwargs, self.options.gemm)
             result = self.restore(key, source, report, kwargs) or self.compile_anew(key, source, report, kwargs)
@@ -229,7 +230,10 @@ class Compilation:
 
     def plan(self) -> Plan | None:
         """The plan that was given, else one made from what was compiled."""
-        return self.given_plan or self.planner.plan_or_none()
+        made = self.given_plan or self.planner.plan_or_none()
+        if made is None or not self.decisions:
+            return made
+        return msgspec.structs.replace(made, decisions=(*made.decisions, *self.decisions))
 
     def keep_budget(self) -> None:
         """Raises BudgetError when the step does not fit in the option ``memory_budget``."""

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
 import torch.fx as fx
 
 from . import torch_internals
+from .passes.activation.candidates import Candidate
 from .passes.activation.problem import JointProblem
 
 
@@ -20,29 +21,47 @@ def split_saving(
     num_fwd_outputs: int,
     static_inputs: list[int],
     swapped: Collection[int] = (),
+    prefetch: Mapping[int, str] | None = None,
 ) -> tuple[fx.GraphModule, fx.GraphModule]:
     """Split ``gm`` so that the values ``saved`` of its problem are kept. Views of them are made again in the backward.
 
     What the backward then needs is found here, on the FX graph itself; an input that it needs is kept as well. Of
-    ``swapped`` values the forward hands on where they are on the host.
+    ``swapped`` values the forward hands on where they are on the host; their copies back begin before the nodes that
+    ``prefetch`` names.
     """
     away = {node_of(gm, problem, value) for value in swapped}
     keep = {node_of(gm, problem, value) for value in saved} | away
     split = torch_internals.split_joint(gm, needed(gm, keep, num_fwd_outputs), num_fwd_outputs, static_inputs)
     if away:
-        swap(*split, {node.name for node in away}, num_fwd_outputs)
+        ahead = {node_of(gm, problem, value).name: name for value, name in (prefetch or {}).items()}
+        swap(*split, {node.name: ahead.get(node.name, "") for node in away}, num_fwd_outputs)
     return split
 
 
-def swap(forward: fx.GraphModule, backward: fx.GraphModule, names: Collection[str], num_fwd_outputs: int) -> None:
-    """Put the ops that take saved values to the host and bring them back into a split graph, in place.
+def prefetches(problem: JointProblem, chosen: Candidate) -> dict[int, str]:
+    """Swapped value -> the op of the backward before which its copy from the host begins, as the simulator has it."""
+    run = chosen.simulation
+    found: dict[int, str] = {}
+    for value, position in run.issued:
+        while run.entries[position].fetched:
+            position += 1
+        found[value] = problem.ops[run.entries[position].op].name
+    return found
+
+
+def swap(forward: fx.GraphModule, backward: fx.GraphModule, names: Mapping[str, str], num_fwd_outputs: int) -> None:
+    """Put the ops that take saved values to the host and bring them back into a split graph, in place. ``names`` says
+    before which node of the backward each value's copy begins (empty: before its first use).
 
     rewrite::
 
         forward   %a = f(...); return (..., %a)      ->  %h = effcc.swap_out(%a); return (..., %h)
-        backward  %a = input(); ...; %b = g(%a)      ->  %a = input(); ...; %x = effcc.swap_in(%a, ...); %b = g(%x)
+        backward  %a = input(); ...; %c = ...;       ->  %a = input(); ...; %x = effcc.swap_in(%a, ...); %c = ...;
+                  %b = g(%a)                             %w = effcc.swap_wait(%x); %b = g(%x)
+
+    Only where copies have a stream of their own, on a GPU, is there something to wait for.
     """
-    from .runtime import host_tier  # noqa: F401  (it defines the ops)
+    from .runtime.host_tier import runs_beside  # (with it come the ops)
 
     (output,) = forward.graph.find_nodes(op="output")
     results = list(output.args[0])
@@ -58,18 +77,25 @@ def swap(forward: fx.GraphModule, backward: fx.GraphModule, names: Collection[st
             handles[node.name] = handle
         results[index] = handles[node.name]
     output.args = (tuple(results),)
+    order = list(backward.graph.nodes)
+    place = {node: position for position, node in enumerate(order)}
+    by_name = {node.name: node for node in order if node.op == "call_function"}
     for node in backward.graph.find_nodes(op="placeholder"):
         if node.name not in handles:
             continue
         value = node.meta["val"]
-        first = next(other for other in backward.graph.nodes if other in node.users)
-        with backward.graph.inserting_before(first):
+        first = next(other for other in order if other in node.users)
+        with backward.graph.inserting_before(min(first, by_name.get(names[node.name], first), key=place.__getitem__)):
             fetched = backward.graph.call_function(
                 torch.ops.effcc.swap_in.default,
                 (node, list(value.size()), list(value.stride()), value.dtype, value.device),
             )
         node.replace_all_uses_with(fetched, delete_user_cb=lambda user, own=fetched: user is not own)
         fetched.meta = _origin(node) | {"val": value}
+        if runs_beside(value.device):
+            with backward.graph.inserting_before(first):
+                waiting = backward.graph.call_function(torch.ops.effcc.swap_wait.default, (fetched,))
+            waiting.meta = _origin(node) | {"val": None}
         node.meta = dict(node.meta) | {"val": handles[node.name].meta["val"]}
         node.meta.pop("tensor_meta", None)
     for module in (forward, backward):

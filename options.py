@@ -67,6 +67,11 @@ class Options:
     cascades: bool = True
     #: GEMM library for float32 on CPU: ``"measure"`` times the candidates once per shape class, or a fixed one.
     gemm: str = "measure"
+    #: Order of a region's kernels: ``"memory"``: that which needs the least at once, by CP-SAT; ``"inductor"``: the
+    #: best of Inductor's heuristics.
+    kernel_order: str = "memory"
+    #: Run a graph with its cascades fused and as it is written, where the cost model cannot tell which is faster.
+    measure_candidates: bool = False
 
     def chosen_cache(self) -> Path | None:
         """The cache directory that the user has set, by option or by ``EFFCC_CACHE_DIR``."""
@@ -77,12 +82,17 @@ class Options:
         return self.chosen_cache() or default_cache_dir()
 
 
-_CHOICES = {"fallback": ("eager", "error"), "gemm": ("measure", "onednn", "blas")}
+_CHOICES = {
+    "fallback": ("eager", "error"),
+    "gemm": ("measure", "onednn", "blas"),
+    "kernel_order": ("memory", "inductor"),
+}
 _TYPES: dict[str, tuple[type, ...]] = {
     "verify": (bool,),
     "repeated_modules": (bool,),
     "swap": (bool,),
     "cascades": (bool,),
+    "measure_candidates": (bool,),
 }
 _TEXTS = ("plan", "dump_dir", "device", "cache_dir", "swap_dir")
 

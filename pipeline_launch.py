@@ -15,7 +15,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from .errors import PipelineError, PlanError
 from .ir.plan_file import load_plan
-from .passes.pipeline_parallel.plan import from_plan, replicas_of
+from .pipeline_steps import PlannedMesh
 
 
 def launch(
@@ -27,12 +27,12 @@ def launch(
     processes, PipelineError when a rank fails, naming it.
     """
     plan = load_plan(plan_path).plan
-    ranks, replicas = from_plan(plan).ranks, replicas_of(plan)
-    if ranks * replicas != nproc:
-        wanted = f"{ranks} ranks" + (f" of {replicas} replicas" if replicas > 1 else "")
+    planned = PlannedMesh.of(plan)
+    planned.check_runs()
+    if planned.mesh.ranks != nproc:
         raise PlanError(
-            f"the plan is for {wanted}, not {nproc}", where=str(plan_path),
-            remedy=f"run it with --nproc {ranks * replicas}, or plan for another mesh",
+            f"the plan is for {planned.mesh.ranks} ranks ({planned.mesh}), not {nproc}", where=str(plan_path),
+            remedy=f"run it with --nproc {planned.mesh.ranks}, or plan for another mesh",
         )  # fmt: skip
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

@@ -24,14 +24,18 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.utils import _pytree as pytree
 
-from .cost_model.devices import load_device
-from .errors import EffccError, PipelineError
+from .context_parallel import split_sequence
+from .cost_model.devices import Device
+from .cost_model.parallel_training.mesh import Mesh
+from .errors import EffccError, OptionError, PipelineError, PlanError
 from .frontend.inputs import check_inputs, convert
 from .frontend.model_file import ModelSpec, load_model_file, parse_dtype
 from .frontend.without_weights import Weightless
 from .ir.plan import Plan
 from .ir.plan_file import load_plan
-from .passes.pipeline_parallel.plan import from_plan, replicas_of, to_plan
+from .passes.pipeline_parallel.plan import from_plan, mesh_of, replicas_of, to_plan
+from .runtime.context_parallel.exchange import SequenceGroup
+from .runtime.mesh_layout import MeshLayout
 from .runtime.pipeline.executor import PipelineRank
 from .runtime.pipeline.plan import PipelinePlan, plan_pipeline
 from .runtime.pipeline.stages import cut
@@ -87,21 +91,62 @@ class PlannedPipeline:
 
 
 def plan_file(
-    model: str, *, ranks: int, replicas: int, microbatches: int, device: str, memory: int | None, dtype: str | None
+    model: str, mesh: Mesh, *, microbatches: int, device: Device, memory: int | None, dtype: str | None
 ) -> PlannedPipeline:
-    """Plan the training step of a model file for ``ranks`` devices, or ``replicas`` times as many, without allocating
-    weights."""
+    """Plan the training step of a model file for a mesh of devices, without allocating weights."""
     weightless = Weightless()
     with weightless.building():
         spec = load_model_file(model)
         step, leaves = file_step(spec, dtype)
     with weightless.tracing():
         chosen = plan_pipeline(
-            step, leaves, ranks=ranks, replicas=replicas, microbatches=microbatches, device=load_device(device),
-            memory=memory,
+            step, leaves, ranks=mesh.pp, mesh=mesh, microbatches=microbatches, device=device, memory=memory,
+            capture=lambda: split_sequence(step, leaves, mesh.cp),
         )  # fmt: skip
-    plan = to_plan(chosen.found, model=spec.name, device=device, held=chosen.costs.held, replicas=replicas)
+    everyone = mesh.ranks // mesh.pp
+    made_for = f"{mesh}" + (f",context={chosen.context}" if chosen.context else "")
+    plan = to_plan(
+        chosen.found, model=spec.name, device=device.name, held=chosen.costs.held, replicas=everyone, mesh=made_for
+    )
     return PlannedPipeline(chosen, plan)
+
+
+@dataclass(frozen=True)
+class PlannedMesh:
+    """What a plan was made for: its mesh, and the form of attention over devices."""
+
+    mesh: Mesh
+    context: str
+
+    @classmethod
+    def of(cls, plan: Plan) -> PlannedMesh:
+        """Raises ScheduleError for a plan of something else than a pipeline, PlanError for axes that do not fit."""
+        ranks, replicas = from_plan(plan).ranks, replicas_of(plan)
+        written = dict(part.partition("=")[::2] for part in mesh_of(plan).split(",") if part)
+        context = written.pop("context", "")
+        mesh = Mesh(**{axis: int(size) for axis, size in written.items()}) if written else Mesh(pp=ranks, dp=replicas)
+        if mesh.pp != ranks or mesh.ranks != ranks * replicas:
+            raise PlanError(f"the plan's steps are not those of {mesh}", remedy="make the plan anew")
+        return cls(mesh, context)
+
+    def check_runs(self) -> None:
+        """Raises OptionError for a mesh that ``effcc run`` does not run, saying what does."""
+        mesh = self.mesh
+        if mesh.ep > 1:
+            raise OptionError(
+                "a plan with ep is not run by effcc run", where=str(mesh),
+                remedy="effcc place-experts, and effcc.runtime.expert_parallel.parallelize_experts in a program",
+            )  # fmt: skip
+        if self.sharded_by_torch and mesh.pp * mesh.cp > 1:
+            raise OptionError(
+                "tp and fsdp are run without pp and cp", where=str(mesh),
+                remedy="plan pp, dp and cp, or dp, fsdp and tp",
+            )  # fmt: skip
+
+    @property
+    def sharded_by_torch(self) -> bool:
+        """Whether FSDP2 or DTensor runs it."""
+        return self.mesh.tp * self.mesh.fsdp > 1
 
 
 def run_rank(plan_path: Path, model: str, rounds: int, seed: int, dtype: str | None, limit: float) -> dict[str, Any]:
@@ -111,11 +156,20 @@ def run_rank(plan_path: Path, model: str, rounds: int, seed: int, dtype: str | N
     join_group(limit=limit)
     try:
         plan = load_plan(plan_path).plan
-        schedule, replicas = from_plan(plan), replicas_of(plan)
-        mesh = init_device_mesh("cpu", (schedule.ranks, replicas), mesh_dim_names=("pp", "dp"))
+        schedule, planned = from_plan(plan), PlannedMesh.of(plan)
+        axes = planned.mesh
+        if planned.sharded_by_torch:
+            return _run_sharded(axes, schedule.microbatches, model, rounds, seed, dtype)
+        mesh = init_device_mesh("cpu", (axes.pp, axes.dp, axes.cp), mesh_dim_names=("pp", "dp", "cp"))
         torch.manual_seed(seed)
         step, first = file_step(load_model_file(model), dtype)
-        graph = export_step(step, first)
+        sequence = None
+        if axes.cp > 1:
+            layout = MeshLayout.of(mesh, "pp", PipelineError)
+            sequence = SequenceGroup(layout.sequence_group(timedelta(seconds=limit)))
+            graph = split_sequence(step, first, axes.cp, group=sequence, form=planned.context)
+        else:
+            graph = export_step(step, first)
         head = output_head(graph) if schedule.vocabulary else None
         embedding = input_head(graph, head.size) if head is not None and schedule.embedding else None
         state = {
@@ -123,7 +177,7 @@ def run_rank(plan_path: Path, model: str, rounds: int, seed: int, dtype: str | N
             **dict(step.named_buffers(remove_duplicate=False)),
         }
         stages = cut(graph, schedule.stages, head, embedding)
-        pipeline = PipelineRank(schedule, stages, state, timeout=timedelta(seconds=limit), mesh=mesh)
+        pipeline = PipelineRank(schedule, stages, state, timeout=timedelta(seconds=limit), mesh=mesh, sequence=sequence)
         batch = [_tensors(first)] * schedule.microbatches
         seconds = []
         for number in range(rounds + 1):
@@ -144,6 +198,29 @@ def run_rank(plan_path: Path, model: str, rounds: int, seed: int, dtype: str | N
     finally:
         if sys.exc_info()[0] is None:  # else it would wait for what the others no longer do
             dist.destroy_process_group()
+
+
+def _run_sharded(
+    axes: Mesh, microbatches: int, model: str, rounds: int, seed: int, dtype: str | None
+) -> dict[str, Any]:
+    """``run_rank`` of a mesh whose parameters torch shards."""
+    from .runtime.torch_sharding import ShardedStep
+
+    mesh = init_device_mesh("cpu", (axes.dp, axes.fsdp, axes.tp), mesh_dim_names=("dp", "fsdp", "tp"))
+    torch.manual_seed(seed)
+    step, first = file_step(load_model_file(model), dtype)
+    sharded = ShardedStep(step, mesh, export_step(step, first) if axes.tp > 1 else None)
+    seconds, loss = [], 0.0
+    for number in range(rounds + 1):
+        dist.barrier()
+        begin = time.perf_counter()
+        loss = sharded.step([_tensors(first)] * microbatches)
+        dist.barrier()
+        if number:
+            seconds.append(time.perf_counter() - begin)
+    return {
+        "rank": dist.get_rank(), "seconds": statistics.median(seconds), "loss": loss, "barriers": 0, "live": 1,
+    }  # fmt: skip
 
 
 def _tensors(leaves: Sequence[Any]) -> list[Any]:

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     import torch
 
     from .budget_planning import BudgetPlanner, ParetoPoint
+    from .cascade_fusion import CascadeFusion
     from .cascade_watch import CascadeWatch
     from .frontend.capture import Captured
     from .frontend.model_file import ModelSpec
@@ -67,6 +68,8 @@ class PlanRequest:
     pareto: bool = False
     #: Also which dependent reductions could be one kernel.
     cascades: bool = False
+    #: Fuse cascades as ``torch.compile`` does.
+    fuse: bool = True
     dynamic: bool = False
     pipeline: str = PIPELINE
     dump_dir: Path | None = None
@@ -132,6 +135,7 @@ def plan(
     device: str = "cpu",
     memory_budget: int | str | None = None,
     dynamic: bool = False,
+    fuse: bool = True,
 ) -> Planned:
     """The plan of a model for a device that need not be at hand, without running the model.
 
@@ -147,6 +151,7 @@ def plan(
         device: a name from ``effcc devices`` or the path of a device file.
         memory_budget: most bytes on the device, as a number or a text such as ``"8GiB"``; ``"auto"``: its memory.
         dynamic: keeps the inputs' sizes symbolic.
+        fuse: makes kernels of cascades as ``torch.compile`` does.
 
     Raises:
         EffccError: see ``plan_model``.
@@ -159,6 +164,7 @@ def plan(
         device=device,
         memory_budget=budget_bytes(memory_budget, device),
         dynamic=dynamic,
+        fuse=fuse,
     )
     if isinstance(model, str | Path):
         if example_inputs is not None or loss is not None:
@@ -172,7 +178,9 @@ def plan(
 def capture_model(request: PlanRequest) -> Captured:
     """The capture that ``plan_model`` plans, to be planned for several devices of one kind. Raises what it raises."""
     check_options(request)
-    return _capture(request, device_named(request.device), _load(request.model))
+    device = device_named(request.device)
+    with _joint_passes(None, _fusion(device, False) if request.fuse else None):
+        return _capture(request, device, _load(request.model))
 
 
 def plan_model(
@@ -204,10 +212,11 @@ def plan_model(
     passes = parse_pipeline(pipeline)
     planner = _budget_planner(device, request.swap) if budgeted else None
     watch = _cascade_watch() if request.cascades else None
+    fusion = _fusion(device, budgeted) if request.fuse else None
     with progress("capture"):
         if captured is None:
             spec = spec or _load(request.model)
-            with watch.watching() if watch is not None else nullcontext():
+            with _joint_passes(watch, fusion):
                 captured = _capture(request, device, spec, planner)
         for line in (*captured.notes, *_graph_breaks(captured)):
             logger("capture").info("%s", line)
@@ -254,7 +263,13 @@ def plan_model(
     made = msgspec.structs.replace(
         made,
         graphs=_captured_identities(made, captured),
-        notes=(*made.notes, *captured.notes, *_graph_breaks(captured), *(planner.notes if planner else ())),
+        notes=(
+            *made.notes,
+            *_fused_notes(fusion),
+            *captured.notes,
+            *_graph_breaks(captured),
+            *(planner.notes if planner else ()),
+        ),
         cascades=tuple(watch.verdicts()) if watch is not None else (),
         curve=tuple(
             TradePoint(peak=point.peak, seconds=point.seconds, bound=point.bound, saved_bytes=point.saved_bytes)
@@ -273,6 +288,34 @@ def _budget_planner(device: Device, swap: bool) -> BudgetPlanner:
     from .budget_planning import BudgetPlanner
 
     return BudgetPlanner(device, swap=swap)
+
+
+def _fused_notes(fusion: CascadeFusion | None) -> tuple[str, ...]:
+    count = len(fusion.reports) if fusion is not None else 0
+    return (f"groups of dependent reductions that are one kernel: {count}; --cascades lists them",) if count else ()
+
+
+def _fusion(device: Device, short_of_memory: bool) -> CascadeFusion:
+    from .cascade_fusion import CascadeFusion, choice_for
+
+    return CascadeFusion(choice_for(device, short_of_memory), compiles=False)
+
+
+def _joint_passes(watch: CascadeWatch | None, fusion: CascadeFusion | None) -> AbstractContextManager[Any]:
+    """Inside, joint graphs are looked at as they are, and then fused."""
+    from .torch_internals import joint_pass
+
+    passes: list[Callable[[Any], None]] = []
+    if watch is not None:
+        passes.append(watch.keep)
+    if fusion is not None:
+        passes.append(fusion)
+
+    def run(graph: Any) -> None:
+        for each in passes:
+            each(graph)
+
+    return joint_pass(run if passes else None, "effcc plan")
 
 
 def _cascade_watch() -> CascadeWatch:

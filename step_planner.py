@@ -11,7 +11,6 @@ from .codegen.region_compiler import CompiledSegment, CompiledSegments
 from .codegen.region_memory import SegmentMemory, memory_of_segments
 from .codegen.scratch import ScratchLayout, call_function, movable, use_scratch
 from .codegen.scratch_choice import choose_layouts, without
-from .cost_model.devices import load_device
 from .cost_model.region_memory import RegionMemory
 from .errors import EffccError, PlanError
 from .ir.graph import Graph
@@ -19,6 +18,7 @@ from .ir.plan import Plan
 from .passes.planner import make_plan
 from .runtime.compiled_graph import CompiledGraph
 from .runtime.scratch import pool
+from .summary import device_named
 
 
 @dataclass
@@ -61,7 +61,7 @@ class StepPlanner:
                 "a graph of this step has no form in the IR", remedy="Its report says which op is in the way."
             )
         memory = functools.partial(self.region_memory, moved or {})
-        return make_plan("model", graphs, load_device(self.device), None, memory, place=False)
+        return make_plan("model", graphs, device_named(self.device), None, memory, place=False)
 
     def plan_or_none(self) -> Plan | None:
         try:

@@ -1,18 +1,25 @@
 """What keeping less of the forward costs: effcc's budget beside torch's knapsack and uniform checkpointing.
 
-    python benchmarks/activation.py [--model llama|gpt2] [--layers N] [--rounds R]
+    python benchmarks/activation.py [--model llama|gpt2|vit] [--layers N] [--rounds R] [--cascades off|on]
+                                    [--shares 0.8 0.6 0.4 0.3 0.25] [--swap] [--size full|small]
 
-Every method splits the same joint graph; the code is compiled by the same backend and libraries. ``peak_bytes`` is the
-allocator's, exact: what a step holds with parameters, gradients and inputs. ``predicted_seconds`` are the cost model's;
-``seconds`` measured ones, medians of interleaved rounds (left out with --rounds 0).
+Every method splits the same joint graph; the code is compiled by the same backend and the same GEMM library
+(``--gemm``), without cascades or with them, so that the plan alone differs. ``peak_bytes`` is the allocator's, exact:
+what a step holds with parameters, gradients and inputs. ``predicted_seconds`` are the cost model's; ``seconds``
+measured ones, medians of interleaved rounds (left out with --rounds 0). ``effcc 0.6`` has 0.6 of the peak of keeping
+all as its budget; ``effcc = ...`` has the measured peak of one of torch's points. Refused budgets are told with their
+floors. What should hold is checked: peaks within budgets, smaller budgets with no larger peaks and no shorter predicted
+times, gradients equal.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import statistics
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import common
@@ -27,7 +34,11 @@ from effcc.passes.activation.candidates import Candidate
 from effcc.passes.activation.search import ActivationSearch
 from effcc.summary import device_named
 
-Model = tuple[torch.nn.Module, torch.Tensor]
+
+@dataclass(frozen=True)
+class Model:
+    module: torch.nn.Module
+    inputs: dict[str, torch.Tensor]
 
 
 def llama(layers: int, size: str) -> Model:
@@ -39,7 +50,7 @@ def llama(layers: int, size: str) -> Model:
         num_hidden_layers=layers, num_attention_heads=8, num_key_value_heads=8, use_cache=False,
         attn_implementation="eager", max_position_embeddings=length,
     )  # fmt: skip
-    return LlamaForCausalLM(config), torch.randint(0, vocabulary, (2, length))
+    return words(LlamaForCausalLM(config), vocabulary, length)
 
 
 def gpt2(layers: int, size: str) -> Model:
@@ -50,10 +61,27 @@ def gpt2(layers: int, size: str) -> Model:
         vocab_size=vocabulary, n_positions=length, n_embd=width, n_layer=layers, n_head=8, use_cache=False,
         attn_implementation="eager", bos_token_id=0, eos_token_id=0,
     )  # fmt: skip
-    return GPT2LMHeadModel(config), torch.randint(0, vocabulary, (2, length))
+    return words(GPT2LMHeadModel(config), vocabulary, length)
 
 
-MODELS = {"llama": llama, "gpt2": gpt2}
+def words(module: torch.nn.Module, vocabulary: int, length: int) -> Model:
+    tokens = torch.randint(0, vocabulary, (2, length))
+    return Model(module, {"input_ids": tokens, "labels": tokens})
+
+
+def vit(layers: int, size: str) -> Model:
+    from transformers import ViTConfig, ViTForImageClassification
+
+    width, pixels, batch = (256, 224, 8) if size == "full" else (64, 64, 4)
+    config = ViTConfig(
+        hidden_size=width, num_hidden_layers=layers, num_attention_heads=8, intermediate_size=4 * width,
+        num_labels=1000, image_size=pixels, patch_size=16, attn_implementation="eager", hidden_dropout_prob=0.0,
+    )  # fmt: skip
+    images, labels = torch.randn(batch, 3, pixels, pixels), torch.randint(0, 1000, (batch,))
+    return Model(ViTForImageClassification(config), {"pixel_values": images, "labels": labels})
+
+
+MODELS = {"llama": llama, "gpt2": gpt2, "vit": vit}
 Choose = Callable[[ActivationSearch], Candidate | None]
 
 
@@ -75,9 +103,11 @@ def splitting(choose: Choose) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def knapsack(budget: float) -> Iterator[None]:
+def knapsack(budget: float, solver: str) -> Iterator[None]:
+    """``solver``: torch's ``dp``, ``ilp`` or ``greedy``."""
+
     def partition(gm: torch.fx.GraphModule, inputs: Any, **kwargs: Any) -> Any:
-        return torch_internals.knapsack_partition(gm, inputs, budget, **kwargs)
+        return torch_internals.knapsack_partition(gm, inputs, budget, solver, **kwargs)
 
     with torch_internals.joint_partitioner(partition):
         yield
@@ -91,14 +121,16 @@ class Method:
     """A compiled training step with its peak and predicted time."""
 
     def __init__(self, name: str, model: Model, options: dict[str, Any], around: Any) -> None:
-        self.name, (self.module, self.tokens) = name, model
+        self.name, self.module, self.inputs = name, model.module, model.inputs
+        self.budget: int | None = options.get("memory_budget")
         torch._dynamo.reset()
         effcc.reset_reports()
         self.compiled = torch.compile(self.module, backend="effcc", options={"repeated_modules": False, **options})
         with around:
             self.step()
+        self.gradients = {name: p.grad.clone() for name, p in self.module.named_parameters() if p.grad is not None}
         self.module.zero_grad(set_to_none=True)
-        own = held([*self.module.parameters(), *self.module.buffers(), self.tokens])
+        own = held([*self.module.parameters(), *self.module.buffers(), *self.inputs.values()])
         self.peak = own + peak_of(self.step, torch.device("cpu"))
         self.module.zero_grad(set_to_none=True)
         report = effcc.reports()[-1]
@@ -108,11 +140,14 @@ class Method:
 
     def step(self) -> None:
         self.module.zero_grad(set_to_none=True)
-        self.compiled(input_ids=self.tokens, labels=self.tokens).loss.backward()
+        # The logits stay in the caller's hands until the backward is over, for every method: a budget must allow it.
+        outputs = self.compiled(**self.inputs)
+        outputs.loss.backward()
 
     def row(self, seconds: list[float] | None) -> dict[str, Any]:
         return {
             "method": self.name,
+            "budget_bytes": self.budget if self.budget is not None else "",
             "peak_bytes": self.peak,
             "predicted_peak_bytes": self.predicted_peak,
             "predicted_seconds": self.predicted,
@@ -121,44 +156,87 @@ class Method:
         }
 
 
-def methods(model: Model, layers: int, shares: list[float]) -> Iterator[Method]:
-    plain = Method("keep all (minimum cut)", model, {}, contextlib.nullcontext())
-    yield plain
-    for budget in (0.5, 0.2, 0.0):
-        yield Method(f"torch knapsack {budget}", model, {}, knapsack(budget))
-    for every in sorted({1, max(1, round(layers**0.5))}):
-        yield Method(
-            f"checkpoint every {every}", model, {}, splitting(lambda search, k=every: uniform_checkpointing(search, k))
-        )
-    for share in shares:
-        limit = int(share * plain.peak)
-        yield Method(f"greedy {share}", model, {}, splitting(lambda search, b=limit: greedy(search, b)))
+def methods(model: Model, arguments: argparse.Namespace, refused: list[dict[str, Any]]) -> Iterator[Method]:
+    common_options = {"cascades": arguments.cascades == "on", "gemm": arguments.gemm}
+
+    def method(name: str, around: Any, **options: Any) -> Method:
+        return Method(name, model, {**common_options, **options}, around)
+
+    def planned(name: str, limit: int) -> Iterator[Method]:
         try:
-            yield Method(f"effcc {share}", model, {"memory_budget": limit}, contextlib.nullcontext())
+            yield method(f"effcc {name}", contextlib.nullcontext(), memory_budget=limit, swap=arguments.swap)
         except Exception as error:
             cause = torch_internals.compile_error_cause(error)
-            print(f"effcc {share}: {str(getattr(cause, 'message', cause)).splitlines()[0][:200]}", flush=True)
+            if not isinstance(cause, effcc.EffccError):
+                raise
+            refused.append({"budget": name, "budget_bytes": limit, "message": cause.message, "remedy": cause.remedy})
+            print(f"effcc {name}: refused. {cause.message[:300]} {cause.remedy}", flush=True)
+
+    plain = method("keep all (minimum cut)", contextlib.nullcontext())
+    yield plain
+    theirs = []
+    for solver in arguments.solvers:
+        for budget in (0.8, 0.5, 0.2, 0.0):
+            theirs.append(method(f"torch knapsack {solver} {budget}", knapsack(budget, solver)))
+            yield theirs[-1]
+    for every in sorted({1, max(1, round(arguments.layers**0.5))}):
+        around = splitting(lambda search, k=every: uniform_checkpointing(search, k))
+        yield method(f"checkpoint every {every}", around)
+    for share in arguments.shares:
+        limit = int(share * plain.peak)
+        yield method(f"greedy {share}", splitting(lambda search, b=limit: greedy(search, b)))
+        yield from planned(f"{share}", limit)
+    for other in theirs:
+        yield from planned(f"= {other.name}", other.peak)
+
+
+def check(made: list[Method]) -> list[str]:
+    """What should hold and does not."""
+    wrong = []
+    wanted = made[0].gradients
+    for method in made:
+        if method.budget is not None and method.peak > method.budget:
+            wrong.append(f"{method.name}: {method.peak} bytes, more than its budget of {method.budget}")
+        for name, gradient in method.gradients.items():
+            # Fused recomputation may round otherwise; replayed ops may not.
+            distance = (gradient - wanted[name]).abs().max().item()
+            if distance > 1e-5 * max(1e-3, wanted[name].abs().max().item()):
+                wrong.append(f"{method.name}: the gradient of {name} is {distance:.2g} off")
+    own = sorted((m for m in made if m.budget is not None), key=lambda m: m.budget or 0)
+    for less, more in itertools.pairwise(own):
+        if less.peak > more.peak or less.predicted < more.predicted * (1 - 1e-9):
+            wrong.append(f"{less.name} against {more.name}: not monotone")
+    return wrong
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=sorted(MODELS), default="llama")
     parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--size", choices=("full", "small"), default="full")
     parser.add_argument("--rounds", type=int, default=0)
-    parser.add_argument("--shares", type=float, nargs="*", default=[0.8, 0.6, 0.4])
+    parser.add_argument("--shares", type=float, nargs="*", default=[0.8, 0.6, 0.4, 0.3, 0.25])
+    parser.add_argument("--cascades", choices=("off", "on"), default="off")
+    parser.add_argument("--gemm", choices=("measure", "onednn", "blas"), default="blas")
+    parser.add_argument("--solvers", nargs="*", choices=("dp", "ilp", "greedy"), default=["dp", "ilp"])
+    parser.add_argument("--swap", action="store_true")
     arguments = parser.parse_args()
     torch.manual_seed(0)
     model = MODELS[arguments.model](arguments.layers, arguments.size)
     about = common.environment() | {key: value for key, value in vars(arguments).items() if key != "rounds"}
-    made = []
-    for method in methods(model, arguments.layers, arguments.shares):
+    made: list[Method] = []
+    refused: list[dict[str, Any]] = []
+    for method in methods(model, arguments, refused):
         made.append(method)
         print(method.name, method.peak, method.predicted, flush=True)
     times = common.interleaved({m.name: m.step for m in made}, arguments.rounds) if arguments.rounds else {}
     rows = [method.row(times.get(method.name)) for method in made]
     common.show(f"activations, {arguments.model}, {arguments.layers} layers", rows)
-    print(common.keep(f"activation_{arguments.model}_{arguments.layers}", rows, about))
+    wrong = check(made)
+    for line in wrong:
+        print(f"WRONG {line}")
+    name = f"activation_{arguments.model}_{arguments.layers}_cascades_{arguments.cascades}"
+    print(common.keep(name, rows, about | {"refused": refused, "wrong": wrong}))
 
 
 if __name__ == "__main__":

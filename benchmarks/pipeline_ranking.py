@@ -27,8 +27,9 @@ from effcc.passes.pipeline_parallel.costs import PipelineCosts
 from effcc.passes.pipeline_parallel.schedule import Schedule
 from effcc.passes.pipeline_parallel.simulate import simulate
 from effcc.passes.pipeline_parallel.vocabulary_cascade import output_cascade
+from effcc.runtime.monoid_state import local_state
 from effcc.runtime.pipeline.executor import PipelineRank
-from effcc.runtime.pipeline.output_layer import OutputLayer, Shard, local_state
+from effcc.runtime.pipeline.output_layer import OutputLayer, Shard
 from effcc.runtime.pipeline.plan import make_schedule
 from effcc.runtime.pipeline.stages import Stages, cut
 from effcc.runtime.pipeline.step_graph import export_step, input_head, output_head

@@ -1,4 +1,4 @@
-"""Kernels of regions in the order that ``cost_model.kernel_order`` chooses, and what it says of it in generated code."""
+"""Kernels of regions in the order that ``cost_model.kernel_order`` chooses, and what generated code says of it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .. import torch_internals
 from ..cost_model import kernel_order as model
 from ..cost_model.kernel_order import OrderProblem, Value, choose_order
 from ..cost_model.region_memory import KernelOrder
-from ..torch_internals.kernel_order import KernelValue
+from ..torch_internals import KernelValue
 
 _LINE = re.compile(r"^# kernel order: peak (\d+), Inductor's (\d+), bound (\d+), (\d+) kernels, (\d+) windows$", re.M)
 

@@ -21,6 +21,10 @@ _ALLOCATORS = re.compile(r"empty_strided(_\w+)?$")
 _COMMENT = re.compile(r"\s*# (?:Topologically Sorted|Unsorted) Source Nodes: \[(.*?)\], Original ATen:")
 
 
+#: What a fused cascade's kernel holds while it runs: bytes for each thread, and once.
+_CASCADE = re.compile(r"^ *workspace (\d+) (\d+)$", re.MULTILINE)
+
+
 @dataclass
 class _Storage:
     name: str
@@ -203,7 +207,9 @@ class _Reader:
     def workspace(self, name: str, node: ast.Call) -> int:
         """Bytes that a library op holds for itself: a convolution on CPU reorders its weight to oneDNN blocks, and its
         backward makes the weight's gradient in blocks, in strides, and as it is asked for (watched in the allocator,
-        torch 2.13, channels-last)."""
+        torch 2.13, channels-last). A fused cascade says so in its text."""
+        if "effcc.cascade" in name:
+            return _cascade_workspace(node)
         for op, operand, copies in _REORDERS:
             if op in name and len(node.args) > operand:
                 base = _base_name(node.args[operand])
@@ -312,3 +318,14 @@ def _dotted(node: ast.expr) -> str:
     if isinstance(node, ast.Name):
         parts.append(node.id)
     return ".".join(reversed(parts))
+
+
+def _cascade_workspace(node: ast.Call) -> int:
+    """Bytes that a fused cascade's kernel holds for itself on a CPU, all threads together."""
+    texts = [item.value for item in node.args if isinstance(item, ast.Constant) and isinstance(item.value, str)]
+    found = _CASCADE.search(texts[0]) if texts else None
+    if found is None:
+        return 0
+    import torch
+
+    return int(found[1]) * torch.get_num_threads() + int(found[2]) + 64

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from .cpu_kernels import in_turn, sets_of
 from .devices import Cache, Device, Figure, GemmMeasurement, Tier, load_device, parse_device
 
 if TYPE_CHECKING:
@@ -37,16 +38,35 @@ LINEAR_SHAPES = (
     (1024, 1024, 1024),
     (2048, 256, 1024),
     (1024, 256, 8192),
+    (256, 128, 128),
+    (64, 512, 512),
+    (2048, 1024, 256),
+    (128, 64, 2048),
+)
+#: (products, m, k, n) of batched products.
+BATCHED_SHAPES = (
+    (8, 128, 64, 128),
+    (8, 128, 128, 64),
+    (16, 256, 32, 256),
+    (16, 256, 256, 32),
+    (64, 64, 64, 64),
+    (4, 512, 64, 512),
+    (4, 512, 512, 64),
+    (128, 32, 32, 32),
+    (32, 16, 128, 16),
 )
 _SHORT = {"f32": "float32", "bf16": "bfloat16"}
 
 
-def calibrate(seconds: float = 20.0, save: bool = True) -> Device:
-    """Measure the CPU for about ``seconds`` and return it; keeps the result for ``calibrated_device`` if ``save``."""
-    gemm = tuple(_products(0.6 * seconds))
+def calibrate(seconds: float = 20.0, save: bool = True, generated: bool = True) -> Device:
+    """Measure the CPU for about ``seconds`` and return it; keeps the result for ``calibrated_device`` if ``save``. To
+    measure generated kernels too takes a C++ compiler and some 20 seconds more."""
+    gemm = (*_products(0.5 * seconds), *_batched(0.1 * seconds))
     source = f"measured on {machine()} by effcc calibrate"
-    memory = _memory(0.25 * seconds)
+    memory = _memory(0.15 * seconds)
     device = _device(gemm, memory, _launch(), _disk(), source)
+    if generated:
+        device = _with_kernels(device, 0.25 * seconds, source)
     if save:
         _store(device)
         calibrated_device.cache_clear()
@@ -74,12 +94,18 @@ def measure_product(dtype: str, layout: str, m: int, k: int, n: int, seconds: fl
         made = torch.rand((columns, rows) if transposed else (rows, columns), dtype=torch.float32).to(kind)
         return made.t() if transposed else made
 
-    left = matrix(m, k, layout == "weight_gradient")
-    right = matrix(k, n, layout == "forward")
-    weight = right.t()
-    candidates: dict[str, Callable[[], Any]] = {"blas": lambda: torch.mm(left, right)}
+    # In a step an operand was made, or read, long before: sets of operands take turns, so that none is in a near cache.
+    sets = [
+        (matrix(m, k, layout == "weight_gradient"), matrix(k, n, layout == "forward"))
+        for _ in range(sets_of((m * k + k * n) * kind.itemsize))
+    ]
+
+    def onednn(left: torch.Tensor, right: torch.Tensor) -> Any:
+        return torch.ops.mkldnn._linear_pointwise(left, right.t(), None, "none", [], "")
+
+    candidates = {"blas": in_turn(torch.mm, sets)}
     if _has_onednn():
-        candidates["onednn"] = lambda: torch.ops.mkldnn._linear_pointwise(left, weight, None, "none", [], "")
+        candidates["onednn"] = in_turn(onednn, sets)
     best = _interleaved(candidates, seconds)
     flop = 2.0 * m * k * n
     return tuple(
@@ -105,6 +131,50 @@ def _products(seconds: float) -> Iterator[GemmMeasurement]:
             }
             for layout in LAYOUTS:
                 yield from measure_product(dtype, layout, *sizes[layout], seconds=share)
+
+
+def _batched(seconds: float) -> Iterator[GemmMeasurement]:
+    """Batched products, both operands row-major."""
+    import torch
+
+    share = seconds / (len(BATCHED_SHAPES) * len(_SHORT))
+    for dtype, name in _SHORT.items():
+        kind = getattr(torch, name)
+        for batch, m, k, n in BATCHED_SHAPES:
+            count = sets_of(batch * k * (m + n) * kind.itemsize)
+            sets = [(torch.rand(batch, m, k).to(kind), torch.rand(batch, k, n).to(kind)) for _ in range(count)]
+            best = _interleaved({"blas": in_turn(torch.bmm, sets)}, share)["blas"]
+            rate = 2.0 * batch * m * k * n / best
+            yield GemmMeasurement(library="blas", dtype=dtype, layout="batched", m=m, k=k, n=n, rate=rate, batch=batch)
+
+
+def _with_kernels(device: Device, seconds: float, source: str) -> Device:
+    """The device with what generated kernels and library ops reach, as far as it can be measured here."""
+    from .cpu_kernels import bandwidth_ladder, fresh_seconds, library_rates, measure_generated
+
+    found = measure_generated()
+    if found is None:
+        return device
+
+    def figure(value: float) -> Figure:
+        return Figure(value=value, source=source)
+
+    ladder = bandwidth_ladder(seconds / 2, device.launch.value)
+    peak = device.matrix_rate("f32")
+    shares = {name: figure(rate / peak) for name, rate in library_rates(seconds / 2).items()}
+    return msgspec.structs.replace(
+        device,
+        added={name: figure(max(value, 1e-15)) for name, value in found.added.items()},
+        launch=figure(found.call),
+        library_call=figure(found.library),
+        graph_call=figure(max(found.graph, 1e-9)),
+        fresh=figure(max(fresh_seconds(seconds / 8), 1e-15)),
+        ladder=tuple(
+            Cache(name=f"{moved >> 10} KiB", bytes=figure(float(moved)), bandwidth=figure(rate))
+            for moved, rate in ladder.items()
+        ),
+        efficiency=dict(device.efficiency) | shares,
+    )
 
 
 def _has_onednn() -> bool:
@@ -296,9 +366,13 @@ def _torch_version() -> str:
     return importlib.metadata.version("torch")
 
 
+def calibration_folder() -> Path:
+    """Where this machine's measurements are kept."""
+    return Path(os.environ.get("EFFCC_CACHE_DIR") or Path.home() / ".cache" / "effcc")
+
+
 def _path() -> Path:
-    folder = Path(os.environ.get("EFFCC_CACHE_DIR") or Path.home() / ".cache" / "effcc")
-    return folder / f"cpu-{hashlib.sha256(machine().encode()).hexdigest()[:16]}.json"
+    return calibration_folder() / f"cpu-{hashlib.sha256(machine().encode()).hexdigest()[:16]}.json"
 
 
 def _store(device: Device) -> None:

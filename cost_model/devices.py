@@ -71,6 +71,8 @@ class GemmMeasurement(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     k: int
     n: int
     rate: float
+    #: Products of that size in one call.
+    batch: int = 1
 
 
 class Device(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -94,6 +96,15 @@ class Device(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     #: Class of kernel -> fraction of the roofline that good libraries reach; ``calibrate`` replaces them.
     efficiency: dict[str, Figure]
     gemm: tuple[GemmMeasurement, ...] = ()
+    #: Bandwidth of kernels by the bytes that they move, values read a few kernels after they were made (calibrated).
+    ladder: tuple[Cache, ...] = ()
+    #: Op -> seconds that it adds to a generated kernel for each element (calibrated; see ``op_additions.py``).
+    added: dict[str, Figure] = {}
+    #: Call of a library's op, where it is not the launch of a kernel; of a compiled graph, forward or backward.
+    library_call: Figure | None = None
+    graph_call: Figure | None = None
+    #: Seconds a byte that large buffers cost because the system clears their pages, each time anew.
+    fresh: Figure | None = None
     #: Threads that a CPU's kernels use; 0: one a unit.
     threads: int = 0
     #: Identity of the machine a calibrated device was measured on; empty for a data file.
@@ -208,6 +219,13 @@ def figures(device: Device) -> list[tuple[str, Figure]]:
         found += [(f"tiers.{name}.{part}", getattr(tier, part)) for part in ("capacity", "bandwidth", "latency")]
     for cache in device.caches:
         found += [(f"caches.{cache.name}.bytes", cache.bytes), (f"caches.{cache.name}.bandwidth", cache.bandwidth)]
+    for rung in device.ladder:
+        found += [(f"ladder.{rung.name}.bandwidth", rung.bandwidth)]
+    found += [(f"added.{name}", figure) for name, figure in device.added.items()]
+    for name in ("library_call", "graph_call", "fresh"):
+        figure = getattr(device, name)
+        if figure is not None:
+            found.append((name, figure))
     found += [("units", device.units), ("unit_scratch", device.unit_scratch), ("launch", device.launch)]
     for link in device.links:
         found += [(f"links.{link.name}.bandwidth", link.bandwidth), (f"links.{link.name}.latency", link.latency)]

@@ -44,11 +44,23 @@ class RegionBuffer(msgspec.Struct, frozen=True, kw_only=True):
     values: tuple[str, ...] = ()
 
 
+class KernelOrder(msgspec.Struct, frozen=True, kw_only=True):
+    """How the order of a region's kernels was chosen: bytes held at once in it, in Inductor's own order (``given``),
+    and in no order less than ``bound``. ``windows``: how often CP-SAT was asked."""
+
+    peak: int
+    given: int
+    bound: int
+    kernels: int
+    windows: int = 0
+
+
 class RegionMemory(msgspec.Struct, frozen=True, kw_only=True):
-    """Kernels and buffers of one region."""
+    """Kernels and buffers of one region; ``order`` where their order was chosen."""
 
     kernels: tuple[RegionKernel, ...]
     buffers: tuple[RegionBuffer, ...]
+    order: KernelOrder | None = None
 
     def problems(self) -> list[str]:
         """What makes the answer unusable; empty if nothing does."""

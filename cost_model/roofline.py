@@ -8,17 +8,21 @@ device was calibrated, and the learned kernel-time model where it applies (``ker
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from ..ir.graph import Graph, Node
 from . import op_classes
+from .calibrate import calibration_folder, machine
 from .devices import Device, GemmMeasurement
 from .flops import Call, contraction_flop, executed_fraction
 from .fusion import Kernel, group_kernels
 from .kernel_seconds import learned_seconds
+from .op_additions import added_seconds
 from .op_classes import kind_of, packet
+from .product_cost import chosen_library, timed_product
 from .storages import StorageTable, storage_table
 from .tensors import Bindings, Tensor, TensorTable, called, evaluate
 
@@ -39,6 +43,8 @@ FREE = Cost()
 
 #: Operations an element beyond the plain one: exp, rsqrt and the several sweeps of norms.
 _FLOP_PER_ELEMENT = {**dict.fromkeys(op_classes.SOFTMAX, 5), **dict.fromkeys(op_classes.NORM, 7)}
+#: Buffers of so many bytes come fresh from the system each time: the C library gives them back when they are freed.
+FRESH = 8 << 20
 #: Tile of a GPU matrix product and the least depth worth splitting over idle units.
 _TILE_ROWS, _TILE_COLUMNS, _SPLIT_DEPTH = 128, 128, 256
 
@@ -60,7 +66,8 @@ def op_cost(
     if kind in ("structural", "view"):
         return FREE
     moved = _op_bytes(node, table)
-    return _kernel_cost(kind, [node], moved, table, device)
+    written = [tensor.bytes for tensor in table.of(node.name)]
+    return _kernel_cost(kind, [node], moved, table, device, written)
 
 
 def graph_cost(graph: Graph, device: Device, bindings: Bindings | None = None) -> Cost:
@@ -95,7 +102,8 @@ def kernel_cost(kernel: Kernel, graph: Graph, device: Device, table: TensorTable
         if packet(node.op) in op_classes.GATHER:
             whole = [storages.storages[s].bytes for s in storages.read(node)[:1] if s in kernel.reads]
             moved -= max(0, sum(whole) - sum(tensor.bytes for tensor in table.of(node.name)))
-    return _kernel_cost(kernel.kind, list(kernel.nodes), max(moved, 0), table, device)
+    written = [storages.storages[s].bytes for s in kernel.writes]
+    return _kernel_cost(kernel.kind, list(kernel.nodes), max(moved, 0), table, device, written)
 
 
 def total(costs: Iterable[Cost]) -> Cost:
@@ -130,7 +138,11 @@ def _op_bytes(node: Node, table: TensorTable) -> int:
     return sum(read) + sum(written)
 
 
-def _kernel_cost(kind: str, nodes: list[Node], moved: int, table: TensorTable, device: Device) -> Cost:
+def _kernel_cost(
+    kind: str, nodes: list[Node], moved: int, table: TensorTable, device: Device, written: Sequence[int] = ()
+) -> Cost:
+    if device.added:
+        return _calibrated_cost(kind, nodes, moved, table, device, written)
     matmul, other, executed = 0, 0, 0.0
     for node in nodes:
         contraction = contraction_flop(node, table)
@@ -154,13 +166,81 @@ def _kernel_cost(kind: str, nodes: list[Node], moved: int, table: TensorTable, d
     return Cost(matmul + other, moved, seconds + launch, bound, matmul)
 
 
+def _calibrated_cost(
+    kind: str, nodes: list[Node], moved: int, table: TensorTable, device: Device, written: Sequence[int]
+) -> Cost:
+    """On a CPU whose kernels were measured: bytes and what the ops add, one after the other; a product beside its
+    bytes, for the measured ones include theirs."""
+    matmul = other = 0
+    compute = product = 0.0
+    dtype = _dtype(nodes, table)
+    for node in nodes:
+        contraction = contraction_flop(node, table)
+        matmul += contraction
+        other += _vector_flop(node, table)
+        compute += added_seconds(node, table, device.added)
+        if contraction and kind_of(node.op) == "gemm":
+            product += product_seconds(node, dtype, table, device)
+        elif contraction:
+            work = contraction * executed_fraction(node, table)
+            part = kind_of(node.op)
+            back = f"{part}_backward" if "backward" in node.op else part
+            rate = device.matrix_rate(dtype) * device.efficiency_of(back if back in device.efficiency else part)
+            product += work / rate
+    library = kind in ("gemm", "convolution", "attention", "opaque", "sort") or product > 0
+    launch = (device.library_call or device.launch).value if library else device.launch.value
+    # The rung is that of one loop: a generated kernel may be several loops, one after the other.
+    sizes = [tensor.bytes for node in nodes for tensor in (*table.read(node), *table.of(node.name))]
+    memory = moved / bandwidth(min(moved, 3 * max(sizes, default=0)), kind, device)
+    if device.fresh is not None:
+        compute += device.fresh.value * sum(size for size in written if size >= FRESH)
+    seconds = max(product, memory) + compute if product else memory + compute
+    parts = {"launch": launch, "compute": product + compute, "memory": memory}
+    return Cost(matmul + other, moved, seconds + launch, max(parts, key=parts.__getitem__), matmul)
+
+
+def product_seconds(node: Node, dtype: str, table: TensorTable, device: Device) -> float:
+    """A product on a calibrated CPU, without its call; a row that is added first is copied to all rows of the result,
+    which is then read and written once more."""
+    batch, m, k, n = gemm_shape(node, table)
+    here = batch == 1 and dtype == "f32" and device.machine == machine()
+    timed = timed_product(calibration_folder(), m, k, n) if here else None
+    if timed is not None:  # with operands in the caches; here they come from further away
+        library, seconds = timed
+        moved = sum(tensor.bytes for tensor in table.read(node))
+        seconds += moved / bandwidth(moved, "memory", device)
+    else:
+        chosen = chosen_library(device, dtype, batch, m, k, n)
+        library, seconds = chosen or ("blas", gemm_seconds(batch, m, k, n, dtype, device))
+    if packet(node.op) in ("aten.addmm", "aten.baddbmm") and library == "blas":
+        result = sum(tensor.bytes for tensor in table.of(node.name))
+        seconds += 3 * result / bandwidth(3 * result, "memory", device)
+    return seconds
+
+
 def bandwidth(moved: int, kind: str, device: Device) -> float:
     """Bytes a second that a kernel of this class reaches when it moves that many bytes."""
+    if device.ladder:
+        return _on_ladder(moved, device)
     efficiency = device.efficiency_of(kind if kind in ("reduction", "index") else "memory")
     for cache in sorted(device.caches, key=lambda cache: cache.bytes.value):
         if moved <= cache.bytes.value:
             return max(cache.bandwidth.value, device.bandwidth) * efficiency
     return device.bandwidth * efficiency
+
+
+def _on_ladder(moved: int, device: Device) -> float:
+    """Between two rungs of a calibrated device's ladder, both on logarithmic scales."""
+    rungs = device.ladder
+    if moved <= rungs[0].bytes.value:
+        return rungs[0].bandwidth.value
+    for low, high in itertools.pairwise(rungs):
+        if moved <= high.bytes.value:
+            share = math.log(moved / low.bytes.value) / math.log(high.bytes.value / low.bytes.value)
+            return math.exp(
+                (1 - share) * math.log(low.bandwidth.value) + share * math.log(high.bandwidth.value)
+            )  # fmt: skip
+    return rungs[-1].bandwidth.value
 
 
 def gemm_shape(node: Node, table: TensorTable) -> tuple[int, int, int, int]:
@@ -202,7 +282,7 @@ def nearest(
     """The fastest library's measurement of the shape class nearest in log size (and of the layout, if given)."""
     best: tuple[float, float, GemmMeasurement] | None = None
     for entry in measurements:
-        if entry.dtype != dtype or (layout and entry.layout != layout):
+        if entry.dtype != dtype or entry.batch > 1 or (layout and entry.layout != layout):
             continue
         distance = sum(
             abs(math.log2(max(1, have)) - math.log2(max(1, want)))

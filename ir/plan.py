@@ -136,6 +136,27 @@ class CascadeVerdict(msgspec.Struct, frozen=True, kw_only=True):
     graph: str = ""
 
 
+class Alternative(msgspec.Struct, frozen=True, kw_only=True):
+    """One way to do it: what it takes in the unit of its decision, by prediction or (``measured``) by the clock."""
+
+    what: str
+    value: float
+    measured: bool = False
+
+
+class Decision(msgspec.Struct, frozen=True, kw_only=True):
+    """A choice of the schedule: ``kind`` of choice, what it is about, the alternatives that were weighed, and which was
+    taken (by ``what``). ``unit`` is ``bytes`` or ``seconds``; no alternative at all is below ``bound``, if one is
+    known."""
+
+    kind: str
+    subject: str
+    chosen: str
+    alternatives: tuple[Alternative, ...]
+    unit: str = "seconds"
+    bound: float | None = None
+
+
 class Plan(msgspec.Struct, frozen=True, kw_only=True):
     """An execution plan for one device."""
 
@@ -161,3 +182,5 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     curve: tuple[TradePoint, ...] = ()
     #: Which reductions could be one kernel, where it was asked for: in the graphs as ``torch.compile`` would fuse them.
     cascades: tuple[CascadeVerdict, ...] = ()
+    #: What the schedule was chosen from, where it was recorded.
+    decisions: tuple[Decision, ...] = ()

@@ -7,12 +7,12 @@ little more than one layer.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from ..cost_model.devices import Device
 from ..cost_model.fusion import Kernel, group_kernels, kernel_of
-from ..cost_model.region_memory import RegionMemory, estimate, storages_named
+from ..cost_model.region_memory import KernelOrder, RegionMemory, estimate, storages_named
 from ..cost_model.roofline import Cost, kernel_cost, total
 from ..cost_model.storages import StorageTable, storage_table
 from ..cost_model.tensors import Bindings, TensorTable, called
@@ -63,6 +63,8 @@ class FlatGraph:
     outputs: list[tuple[int, ...]] = field(default_factory=list)
     #: Longest module path that all its kernels share: what a call replaces by its own.
     module: str = ""
+    #: How the order of the kernels of its regions was chosen, by region.
+    orders: dict[str, KernelOrder] = field(default_factory=dict)
 
 
 def flatten(
@@ -151,6 +153,8 @@ class _Flattener:
             memory, groups = estimate(unit.nodes, graph, table, storages, kept, self.device)
         elif memory.problems():
             raise PlanError(f"memory of region {label!r} is not usable: {'; '.join(memory.problems()[:3])}")
+        if memory.order is not None:
+            flat.orders[label] = memory.order
         reads: list[list[int]] = [[] for _ in memory.kernels]
         writes: list[list[int]] = [[] for _ in memory.kernels]
         for buffer in memory.buffers:
@@ -215,12 +219,16 @@ class _Flattener:
         if groups is not None:
             return [kernel_cost(kernel, graph, self.device, table, storages) for kernel in groups]
         by_name = {node.name: node for node in unit.nodes}
+        readers: dict[int, set[str]] = {}
+        for node in unit.nodes:
+            for s in storages.read(node):
+                readers.setdefault(s, set()).add(node.name)
         members = [tuple(by_name[name] for name in launch.ops if name in by_name) for launch in memory.kernels]
         named = {node.name for nodes in members for node in nodes}
         rest = [node for node in unit.nodes if node.name not in named]
         share = Cost()
         if unnamed := members.count(()):
-            kernels = group_kernels(rest, graph, table, storages, kept | _read_outside(rest, unit, storages))
+            kernels = group_kernels(rest, graph, table, storages, kept | _read_outside(rest, readers, storages))
             whole = total(kernel_cost(kernel, graph, self.device, table, storages) for kernel in kernels)
             share = replace(
                 whole,
@@ -232,7 +240,7 @@ class _Flattener:
         costs = []
         for nodes in members:
             if nodes:
-                kernel = kernel_of(nodes, storages, kept | _read_outside(nodes, unit, storages))
+                kernel = kernel_of(nodes, storages, kept | _read_outside(nodes, readers, storages))
                 costs.append(kernel_cost(kernel, graph, self.device, table, storages))
             else:
                 costs.append(share)
@@ -275,6 +283,7 @@ class _Flattener:
                 mapped[index] = len(flat.pieces)
                 moved = _moved(own.module, old, new)
                 flat.pieces.append(Piece(own.name, own.bytes, own.dtype, own.shape, own.source, moved, own.internal))
+        flat.orders.update(inner.orders)
         for kernel in inner.kernels:
             flat.kernels.append(
                 FlatKernel(
@@ -312,10 +321,12 @@ def _users(graph: Graph, units: Sequence[Unit], storages: StorageTable) -> dict[
     return users
 
 
-def _read_outside(members: Sequence[Node], unit: Unit, storages: StorageTable) -> set[int]:
-    """Storages that ops of the region other than ``members`` read."""
+def _read_outside(members: Sequence[Node], readers: Mapping[int, set[str]], storages: StorageTable) -> set[int]:
+    """Of the storages that ``members`` make or read, those that other ops of the region read too. ``readers``: names of
+    the region's ops that read each storage."""
     names = {node.name for node in members}
-    return {s for node in unit.nodes if node.name not in names for s in storages.read(node)}
+    own = {s for node in members for s in (*storages.of.get(node.name, ()), *storages.read(node))}
+    return {s for s in own if not readers.get(s, set()) <= names}
 
 
 def source_text(location: Location) -> str:

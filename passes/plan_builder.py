@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from ..cost_model.devices import Device
+from ..cost_model.region_memory import KernelOrder
 from ..cost_model.simulator import simulate
 from ..ir.graph import Node
 from ..ir.plan import Buffer, GraphPlan, Step
@@ -54,6 +55,10 @@ class PlanBuilder:
     graphs: list[GraphPlan] = field(default_factory=list)
     #: Outputs of graphs so far that no later graph took as an input (graphs are joined where Dynamo broke the model).
     handed: list[int] = field(default_factory=list)
+    #: Seconds of the host's call of a graph, which its first step has to wait for.
+    graph_call: float = 0.0
+    #: How kernels of regions were ordered, by region.
+    orders: dict[str, KernelOrder] = field(default_factory=dict)
     #: Memory of a graph's input -> memory of its gradient, for inputs that another graph made.
     gradient_of: dict[int, int] = field(default_factory=dict)
 

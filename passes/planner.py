@@ -7,15 +7,17 @@ share ``Step.region``.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 from ..cost_model.devices import Device
 from ..cost_model.liveness import reserved_bytes
 from ..cost_model.optimizers import optimizer_cost, optimizer_workspace
+from ..cost_model.region_memory import KernelOrder
 from ..cost_model.tensors import Bindings
 from ..errors import PlanError
 from ..ir.graph import Graph
-from ..ir.plan import TIERS, Buffer, GraphPlan, InputSpec, Plan, Solver, Step
+from ..ir.plan import TIERS, Alternative, Buffer, Decision, GraphPlan, InputSpec, Plan, Solver, Step
 from ..ir.structural_hash import graph_hash, op_hashes
 from ..ir.types import TensorType
 from .flatten import FlatGraph, RegionBuffers, flatten
@@ -53,13 +55,14 @@ def make_plan(
     Raises:
         ShapeError: a symbolic size has no value. PlanError: the graphs do not fit each other.
     """
-    builder = PlanBuilder()
+    builder = PlanBuilder(graph_call=device.graph_call.value if device.graph_call is not None else 0.0)
     state = state or StateBytes()
     holdings = Holdings(builder, state)
     pending: list[tuple[Graph, FlatGraph, list[int]]] = []
     training = any(graph.phase == "backward" for graph in graphs)
     for graph in graphs:
         flat = flatten(graph, device, bindings, region_buffers)
+        builder.orders.update(flat.orders)
         if graph.phase == "backward":
             if not pending:
                 raise PlanError(
@@ -174,7 +177,7 @@ def _run(builder: PlanBuilder, graph: Graph, flat: FlatGraph, placed: list[int])
             placed[piece] = builder.add(_from_piece(flat, piece, "workspace" if entry.internal else "scratch"))
     first = len(builder.steps)
     memory = builder.memory
-    for kernel in flat.kernels:
+    for number, kernel in enumerate(flat.kernels):
         position = len(builder.steps)
         reads = tuple(dict.fromkeys([placed[piece] for piece in kernel.reads]))
         writes = tuple(dict.fromkeys([placed[piece] for piece in kernel.writes]))
@@ -191,7 +194,7 @@ def _run(builder: PlanBuilder, graph: Graph, flat: FlatGraph, placed: list[int])
                 phase=graph.phase,
                 reads=reads,
                 writes=writes,
-                seconds=kernel.cost.seconds,
+                seconds=kernel.cost.seconds + (0.0 if number else builder.graph_call),
                 flop=kernel.cost.flop,
                 bytes_moved=kernel.cost.bytes,
                 region=kernel.region,
@@ -276,10 +279,24 @@ def _assemble(
         arena=arena,
         budget=budget,
         solvers=solvers,
+        decisions=tuple(itertools.starmap(order_decision, builder.orders.items())),
         dtype=max(set(dtypes), key=lambda name: (dtypes.count(name), name)) if dtypes else "",
         optimizer=optimizer if training else "",
         notes=notes,
         inputs=_input_specs(graphs),
+    )
+
+
+def order_decision(region: str, order: KernelOrder) -> Decision:
+    """The order of a region's kernels as a decision."""
+    ways = (("as Inductor orders them", order.given), ("least memory", order.peak))
+    return Decision(
+        kind="kernel order",
+        subject=f"{order.kernels} kernels of {region}",
+        chosen=ways[1 if order.peak < order.given else 0][0],
+        alternatives=tuple(Alternative(what=what, value=value) for what, value in dict(ways).items()),
+        unit="bytes",
+        bound=order.bound,
     )
 
 

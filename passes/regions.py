@@ -87,4 +87,5 @@ def region_graph(graph: Graph, nodes: Sequence[Node], name: str) -> Graph:
         outputs=outputs,
         subgraphs=graph.subgraphs,
         aliases=aliases,
+        cascades=graph.cascades,
     )

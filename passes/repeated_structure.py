@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import ClassVar, TypeVar
 
 from ..ir.graph import Alias, Graph, Node, Ref, Repeat, Symbol, substitute
 from ..ir.structural_hash import Run, find_repeats, graph_hash
 from ..ir.types import TupleType, Type
 from .module_paths import common_module
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -193,16 +195,18 @@ def _body(
         phase=graph.phase,
         nodes=(*inputs, *nodes),
         outputs=tuple(Ref(stretch[index].name) for index in results),
-        subgraphs=_used_subgraphs(graph, stretch),
+        subgraphs=_named_in(graph.subgraphs, stretch),
+        cascades=_named_in(graph.cascades, stretch),
         aliases=tuple(Alias(alias.name, bases[alias.name, alias.base], alias.writes) for alias in facts),
     )
 
 
-def _used_subgraphs(graph: Graph, stretch: Sequence[Node]) -> dict[str, Graph]:
+def _named_in(table: Mapping[str, T], stretch: Sequence[Node]) -> dict[str, T]:
+    """Of a graph's subgraphs or cascades, those that the nodes name."""
     texts = {
         text for node in stretch for argument in (*node.args, *(v for _, v in node.kwargs)) for text in _at(argument)
     }
-    return {name: subgraph for name, subgraph in graph.subgraphs.items() if f"@{name}" in texts}
+    return {name: entry for name, entry in table.items() if f"@{name}" in texts}
 
 
 def _at(argument: object) -> list[str]:

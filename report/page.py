@@ -22,6 +22,7 @@ from .charts import by_module, by_role, memory_chart, schedule_chart
 from .data import page_data
 from .differences import pass_views
 from .pareto import pareto_chart
+from .roofline import roofline_chart
 from .source import source_listings
 
 #: IR and generated code beyond this many characters is cut: the page must stay small. ``effcc inspect`` shows all.
@@ -76,6 +77,7 @@ def render_report(
         ],
         schedule=schedule_chart(plan),
         pareto=pareto_chart(plan.curve, plan.budget),
+        roofline=roofline_chart(summary.groups, device, plan.dtype),
         holders=[(holder, place.get(holder.first, 0)) for holder in summary.holders[:ROWS]],
         groups=[
             (group, why(group.seconds, group.flop, group.bytes_moved, group.bound, device, plan.dtype, group.count))

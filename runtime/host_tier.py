@@ -1,12 +1,13 @@
-"""Values that leave the device between forward and backward: two ops, and the memory they put values in.
+"""Values that leave the device between forward and backward: three ops, and the memory they put values in.
 
 ``effcc::swap_out(x)`` copies x to the host and returns a handle: a tensor of one byte whose storage holds all of x.
 ``effcc::swap_in(handle, size, stride, dtype, device)`` brings it back as a new tensor of that layout. What the forward
 saves is the handle, so the device's memory is free as soon as the copy is done.
 
-For a CUDA device the host is pinned memory, and copies run on a stream of their own. For the CPU, whose memory is the
-device, the host is a file: created, filled to its size (so that a full disk is an error here, not later) and unlinked
-at once, so that nothing is left behind however the process ends. The system writes it out as it needs memory.
+For a CUDA device the host is pinned memory, and copies run beside the ops, on a stream for each direction: ``swap_in``
+begins a copy and returns, ``effcc::swap_wait(x)`` stands before the first op that reads x. For the CPU, whose memory is
+the device, the host is a file: created, filled to its size (so that a full disk is an error here, not later) and
+unlinked at once, so that nothing is left behind however the process ends. The system writes it out as it needs memory.
 """
 
 from __future__ import annotations
@@ -23,12 +24,17 @@ from .swap_file import fill, unlinked_file
 
 _library = torch.library.Library("effcc", "FRAGMENT")  # type: ignore[no-untyped-call]
 _library.define("swap_out(Tensor x) -> Tensor")  # type: ignore[no-untyped-call]
+# It writes its argument as far as others can tell: what reads x stays behind it.
+_library.define("swap_wait(Tensor(a!) x) -> ()")  # type: ignore[no-untyped-call]
 _library.define(  # type: ignore[no-untyped-call]
     "swap_in(Tensor handle, SymInt[] size, SymInt[] stride, ScalarType dtype, Device device) -> Tensor"
 )
 
 _directory: Path | None = None
-_streams: dict[torch.device, torch.cuda.Stream] = {}
+#: Device and direction -> the stream of those copies.
+_streams: dict[tuple[torch.device, str], torch.cuda.Stream] = {}
+#: Address of what is being copied in -> the event that its copy ends with.
+_arriving: dict[int, torch.cuda.Event] = {}
 
 
 def set_directory(path: str | os.PathLike[str] | None) -> None:
@@ -64,11 +70,16 @@ def extent(x: torch.Tensor) -> int:
     return (1 + last) * x.element_size()
 
 
-def stream_of(device: torch.device) -> torch.cuda.Stream:
-    """The stream that a device's copies run on."""
-    found = _streams.get(device)
+def runs_beside(device: torch.device) -> bool:
+    """Whether copies run beside the device's ops."""
+    return device.type == "cuda"
+
+
+def stream_of(device: torch.device, direction: str) -> torch.cuda.Stream:
+    """The stream that a device's copies ``out``, ``in`` or ``both`` ways run on."""
+    found = _streams.get((device, direction))
     if found is None:
-        found = _streams[device] = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        found = _streams[device, direction] = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
     return found
 
 
@@ -76,7 +87,7 @@ def swap_out(x: torch.Tensor) -> torch.Tensor:
     size = extent(x)
     if x.is_cuda:
         host = torch.empty(max(size, 1), dtype=torch.uint8, pin_memory=True)
-        stream = stream_of(x.device)
+        stream = stream_of(x.device, "out")
         stream.wait_stream(torch.cuda.current_stream(x.device))
         with torch.cuda.stream(stream):
             laid_out(host, x.size(), x.stride(), x.dtype).copy_(x, non_blocking=True)
@@ -94,14 +105,23 @@ def swap_in(
     source = laid_out(whole, torch.Size(size), tuple(stride), dtype)
     result = torch.empty_strided(size, stride, dtype=dtype, device=device)
     if device.type == "cuda":
-        stream = stream_of(device)
-        stream.wait_stream(torch.cuda.current_stream(device))
+        stream = stream_of(device, "in")
+        stream.wait_stream(stream_of(device, "out"))  # what it reads has arrived on the host
+        stream.wait_stream(torch.cuda.current_stream(device))  # what lay in its memory before is no longer read
         with torch.cuda.stream(stream):
             result.copy_(source, non_blocking=True)
-        torch.cuda.current_stream(device).wait_stream(stream)
+            done = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            done.record(stream)
         result.record_stream(stream)
+        _arriving[result.data_ptr()] = done
         return result
     return result.copy_(source)
+
+
+def swap_wait(x: torch.Tensor) -> None:
+    done = _arriving.pop(x.data_ptr(), None)
+    if done is not None:
+        torch.cuda.current_stream(x.device).wait_event(done)
 
 
 def laid_out(host: torch.Tensor, size: torch.Size, stride: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
@@ -122,5 +142,7 @@ def _fake_in(
 
 _library.impl("swap_out", swap_out, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
 _library.impl("swap_in", swap_in, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
+_library.impl("swap_wait", swap_wait, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
+torch.library.register_fake("effcc::swap_wait", lambda x: None)
 torch.library.register_fake("effcc::swap_out", _fake_out)
 torch.library.register_fake("effcc::swap_in", _fake_in)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from effcc.errors import BudgetError
 from effcc.ir.plan_validator import problems
+from effcc.passes.activation.host_link import HostLink
 from effcc.planning import Planned, PlanRequest, plan_model
 from models import Tower
 
@@ -81,7 +82,8 @@ def test_swapped_values_are_copies_in_the_plan(monkeypatch: pytest.MonkeyPatch) 
     from effcc import budget_planning
 
     # As if the link were fast: recomputation would be chosen otherwise for tensors this small.
-    monkeypatch.setattr(budget_planning, "copy_seconds", lambda problem, device: lambda value: 1e-9)
+    fast = HostLink(out=1e15, back=1e15, latency=1e-12, capacity=1 << 50, overlapped=True)
+    monkeypatch.setattr(budget_planning, "host_link", lambda device: fast)
     budget = int(0.8 * plain_peak("h200"))
     request = PlanRequest(model="Tower", train=True, optimizer="adamw", device="h200", memory_budget=budget, swap=True)
     from effcc.planning import _spec_of_module

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import effcc
 import pytest
@@ -95,3 +97,45 @@ def test_the_report_shows_what_was_fused() -> None:
     (fused,) = report.cascades
     assert "test_cascades_in_use.py" in fused.source and fused.certificates
     assert fused.bytes_fused < fused.bytes_written / 2 and "#include" in fused.kernel
+
+
+MODEL_FILE = """
+import torch
+
+
+class Attention(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.joint = torch.nn.Linear(32, 96)
+
+    def forward(self, x):
+        q, k, v = self.joint(x).view(1, LENGTH, 3, 2, 16).permute(2, 0, 3, 1, 4)
+        return ((q @ k.transpose(-1, -2) / 4).softmax(-1) @ v).transpose(1, 2).flatten(2)
+
+
+model = Attention()
+
+
+def example_inputs():
+    return (torch.randn(1, LENGTH, 32),)
+
+
+def loss(output):
+    return output.square().mean()
+"""
+
+
+def test_an_offline_plan_has_the_kernels_and_the_peak_of_what_runs(tmp_path: Path) -> None:
+    length = fresh_random().randrange(900, 1200)
+    file = tmp_path / "attention.py"
+    file.write_text(MODEL_FILE.replace("LENGTH", str(length)))
+    planned = effcc.plan(str(file), train=True)
+    written = effcc.plan(str(file), train=True, fuse=False)
+    spec: dict[str, Any] = {}
+    exec(file.read_text(), spec)
+    step = torch.compile(lambda x: spec["loss"](spec["model"](x)), backend="effcc")
+    step(*spec["example_inputs"]()).backward()
+    measured = max(report.measured_peak or 0 for report in effcc.reports())
+    peak = planned.plan.peak["device"]
+    assert abs(peak - measured) <= 0.03 * measured
+    assert peak < written.plan.peak["device"] / 4

@@ -10,7 +10,7 @@ import effcc
 import pytest
 import torch
 import torch.nn.functional as F
-from effcc import graph_compiler
+from effcc import cascade_fusion
 from effcc.passes.raising.choose import Choice
 from effcc.torch_internals import peak_growth
 from fresh_seed import fresh_random
@@ -23,8 +23,8 @@ pytestmark = pytest.mark.usefixtures("clean_compiler")
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tensors of tests are small, and large for these."""
     small = functools.partial(Choice, wide_bytes=1 << 16)
-    monkeypatch.setattr(graph_compiler, "Choice", small)
-    monkeypatch.setattr(graph_compiler, "CHUNK_BYTES", 1 << 16)
+    monkeypatch.setattr(cascade_fusion, "Choice", small)
+    monkeypatch.setattr(cascade_fusion, "CHUNK_BYTES", 1 << 16)
 
 
 def plain(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:

@@ -6,9 +6,12 @@ import json
 import re
 from pathlib import Path
 
+import msgspec
 from command_line import Effcc
 from effcc.cost_model.devices import FOLDER
-from sample_plan import MIB, write_sample
+from effcc.ir.plan import Alternative, Decision
+from effcc.ir.plan_file import save_plan
+from sample_plan import FORWARD, MIB, make_sample, write_sample
 
 
 def test_explain_as_json(effcc: Effcc, sample: Path) -> None:
@@ -35,6 +38,29 @@ def test_explain_says_who_holds_the_peak_what_is_slow_and_what_fell_back(effcc: 
     # 2 * 512^3 flop in 30 us.
     assert re.search(r"30 µs\s+75\.0 %\s+1\s+library mm\s+inference", out)
     assert re.search(r"aten\.cholesky\.default\s+no kernel <for> it\s+model\.py:9", out)
+
+
+def test_explain_schedule_says_the_model_its_answer_and_the_gap(effcc: Effcc, tmp_path: Path) -> None:
+    ways = (Alternative(what="as Inductor orders them", value=3 * MIB), Alternative(what="least memory", value=2 * MIB))
+    order = Decision(
+        kind="kernel order", subject="2 kernels of a region", chosen="least memory", alternatives=ways, unit="bytes",
+        bound=1.5 * MIB,
+    )  # fmt: skip
+    path = tmp_path / "plan.effcc"
+    save_plan(path, msgspec.structs.replace(make_sample(), decisions=(order,)), {"mlp": FORWARD}, {})
+    shown = effcc("explain", path, "--schedule", "--json").json["schedule"]
+    assert shown["seconds"] == shown["bound"] == 4e-5 and shown["gap"] == 0.0
+    assert shown["peak"] == shown["peak_bound"] == 4 * MIB
+    assert shown["streams"] == [{"device": 0, "stream": "compute", "steps": 2, "busy": 4e-5, "alone": 4e-5}]
+    # 2 x 2 of done, and the peak: nothing is freed before the end.
+    assert shown["model"]["kernels"] == 2 and shown["model"]["variables"] == 5
+    assert shown["decisions"][0]["gap"] == 0.25
+    assert shown["decisions"][0]["alternatives"][0] == {
+        "what": "as Inductor orders them", "value": 3 * MIB, "measured": False
+    }  # fmt: skip
+    out = effcc("explain", path, "--schedule").out
+    assert "minimize peak" in out and "a gap of 0.00 %" in out
+    assert re.search(r"least memory\s+2\.00 MiB\s+as Inductor orders\s", out) and "25.00 %" in out
 
 
 def test_explain_over_budget(effcc: Effcc, tmp_path: Path) -> None:

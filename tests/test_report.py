@@ -13,10 +13,11 @@ import msgspec
 import pytest
 from effcc.cost_model.devices import load_device
 from effcc.ir.plan import Buffer, Plan, Step
-from effcc.ir.plan_file import load_plan
+from effcc.ir.plan_file import PlanFile, decode_plan, encode_plan, load_plan
 from effcc.passes.dump import DumpFolder, PassRecord
 from effcc.report.charts import LEFT, PLOT, by_module, by_role, memory_chart, schedule_chart
 from effcc.report.page import TEXT_LIMIT, render_report
+from effcc.report.roofline import HEIGHT, roofline_chart
 from effcc.suggestions import suggestions
 from effcc.summary import live_use, memory_use, peak_position, summarize
 from fresh_seed import fresh_random
@@ -250,3 +251,24 @@ def test_drawings_of_any_plan_are_well_formed_and_inside_their_frame() -> None:
             for each in drawing.findall("path"):
                 heights = re.findall(r"(?:V|M\S+ )([\d.]+)", each.get("d", ""))
                 assert all(0 <= float(y) <= height for y in heights)
+
+
+def test_the_roofline_places_kernels_under_the_devices_roofs() -> None:
+    plan = make_sample()
+    device = load_device("l4")
+    drawn = ElementTree.fromstring(roofline_chart(summarize(plan).groups, device, "f32").split("\n<ul")[0])
+    circles = {each[0].text.split("\n")[0]: each for each in drawn.iter("circle")}  # type: ignore[union-attr]
+    product, relu = circles["library mm"], circles["region relu"]
+    # 2 * 512^3 FLOP of 3 MiB in 30 us, 512^2 of 2 MiB in 10 us: further right, higher, larger.
+    assert float(product.get("cx", 0)) > float(relu.get("cx", 0))
+    assert float(product.get("cy", 0)) < float(relu.get("cy", 0)) < HEIGHT
+    assert float(product.get("r", 0)) > float(relu.get("r", 0))
+    titles = [each.text or "" for each in drawn.iter("title")]
+    assert any(title.startswith("memory: 300 GB/s") for title in titles)
+    assert f"{2 * 512**3 / (3 * MIB):.3g} FLOP/byte, 8.95 TFLOP/s" in product[0].text  # type: ignore[operator]
+    assert roofline_chart(summarize(plan).groups, None, "f32") == ""
+    assert 'id="roofline"' in render_report(load_plan_of(plan))
+
+
+def load_plan_of(plan: Plan) -> PlanFile:
+    return decode_plan(encode_plan(plan, {"mlp": FORWARD}, {}))

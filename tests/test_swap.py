@@ -10,7 +10,9 @@ from pathlib import Path
 import effcc
 import pytest
 import torch
+from effcc import activation_planner
 from effcc.errors import SwapError
+from effcc.passes.activation.host_link import HostLink
 from effcc.runtime import host_tier
 from test_memory_budget import gradients, measured_peak, tower
 from torch.profiler import profile
@@ -85,10 +87,9 @@ def test_a_killed_process_leaves_no_file(tmp_path: Path) -> None:
 
 
 def test_a_step_keeps_its_budget_by_swapping(monkeypatch: pytest.MonkeyPatch, swap_directory: Path) -> None:
-    from effcc.activation_planner import ActivationPlanner
-
     # As if the disk were fast: recomputation would be chosen otherwise.
-    monkeypatch.setattr(ActivationPlanner, "copies", lambda self, problem: lambda value: 1e-9)
+    fast = HostLink(out=1e15, back=1e15, latency=1e-12, capacity=1 << 50, overlapped=False)
+    monkeypatch.setattr(activation_planner, "host_link", lambda device: fast)
     model, inputs = tower(rows=256)
 
     def step_with(options: dict[str, object]) -> object:

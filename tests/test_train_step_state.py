@@ -200,3 +200,46 @@ def test_checkpoints_that_do_not_fit(tmp_path: Path) -> None:
         refused("cannot be read", tmp_path / name)
     (tmp_path / "empty").mkdir()
     refused("no .safetensors", tmp_path / "empty")
+
+
+def test_a_saved_step_goes_on_as_if_it_had_not_stopped(tmp_path: Path) -> None:
+    data = batches(6)
+    whole, first = network(), network()
+    wanted = ordinary(whole, adamw(whole.parameters()), data)
+    step = effcc.train_step(first, adamw(first.parameters()), loss_of, memory_budget=floor_of(first))
+    losses = stepped(step, data[:3])
+    held = step.held_bytes()
+    grown = peak_of(lambda: step.save(tmp_path / "step.safetensors"), torch.device("cpu"))
+    largest = max(parameter.nbytes for parameter in first.parameters())
+    assert grown <= 3 * largest and step.held_bytes() <= held + largest
+    torch.manual_seed(1)
+    second = network()
+    optimizer = torch.optim.AdamW(second.parameters(), lr=0.5)
+    other = effcc.train_step(second, optimizer, loss_of, memory_budget=floor_of(first))
+    state = torch.get_rng_state()
+    other.load(tmp_path / "step.safetensors")
+    assert torch.equal(torch.get_rng_state(), state)
+    assert optimizer.param_groups[0]["lr"] == 1e-2 and optimizer.param_groups[0]["betas"] == (0.9, 0.999)
+    assert all(torch.equal(a, b) for a, b in zip(step.parameters(), other.parameters(), strict=True))
+    mine, theirs = (each.state_dict()["optimizer"]["state"] for each in (step, other))
+    assert all(torch.equal(mine[i][key], theirs[i][key]) for i in mine for key in mine[i])
+    del mine, theirs  # what a state_dict holds is in memory
+    assert losses == wanted[:3]
+    assert stepped(other, data[3:]) == stepped(step, data[3:]) and same_values(second, first)
+
+
+def test_a_file_of_another_step_is_refused_before_anything_changes(tmp_path: Path) -> None:
+    model = network()
+    step = effcc.train_step(model, adamw(model.parameters()), loss_of, memory_budget=1 << 30)
+    step.save(tmp_path / "step.safetensors")
+    step.save_model(tmp_path / "weights.safetensors")
+    deeper = network(depth=4)
+    before = [parameter.clone() for parameter in deeper.parameters()]
+    other = effcc.train_step(deeper, adamw(deeper.parameters()), loss_of, memory_budget=1 << 30)
+    with pytest.raises(TrainStepError, match="of another training step"):
+        other.load(tmp_path / "step.safetensors")
+    with pytest.raises(TrainStepError, match="does not hold a training step's state"):
+        other.load(tmp_path / "weights.safetensors")
+    assert all(torch.equal(a, b) for a, b in zip(before, deeper.parameters(), strict=True))
+    with pytest.raises(OutputError):
+        step.save(tmp_path / "missing" / "step.safetensors")

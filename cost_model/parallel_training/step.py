@@ -28,6 +28,9 @@ from .work import (
     layer_forward,
 )
 
+#: Units that a collective between the GPUs of a node takes, one for each channel. An assumption: NCCL chooses the
+#: number, and its documentation of NCCL_MAX_CTAS gives only the most that it may be.
+CHANNELS = 20
 #: Bytes that an optimizer step moves for each parameter besides its state: the gradient is copied to f32, unscaled,
 #: measured, clipped and read; master weights are read and written; the weights are written; gradients are zeroed.
 _UPDATE_BYTES = 34
@@ -90,11 +93,13 @@ def predict_step(training: Training, device: Device, calibration: Calibration | 
     bubble = (every - walls[slowest]) / chunks
     busy = count * walls[slowest]
     sharded, sharded_hidden = _parameter_gathers(training, slowest, communication, walls[slowest])
+    kernels = passes[slowest].forward + passes[slowest].recompute + passes[slowest].backward
+    slowed = sharded_hidden * slowdown(device) * kernels.compute / max(kernels.device, 1e-12)
     data, data_hidden = _gradient_seconds(training, communication, walls)
     optimizer = max(_optimizer(training, stage, device, constants) for stage in stages)
-    seconds = busy + bubble + transfers + sharded + data + optimizer + constants.step
+    seconds = busy + bubble + transfers + sharded + slowed + data + optimizer + constants.step
     parts = _parts(passes[slowest], walls[slowest], count)
-    parts |= {"pipeline": transfers, "data": data + sharded, "bubble": bubble, "optimizer": optimizer}
+    parts |= {"pipeline": transfers, "data": data + sharded + slowed, "bubble": bubble, "optimizer": optimizer}
     parts["step"] = constants.step
     hidden = {"tensor": passes[slowest].hidden * count, "data": data_hidden + sharded_hidden}
     return _summary(training, device, calibration, seconds, parts, hidden, passes[slowest])
@@ -205,6 +210,13 @@ def _parameter_gathers(
     first = each / max(1, layers_of_stage(training, stage)) / 2
     exposed = max(0.0, each - pass_seconds) * training.microbatches + first
     return exposed, max(0.0, each * training.microbatches - exposed)
+
+
+def slowdown(device: Device) -> float:
+    """By what share kernels take longer while a collective runs beside them: it takes a unit for each of its channels,
+    and a product is dealt to whole units."""
+    units = device.units.value
+    return CHANNELS / max(1.0, units - CHANNELS) if device.kind == "cuda" else 0.0
 
 
 def _gradient_seconds(training: Training, communication: Communication, walls: dict[int, float]) -> tuple[float, float]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from .blocks import Block
@@ -13,8 +12,8 @@ from .simulate import Simulation, Simulator
 
 @dataclass(frozen=True)
 class Candidate:
-    """A set of saved values with what the simulator says about it. ``seconds``: recomputation, and writing what would
-    not be written otherwise."""
+    """A set of saved values with what the simulator says about it. ``seconds``: recomputation, writing what would not
+    be written otherwise, and what copies to the host take from the step."""
 
     saved: frozenset[int]
     peak: int
@@ -28,32 +27,21 @@ class Candidate:
         return self.saved, self.swapped
 
 
-def evaluate(
-    simulator: Simulator,
-    saved: frozenset[int],
-    swapped: frozenset[int] = frozenset(),
-    swap_seconds: Callable[[int], float] = lambda value: 0.0,
-) -> Candidate:
-    """``swap_seconds``: what it costs the step that a value goes to the host and comes back."""
+def evaluate(simulator: Simulator, saved: frozenset[int], swapped: frozenset[int] = frozenset()) -> Candidate:
+    """A choice with its peak and its price."""
     run = simulator.run(saved, swapped)
     written = sum(simulator.problem.values[v].keep_seconds for v in run.saved | run.swapped)
-    copied = sum(map(swap_seconds, run.swapped))
-    return Candidate(run.saved, run.peak, run.extra_seconds + written + copied, run, run.swapped)
+    return Candidate(run.saved, run.peak, run.extra_seconds + written + run.stall, run, run.swapped)
 
 
-def staircase(
-    simulator: Simulator,
-    cuts: list[Cut],
-    blocks: tuple[Block, ...],
-    swap_seconds: Callable[[int], float] = lambda value: 0.0,
-) -> list[Candidate]:
+def staircase(simulator: Simulator, cuts: list[Cut], blocks: tuple[Block, ...]) -> list[Candidate]:
     """Between two neighbouring cuts the layers change over one by one, those that run first in the forward first: their
     backward comes last, when least else is held."""
     found: dict[tuple[frozenset[int], frozenset[int]], Candidate] = {}
 
     def add(saved: frozenset[int], swapped: frozenset[int]) -> None:
         if (saved, swapped) not in found:
-            found[saved, swapped] = evaluate(simulator, saved, swapped, swap_seconds)
+            found[saved, swapped] = evaluate(simulator, saved, swapped)
 
     for cut in cuts:
         add(*cut.key)

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from ...cost_model.devices import Device
 from .candidates import Candidate
 from .problem import JointProblem
 
@@ -89,17 +86,6 @@ def describe(
         rows=rows_of(problem, chosen, plain),
         recomputed=frozenset(problem.ops[index].name for index in chosen.simulation.recomputed),
     )
-
-
-def copy_seconds(problem: JointProblem, device: Device) -> Callable[[int], float]:
-    """Seconds that a value's way to the host and back takes from the step: both copies on the CPU, where the process
-    makes them; on a GPU those back, which the backward waits for."""
-    tier = device.tiers.get("disk" if device.kind == "cpu" else "host")
-    if tier is None:
-        return lambda value: math.inf
-    ways = 2 if device.kind == "cpu" else 1
-    rate, latency = tier.bandwidth.value, tier.latency.value
-    return lambda value: ways * (problem.values[value].bytes / rate + latency)
 
 
 def rows_of(problem: JointProblem, chosen: Candidate, plain: Candidate) -> tuple[Row, ...]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from .blocks import Block
 from .candidates import Candidate, evaluate
@@ -13,12 +13,7 @@ from .simulate import Simulator
 ROUNDS = 12
 
 
-def reduce_peak(
-    simulator: Simulator,
-    blocks: Sequence[Block],
-    start: Candidate,
-    swap_seconds: Callable[[int], float] = lambda value: 0.0,
-) -> Candidate:
+def reduce_peak(simulator: Simulator, blocks: Sequence[Block], start: Candidate) -> Candidate:
     """Bring the peak down by no longer keeping, or by keeping, what is live at it: one value at a time and, where
     layers are equal, the same value of all of them at once. Stops where nothing helps."""
     problem = simulator.problem
@@ -40,7 +35,7 @@ def reduce_peak(
             if saved in tried:
                 continue
             tried.add(saved)
-            candidate = evaluate(simulator, saved, best.swapped, swap_seconds)
+            candidate = evaluate(simulator, saved, best.swapped)
             if candidate.peak < best.peak and (improved is None or candidate.peak < improved.peak):
                 improved = candidate
         if improved is None:

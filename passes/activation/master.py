@@ -1,54 +1,47 @@
-"""The master problem: an option for every layer, and what of its saved bytes is swapped, as a mixed-integer program.
+"""The master problem: an option for every layer (what it keeps, and what it swaps), as a mixed-integer program.
 
 Sets
     i in blocks, in the forward's order;  o in options of block i
 Variables
     x[i,o] in {0,1}   block i takes option o
-    z[i]   >= 0       bytes that block i's saved values spend on the host between forward and backward
+    stall  >= 0       seconds that the step waits for copies
     equal blocks in a row take options in order of saved bytes, so x counts how many take each
+    saved[i], swapped[i], again[i] = sum_o (bytes kept, bytes on the host, seconds of recomputation) x[i,o]
 Constraints
     sum_o x[i,o] = 1
-    z[i] <= sum_o saved[i,o] x[i,o]
     memory at the beginning of the backward, and in the backward of each block j:
-        start                 + sum_{i}      (saved[i] - z[i])  + fetched ahead            <= budget
-        transient[j,o] x[j,o] + sum_{i<j}    (saved[i] - z[i])  + z[j-1] fetched ahead     <= budget
+        start                 + sum_{i}      saved[i]                                       <= budget
+        transient[j,o] x[j,o] + sum_{i<j}    saved[i]  + swapped[j-1] fetched ahead         <= budget
     copies out of blocks i >= k end before the backward begins; copies in for blocks i >= k end before k's backward does
-        sum_{i>=k} z[i] / out <= seconds of the forward from k on
-        sum_{i>=k} z[i] / in  <= seconds of the backward down to k
-    sum_i z[i] <= host
+        sum_{i>=k} swapped[i] / out <= seconds of the forward from k on
+        sum_{i>=k} swapped[i] / in  <= seconds of the backward down to k, recomputation counted, + stall
+    sum_i swapped[i] <= host
 Objective
-    least seconds of recomputation (or, to find the floor, the least budget)
+    least seconds of recomputation and waiting (or, to find the floor, the least budget)
 
-After MEMO (Zhao et al. 2024), whose swapped share alpha is z[i] / saved[i]: a tensor may be split by tokens.
+After MEMO (Zhao et al. 2024), whose share alpha mixes two options of every layer: all swapped, and all but two values
+computed again.
 """
 
 from __future__ import annotations
 
 import datetime
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from .blocks import Block
+from .host_link import HostLink
 from .options import Moments, Option
 
 
 @dataclass(frozen=True)
-class HostLink:
-    """Bytes a second to and from the host, and bytes it offers."""
-
-    out: float
-    back: float
-    capacity: int
-
-
-@dataclass(frozen=True)
 class MasterSolution:
-    """``chosen[i]`` is the option of block i, ``swapped[i]`` its bytes on the host. ``bound`` is the relaxation's
-    value: seconds, or bytes where the floor was asked for."""
+    """``chosen[i]`` is the option of block i. ``bound`` is the relaxation's value: seconds, or bytes where the floor
+    was asked for."""
 
     chosen: tuple[int, ...]
-    swapped: tuple[int, ...]
     value: float
     bound: float
     optimal: bool
@@ -73,32 +66,34 @@ def solve_master(
     x = [[model.add_binary_variable() for _ in found] for found in options]
     fixed = None if budget is None else budget / _BYTES
     limit = model.add_variable(lb=fixed or 0.0, ub=math.inf if fixed is None else fixed)
-    swapped = [model.add_variable(lb=0.0) for _ in blocks] if host else None
-    saved = [
-        sum(o.saved_bytes / _BYTES * v for o, v in zip(found, row, strict=True))
-        for found, row in zip(options, x, strict=True)
-    ]
+
+    def total(amount: Callable[[Option], float]) -> list[Any]:
+        pairs = zip(options, x, strict=True)
+        return [sum(amount(o) * v for o, v in zip(found, row, strict=True)) for found, row in pairs]
+
+    saved = total(lambda o: o.saved_bytes / _BYTES)
+    swapped = total(lambda o: o.swapped_bytes / _BYTES)
+    again = total(lambda o: o.seconds / _SECONDS)
     for row in x:
         model.add_linear_constraint(sum(row) == 1)
     _order_equal_blocks(model, blocks, options, x)
-    held = [each - swapped[i] if swapped is not None else each for i, each in enumerate(saved)]
-    model.add_linear_constraint(moments.start / _BYTES + sum(held) <= limit)
+    model.add_linear_constraint(moments.start / _BYTES + sum(saved) <= limit)
+    copies = host is not None and any(o.swapped_bytes for found in options for o in found)
     for j in range(len(blocks)):
         own = sum(o.transient / _BYTES * v for o, v in zip(options[j], x[j], strict=True))
-        ahead = swapped[j - 1] if swapped is not None and j else 0.0
-        model.add_linear_constraint(own + sum(held[:j]) + ahead <= limit)
-    if host is not None and swapped is not None:
-        for i in range(len(blocks)):
-            model.add_linear_constraint(swapped[i] <= saved[i])
+        ahead = swapped[j - 1] if copies and j else 0.0
+        model.add_linear_constraint(own + sum(saved[:j]) + ahead <= limit)
+    stall = model.add_variable(lb=0.0)
+    if host is not None and copies:
+        for i in range(len(blocks)) if host.overlapped else ():
             after = sum(swapped[i:])
-            model.add_linear_constraint(after <= host.out / _BYTES * sum(moments.forward_seconds[i:]))
-            model.add_linear_constraint(after <= host.back / _BYTES * sum(moments.backward_seconds[i:]))
+            out, back = host.out / _BYTES * _SECONDS, host.back / _BYTES * _SECONDS
+            model.add_linear_constraint(after <= out * sum(moments.forward_seconds[i:]) / _SECONDS + out * stall)
+            running = sum(moments.backward_seconds[i:]) / _SECONDS
+            model.add_linear_constraint(after <= back * (running + sum(again[i:]) + stall))
         model.add_linear_constraint(sum(swapped) <= host.capacity / _BYTES)
-    seconds = sum(
-        o.seconds / _SECONDS * v for found, row in zip(options, x, strict=True) for o, v in zip(found, row, strict=True)
-    )
     # Swapping what need not be swapped is not worth a copy.
-    model.minimize(seconds + (1e-4 * sum(swapped) if swapped is not None else 0.0) if budget is not None else limit)
+    model.minimize(sum(again) + stall + 1e-4 * sum(swapped) if budget is not None else limit)
     relaxed = mathopt.solve(_relaxation(model, x), mathopt.SolverType.GLOP)
     if relaxed.termination.reason != mathopt.TerminationReason.OPTIMAL:
         return None
@@ -110,11 +105,9 @@ def solve_master(
         return None
     values = result.variable_values()
     chosen = tuple(max(range(len(row)), key=lambda o: values[row[o]]) for row in x)
-    copied = tuple(int(values[v] * _BYTES) for v in swapped) if swapped is not None else (0,) * len(blocks)
     unit = _SECONDS if budget is not None else _BYTES
     return MasterSolution(
         chosen,
-        copied,
         result.objective_value() * unit,
         relaxed.objective_value() * unit,
         result.termination.reason == mathopt.TerminationReason.OPTIMAL,
@@ -144,6 +137,8 @@ def _order_equal_blocks(
             continue
         order = sorted(range(len(options[i])), key=lambda o: -options[i][o].saved_bytes)
         for end in range(1, len(order)):
+            if options[i][order[end - 1]].saved_bytes == options[i][order[end]].saved_bytes:
+                continue
             model.add_linear_constraint(  # type: ignore[attr-defined]
                 sum(x[i][o] for o in order[:end]) <= sum(x[i + 1][o] for o in order[:end])  # type: ignore[misc]
             )

@@ -8,11 +8,12 @@ own transient values.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from .blocks import Block
 from .candidates import Candidate
+from .host_link import HostLink
 from .problem import JointProblem
 from .simulate import Entry
 
@@ -20,11 +21,13 @@ from .simulate import Entry
 @dataclass(frozen=True)
 class Option:
     """``saved`` values of one block; ``transient``: the most bytes in use during the block's own backward, without what
-    earlier blocks have saved; ``seconds``: run again, and writing what is kept."""
+    earlier blocks have saved; ``seconds``: run again, and writing what is kept; where nothing runs beside copies, those
+    too."""
 
     saved: frozenset[int]
     swapped: frozenset[int]
     saved_bytes: int
+    swapped_bytes: int
     transient: int
     seconds: float
 
@@ -73,7 +76,7 @@ def options_of(
     blocks: Sequence[Block],
     uniform: Sequence[Candidate],
     crossing: frozenset[int],
-    swap_seconds: Callable[[int], float] = lambda value: 0.0,
+    link: HostLink | None = None,
 ) -> tuple[list[list[Option]], Moments]:
     """Options of each block from candidates that treat all blocks by one price, and the moments they meet in."""
     owner = block_of_entries(problem, blocks)
@@ -105,8 +108,10 @@ def options_of(
             seconds = sum(problem.ops[index].seconds for index in block.ops if index in again)
             seconds += sum(size[v].keep_seconds for v in saved[i])
             away = candidate.swapped & frozenset(block.values)
-            seconds += sum(map(swap_seconds, away)) + sum(size[v].keep_seconds for v in away)
-            option = Option(saved[i], away, bytes_[i], transient, seconds)
+            seconds += sum(size[v].keep_seconds for v in away)
+            if link is not None and not link.overlapped:
+                seconds += sum(link.both_seconds(size[v].bytes) for v in away)
+            option = Option(saved[i], away, bytes_[i], sum(size[v].bytes for v in away), transient, seconds)
             known = table[i].get((saved[i], away))
             if known is None or option.transient < known.transient:
                 table[i][saved[i], away] = option
@@ -135,9 +140,14 @@ def _with_crossing(options: list[Option], crossing: frozenset[int]) -> list[Opti
 
 
 def _useful(options: list[Option]) -> list[Option]:
-    """Those that no other beats in seconds, saved bytes and transient peak, fastest first."""
+    """Those that no other beats in seconds, saved and swapped bytes and transient peak, fastest first."""
     kept: list[Option] = []
-    for option in sorted(options, key=lambda o: (o.seconds, o.saved_bytes, o.transient)):
-        if not any(o.saved_bytes <= option.saved_bytes and o.transient <= option.transient for o in kept):
+    for option in sorted(options, key=lambda o: (o.seconds, o.saved_bytes, o.swapped_bytes, o.transient)):
+        if not any(
+            o.saved_bytes <= option.saved_bytes
+            and o.swapped_bytes <= option.swapped_bytes
+            and o.transient <= option.transient
+            for o in kept
+        ):
             kept.append(option)
     return kept

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable, Collection
+import math
+from collections.abc import Collection
 
 from ...formatting import bytes_text, seconds_text
 from ...logs import tell_gap
@@ -16,6 +17,7 @@ from .blocks import Block, blocks_of, crossing_values
 from .candidates import Candidate, evaluate, pareto, staircase
 from .cut import Cut, PricedCuts
 from .floor import lower_bound, reduce_peak
+from .host_link import HostLink
 from .master import MasterSolution, solve_master
 from .options import Moments, Option, options_of
 from .problem import JointProblem
@@ -25,47 +27,71 @@ from .simulate import Simulator
 Key = tuple[frozenset[int], frozenset[int]]
 #: Number of budgets that the master problem is solved for, between the floor and the peak of keeping all.
 GRID = 96
+#: Prices of the copy engine that cuts are made for.
+SHARES = (0.0, 0.25, 0.5, 1.0)
 
 
 class ActivationSearch:
     """Choices for one joint graph. ``plain``: the values that are kept without a budget (torch's minimum cut).
-    ``swap_seconds``: what it costs that a value goes to the host and comes back; None: nothing is swapped."""
+    ``link``: the way to the host; None: nothing is swapped."""
 
     def __init__(
         self,
         problem: JointProblem,
         plain: frozenset[int] | None = None,
-        swap_seconds: Callable[[int], float] | None = None,
+        link: HostLink | None = None,
     ) -> None:
         self.problem = problem
-        self.swap_seconds = swap_seconds
-        self.copy_seconds = swap_seconds or (lambda value: 0.0)
-        self.simulator = Simulator(problem)
+        self.link = link
+        self.simulator = Simulator(problem, link)
         self.blocks: tuple[Block, ...] = blocks_of(problem)
         self.crossing = crossing_values(problem, self.blocks)
         self.plain = evaluate(self.simulator, plain) if plain is not None else self.cuts_evaluated[0]
 
     @functools.cached_property
-    def cuts(self) -> list[Cut]:
-        return PricedCuts(self.simulator, self.crossing, self.swap_seconds).frontier()
+    def hulls(self) -> dict[float, list[Cut]]:
+        """For each share of its copies' time that a swapped value is charged with, the best cuts. Where copies run
+        beside the ops they cost nothing until the engine is busy all the time; the share is the engine's price."""
+        if self.link is None or not self.link.overlapped:
+            return {1.0: self._frontier(1.0)}
+        return {share: self._frontier(share) for share in SHARES}
+
+    def _frontier(self, share: float) -> list[Cut]:
+        link, values = self.link, self.problem.values
+
+        def swap_seconds(value: int) -> float:
+            assert link is not None
+            return share * link.both_seconds(values[value].bytes)
+
+        return PricedCuts(self.simulator, self.crossing, swap_seconds if link is not None else None).frontier()
 
     @functools.cached_property
     def cuts_evaluated(self) -> list[Candidate]:
-        return [evaluate(self.simulator, *cut.key, self.copy_seconds) for cut in self.cuts]
+        found = {cut.key: cut for cuts in self.hulls.values() for cut in cuts}
+        return [evaluate(self.simulator, *key) for key in found]
 
     @functools.cached_property
     def steps(self) -> list[Candidate]:
         """Cuts and their mixtures by layer, and what is kept without a budget; none beats another."""
-        return pareto([self.plain, *staircase(self.simulator, self.cuts, self.blocks, self.copy_seconds)])
+        mixed = [c for cuts in self.hulls.values() for c in staircase(self.simulator, cuts, self.blocks)]
+        return pareto([c for c in (self.plain, *mixed) if self._on_host(c) <= self._host])
+
+    @property
+    def _host(self) -> float:
+        """Bytes that the host offers."""
+        return self.link.capacity if self.link is not None else math.inf
+
+    def _on_host(self, candidate: Candidate) -> int:
+        return sum(self.problem.values[v].bytes for v in candidate.swapped)
 
     @functools.cached_property
     def offers(self) -> tuple[list[list[Option]], Moments]:
-        return options_of(self.problem, self.blocks, self.cuts_evaluated, self.crossing, self.copy_seconds)
+        return options_of(self.problem, self.blocks, self.cuts_evaluated, self.crossing, self.link)
 
     def master(self, limit: int | None) -> tuple[Candidate, MasterSolution] | None:
         """The master problem's choice within ``limit`` bytes (None: the least), with what the simulator says of it."""
         options, moments = self.offers
-        found = solve_master(self.blocks, options, moments, limit)
+        found = solve_master(self.blocks, options, moments, limit, self.link)
         if found is None:
             return None
         if limit is None:
@@ -74,7 +100,7 @@ class ActivationSearch:
             tell_gap(f"recomputation within {bytes_text(limit)}", found.value, found.bound, seconds_text)
         saved = frozenset(v for i, o in enumerate(found.chosen) for v in options[i][o].saved)
         swapped = frozenset(v for i, o in enumerate(found.chosen) for v in options[i][o].swapped)
-        return evaluate(self.simulator, saved, swapped, self.copy_seconds), found
+        return evaluate(self.simulator, saved, swapped), found
 
     @functools.cached_property
     def least(self) -> Candidate:
@@ -84,7 +110,7 @@ class ActivationSearch:
         if found is not None:
             candidates.append(found[0])
         start = min(candidates, key=lambda c: (c.peak, c.seconds))
-        return reduce_peak(self.simulator, self.blocks, start, self.copy_seconds)
+        return reduce_peak(self.simulator, self.blocks, start)
 
     @functools.cached_property
     def floor_bound(self) -> int:
@@ -101,14 +127,29 @@ class ActivationSearch:
             found = self.master(max(snapped, self.least.peak))
             candidates += [found[0]] if found is not None else []
         candidates.append(self.least)
-        fitting = [c for c in candidates if c.peak <= limit and c.key not in refused]
+        fitting = [c for c in candidates if c.peak <= limit and self._on_host(c) <= self._host and c.key not in refused]
         return min(fitting, key=lambda c: (c.seconds, c.peak, sorted(c.saved), sorted(c.swapped)), default=None)
 
     def bound(self, limit: int) -> float:
         """No choice within ``limit`` bytes costs less than these seconds: the Lagrangian dual of the memory constraint
-        at the moment when all that is saved lives, which the cuts' lower hull is the graph of."""
+        at the moment when all that is saved lives, which the cuts' lower hull is the graph of.
+
+        Where copies run beside the ops, a step that takes E seconds more has E >= what is computed again, and, because
+        the engine has no more time than the backward with E, E >= copies - backward. So for each share f of the copies'
+        time that is charged, E >= (again + f (copies - backward)) / (1 + f); and E >= again + f (copies - most), with
+        the time of copying all that the host has room for."""
         room = limit - self._base
-        hull = self.cuts
+        if self.link is None or not self.link.overlapped:
+            return self._on_hull(self.hulls[1.0], room)
+        backward = sum(op.seconds for op in self.problem.ops if not op.forward)
+        most = self.link.capacity / self.link.back + len(self.problem.values) * self.link.latency
+        least = {share: self._on_hull(hull, room) for share, hull in self.hulls.items()}
+        return max(
+            max((seconds - share * backward) / (1 + share), seconds - share * most) for share, seconds in least.items()
+        )
+
+    @staticmethod
+    def _on_hull(hull: list[Cut], room: int) -> float:
         if room >= hull[0].weight:
             return hull[0].seconds
         for left, right in itertools.pairwise(hull):
@@ -120,7 +161,7 @@ class ActivationSearch:
     @functools.cached_property
     def _base(self) -> int:
         """Bytes besides what is saved when the fastest choice is at its peak; of all choices the least."""
-        first = self.cuts_evaluated[0].simulation
+        first = min(self.cuts_evaluated, key=lambda c: c.seconds).simulation
         moment = first.entries[first.peak_entry]
         found = []
         for candidate in [*self.steps, *self.cuts_evaluated]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from .host_link import Copy, HostLink, copy_windows
 from .problem import JointProblem, Op
 
 #: A result read more than once is stored if computing it reads more than this many tensors (Inductor's threshold).
@@ -43,6 +44,10 @@ class Simulation:
     at: tuple[int, ...]
     #: (value, first and last entry at which it is in memory).
     lives: tuple[tuple[int, int, int], ...]
+    #: Seconds that the step waits for copies, or makes them.
+    stall: float = 0.0
+    #: (value, entry at whose beginning its copy from the host begins), by the time of the copies.
+    issued: tuple[tuple[int, int], ...] = ()
 
     def live_at(self, position: int) -> tuple[int, ...]:
         """Values in memory while ``entries[position]`` runs."""
@@ -58,8 +63,10 @@ class Simulation:
 
 
 class Simulator:
-    def __init__(self, problem: JointProblem) -> None:
-        self.problem = problem
+    """``link``: the way to the host; None: values that are swapped leave and come back in no time."""
+
+    def __init__(self, problem: JointProblem, link: HostLink | None = None) -> None:
+        self.problem, self.link = problem, link
         self.forward_ops = [op for op in problem.ops if op.forward]
         self.backward_ops = [op for op in problem.ops if not op.forward]
         self.made_forward = {v for op in self.forward_ops for v in op.writes}
@@ -215,6 +222,7 @@ class Simulator:
                 if key in begin:
                     end[key] = count - 1
                     break
+        stall, issued = self._copies(entries, away, first_backward, begin, end)
         change = [0] * (count + 1)
         reuse = self._reuse(entries, touched, written, end)
         for key, start in begin.items():
@@ -243,7 +251,30 @@ class Simulator:
             swapped=away,
             at=tuple(at),
             lives=tuple((key[0], start, end[key]) for key, start in begin.items()),
+            stall=stall,
+            issued=issued,
         )
+
+    def _copies(
+        self,
+        entries: list[Entry],
+        away: frozenset[int],
+        backward: int,
+        begin: dict[tuple[int, bool], int],
+        end: dict[tuple[int, bool], int],
+    ) -> tuple[float, tuple[tuple[int, int], ...]]:
+        """Seconds that copies take from the step, and when values come back. Their lives are set accordingly."""
+        values = self.problem.values
+        fetched = {v: begin[v, True] for v in away if (v, True) in begin}
+        if self.link is None or not fetched:
+            return 0.0, ()
+        seconds = [0.0 if entry.fetched else self.problem.ops[entry.op].seconds for entry in entries]
+        copies = [Copy(v, values[v].bytes, begin[v, False], used) for v, used in sorted(fetched.items())]
+        windows = copy_windows(seconds, backward, copies, self.link)
+        for copy in copies:
+            begin[copy.value, True] = windows.issued[copy.value]
+            end[copy.value, False] = max(end[copy.value, False], windows.released[copy.value])
+        return windows.stall, tuple(sorted(windows.issued.items(), key=lambda item: fetched[item[0]]))
 
     def _reuse(
         self,

@@ -22,6 +22,9 @@ class PipelineCosts:
     makes them and beside later ones. ``shard_gradient``: the same for the sharded matrices of the vocabulary, after the
     last T and the last D of a rank.
 
+    ``beside``: per virtual stage (stream, seconds in a forward, seconds in a backward) of collectives that run while a
+    pass does: those of other axes of the mesh. What of them kernels do not hide is part of the pass.
+
     ``activation``: what a microbatch holds between F and the end of its backward, per virtual stage.
     ``output_activation``: what it holds between S and the end of T, per rank. ``held``: what is held all the time, per
     rank.
@@ -38,6 +41,7 @@ class PipelineCosts:
     finish: tuple[float, ...] = ()
     gradient: tuple[float, ...] = ()
     shard_gradient: tuple[float, float] = (0.0, 0.0)
+    beside: tuple[tuple[tuple[str, float, float], ...], ...] = ()
     activation: tuple[int, ...] = ()
     output_activation: tuple[int, ...] = ()
     held: tuple[int, ...] = ()
@@ -56,6 +60,14 @@ class PipelineCosts:
             return self.output[stage][kind == "T"]
         return self.embedding[stage][kind == "D"]
 
+    def collectives(self, each: Pass) -> list[tuple[str, float]]:
+        """(stream, seconds) of what runs beside a pass. A backward's belong to I where it is split."""
+        if not self.beside or each.kind not in ("F", "B", "I"):
+            return []
+        found = [(stream, backward if each.kind in ("B", "I") else forward)
+                 for stream, forward, backward in self.beside[each.stage]]  # fmt: skip
+        return [(stream, seconds) for stream, seconds in found if seconds]
+
     def sum_seconds(self, each: Pass, end_kind: str) -> float:
         """Adding up over the replicas what the last pass of this kind and stage completes."""
         if each.kind == end_kind:
@@ -68,8 +80,8 @@ class PipelineCosts:
         wanted: dict[str, tuple[int, bool]] = {
             "forward": (stages, True), "backward": (stages, True), "weight": (stages, False),
             "output": (ranks, bool(schedule.vocabulary)), "embedding": (ranks, schedule.embedding),
-            "finish": (ranks, False), "gradient": (stages, False), "activation": (stages, False),
-            "output_activation": (ranks, False), "held": (ranks, False),
+            "finish": (ranks, False), "gradient": (stages, False), "beside": (stages, False),
+            "activation": (stages, False), "output_activation": (ranks, False), "held": (ranks, False),
         }  # fmt: skip
         for name, (count, required) in wanted.items():
             given = len(getattr(self, name))

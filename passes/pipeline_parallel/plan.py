@@ -18,14 +18,18 @@ from .heuristics import Found
 from .schedule import STAGE_KINDS, Pass, Schedule
 from .simulate import OUTPUT_BARRIER, OUTPUT_GRADIENT, REPLICAS
 
+#: How the note with the mesh begins.
+_MESH = "mesh: "
 _PASS = re.compile(r"(\d+)([FBIWSTED])(\d+)")
 
 
 def to_plan(
-    found: Found, *, model: str, device: str, graph_hash: str = "", held: tuple[int, ...] = (), replicas: int = 1
-) -> Plan:
-    """The plan of a schedule. ``held``: bytes of each rank besides what microbatches hold, for the notes; the plan's
-    own peak is that of all ranks' microbatches together, at positions of the list of steps."""
+    found: Found, *, model: str, device: str, graph_hash: str = "", held: tuple[int, ...] = (), replicas: int = 1,
+    mesh: str = "",
+) -> Plan:  # fmt: skip
+    """The plan of a schedule, for ``mesh`` (kept in the notes, see ``mesh_of``). ``held``: bytes of each rank besides
+    what microbatches hold, for the notes; the plan's own peak is that of all ranks' microbatches together, at positions
+    of the list of steps."""
     run, schedule = found.run, found.schedule
     steps = tuple(
         msgspec.structs.replace(step, start=run.timeline.start[index]) for index, step in enumerate(run.steps)
@@ -53,6 +57,7 @@ def to_plan(
     notes = (
         f"{schedule.ranks} ranks, {schedule.stages} stages, {schedule.microbatches} microbatches: {schedule.name}"
         + (f", {replicas} replicas" if replicas > 1 else ""),
+        *((f"{_MESH}{mesh}",) if mesh else ()),
         f"bubble {100 * run.bubble:.1f} %; bytes on each rank: {memory}" + (f"; of these held: {held}" if held else ""),
     )
     return Plan(
@@ -102,6 +107,12 @@ def replicas_of(plan: Plan) -> int:
     """How many replicas of its pipeline a plan has."""
     orders = _orders(plan)
     return sum(order[0] == orders[0][0] for order in orders.values()) if 0 in orders else 1
+
+
+def mesh_of(plan: Plan) -> str:
+    """The mesh that a plan was made for, with what was chosen for it: ``pp=2,cp=4,context=ring``. Empty for a plan
+    without axes besides pp and dp."""
+    return next((note.removeprefix(_MESH) for note in plan.notes if note.startswith(_MESH)), "")
 
 
 def from_plan(plan: Plan) -> Schedule:

@@ -1,7 +1,8 @@
 """A schedule with its costs as steps of the plan, and their timeline.
 
 Every rank has a compute stream that runs its passes in the schedule's order, a stream for sends to each neighbour, and
-one for each kind of collective, so that transfers overlap with compute. A barrier is a collective whose steps begin
+one for each kind of collective, so that transfers overlap with compute. Collectives of a mesh's other axes begin with
+their pass, on streams of their own. A barrier is a collective whose steps begin
 together on all ranks. Where the pipeline has replicas, one of them is simulated: all do the same at the same time.
 """
 
@@ -85,6 +86,9 @@ class _Builder:
             kind="region", rendezvous=f"{kind}{microbatch}" if together else "",
         )  # fmt: skip
         self.ids[each] = identity
+        waits = self.steps[identity].depends + ((self.last_of[rank],) if rank in self.last_of else ())
+        for stream, seconds in self.costs.collectives(each):
+            self._step(f"{stream} of {each}", rank, stream, seconds, waits)
         self.last_of[rank] = identity
         back = schedule.backward
         if kind == "F" and stage < schedule.last:

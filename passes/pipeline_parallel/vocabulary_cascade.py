@@ -17,11 +17,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ...errors import ScheduleError
-from ...ir.cascade import Einsum, accesses, tensor_name
+from ...errors import CascadeError, ScheduleError
+from ...ir.cascade import Einsum, accesses, rank, tensor_name
 from ...ir.cascade_parser import parse_cascade
-from ...ir.monoid import Component, Monoid
-from ..rewrite_cascade import rewrite
+from ...ir.monoid import Monoid
+from .split_cascade import final, running, traversal
 
 #: t tokens, d the hidden state, v the vocabulary; T the target's index, H the input, W the output matrix.
 _LOSS = """
@@ -68,53 +68,18 @@ def output_cascade(vocabulary: str, label_smoothing: float = 0.0) -> OutputCasca
         meetings: tuple[Monoid, ...] = (_traversal(loss + gradient),)
     else:
         direction = whole.definitions["DH"]
-        component = Component("DH_run", (direction.indices[0], direction.indices[1]), "sum", (), direction.body,
-                              _old("DH_run", direction))  # fmt: skip
         first = _traversal(loss)
-        meetings = (first, Monoid(first.rank, (component,), (_final("DH", component, first),)))
+        component = running(direction, first.rank)
+        meetings = (first, Monoid(first.rank, (component,), (final("DH", component, first.rank),)))
     return OutputCascade(whole.definitions["Z"], meetings, whole.definitions["DW"], label_smoothing)
 
 
 def _traversal(text: str) -> Monoid:
     """All reductions over v of a cascade as one monoid."""
-    import sympy
-
-    cascade = parse_cascade(text)
-    rewritten = rewrite(cascade)
-    rank = sympy.Symbol("v")
-    monoids = [monoid for monoid in rewritten.monoids if monoid.rank.name == "v"]
-    if len(monoids) != 1:
-        raise ScheduleError(
-            f"the cascade walks over the vocabulary in {len(monoids)} separate traversals",
-            remedy="take two-barriers",
-        )
-    monoid = monoids[0]
-    components, finals = list(monoid.components), list(monoid.finals)
-    known = {final.output for final in finals}
-    for einsum in cascade.einsums:  # sums that depend on nothing are monoids as they are
-        if einsum.reduction and any(symbol.name == "v" for symbol in einsum.reduced) and einsum.output not in known:
-            if any(tensor_name(item) in known for item in einsum.reads):
-                raise ScheduleError(
-                    f"{einsum.output} needs a traversal of its own over {rank}", remedy="take two-barriers"
-                )
-            name = f"{einsum.output}_run"
-            component = Component(name, tuple(einsum.indices), einsum.reduction, (), einsum.body, _old(name, einsum))
-            components.append(component)
-            finals.insert(0, _final(einsum.output, component, monoid))
-    return Monoid(monoid.rank, tuple(components), tuple(finals))
-
-
-def _old(name: str, einsum: Einsum) -> object:
-    from ...ir.cascade import access
-
-    rank = next(symbol for symbol in einsum.reduced if symbol.name == "v")
-    return access(name, (*einsum.indices, rank))
-
-
-def _final(name: str, component: Component, monoid: Monoid) -> Einsum:
-    from ...ir.monoid import LAST, state
-
-    return Einsum(name, component.indices, state(component, monoid.rank, LAST))
+    try:
+        return traversal(parse_cascade(text), rank("v"))
+    except CascadeError as error:
+        raise ScheduleError(error.message, where=error.where, remedy="take two-barriers") from error
 
 
 def reads(monoid: Monoid) -> frozenset[str]:

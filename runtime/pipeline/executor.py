@@ -23,6 +23,7 @@ from ...errors import PipelineError
 from ...formatting import first_line
 from ...passes.pipeline_parallel.schedule import Pass, Schedule
 from ...passes.pipeline_parallel.vocabulary_cascade import output_cascade
+from ..context_parallel.exchange import SequenceGroup
 from ..mesh_layout import MeshLayout, summed
 from ..rank_watch import RankWatch
 from .communication import Lane, Transfers
@@ -55,11 +56,10 @@ class _Held:
 
 class PipelineRank:
     """``model_state``: parameters and buffers by path, of which only this rank's are kept. ``scale``: what the loss is
-    multiplied with, such as a GradScaler's. ``mesh``: of axes ``pp`` and ``dp``; replicas of the pipeline take their
-    own microbatches each, and their gradients are added up. ``timeout``: after which a rank that does not answer ends
-    the others, which then name it. Every process of the default group must make one, at the same time.
-
-    Raises PipelineError where processes, schedule, stages and mesh do not fit, or differ between ranks.
+    multiplied with, such as a GradScaler's. ``mesh``: of axes ``pp``, ``dp`` and ``cp``; replicas take their own
+    microbatches each, and their gradients are added up. ``sequence``: with ``cp``, where attentions exchange keys.
+    ``timeout``: after which a rank that does not answer ends the others, which then name it. Every process of the
+    default group must make one, at once. Raises PipelineError where processes, schedule, stages and mesh do not fit.
     """
 
     def __init__(
@@ -71,6 +71,7 @@ class PipelineRank:
         scale: float = 1.0,
         timeout: timedelta = timedelta(seconds=300),
         mesh: DeviceMesh | None = None,
+        sequence: SequenceGroup | None = None,
     ) -> None:
         schedule.check()
         self.layout = MeshLayout.of(mesh, "pp", PipelineError)
@@ -90,9 +91,10 @@ class PipelineRank:
             timeout.total_seconds(), PipelineError,
             "see that rank's own output, and start the step again from the last checkpoint; PipelineRank has a timeout",
         )  # fmt: skip
-        self.watch.check_equal(
-            "the plan or model", digest(schedule, stages), "give all ranks the same plan and build the same model"
-        )
+        if sequence is not None:
+            sequence.watch = self.watch
+        remedy = "give all ranks the same plan and build the same model"
+        self.watch.check_equal("the plan or model", digest(schedule, stages), remedy)
         self.parameters = RankParameters(schedule, stages, model_state, self.rank)
         with self.watch.waiting("making groups"):
             self.transfers = Transfers(schedule.stages, self._group(timeout))

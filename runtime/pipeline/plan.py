@@ -7,32 +7,30 @@ with them; the fastest that fits the memory is taken, and what it could still ga
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch.fx import Node
 
 from ...cost_model.collectives import collective_cost
 from ...cost_model.devices import Device
+from ...cost_model.parallel_training.mesh import Mesh, group_cost
 from ...errors import PipelineError, ScheduleError
-from ...ir.types import SHORT_DTYPE
 from ...passes.pipeline_parallel import classic, v_shape, vocabulary
 from ...passes.pipeline_parallel.costs import PipelineCosts
 from ...passes.pipeline_parallel.heuristics import Found
 from ...passes.pipeline_parallel.optimal import solve
 from ...passes.pipeline_parallel.precedence import Problem
 from ...passes.pipeline_parallel.schedule import Schedule
-from .stages import Stage, Stages, cut, node_flop
+from ..context_parallel.exchange import FORMS
+from .axes import MeshCosts, bandwidth, short
+from .stages import Stages, cut
 from .step_graph import StepGraph, export_step, input_head, output_head
 
 SCHEDULES = ("gpipe", "1f1b", "interleaved", "zb-h1", "zb-v", "v-half")
-#: A backward does about twice a forward's work: gradients of inputs and of weights.
-_BACKWARD = 2.0
 #: Kernels that S, and T, are made of: products, and what is done element by element.
 _OUTPUT_KERNELS = 8
-_VIEWS = ("view", "reshape", "transpose", "unsqueeze", "expand", "slice", "getitem", "alias", "permute", "split")
 
 
 @dataclass(frozen=True)
@@ -44,6 +42,9 @@ class PipelinePlan:
     stages: Stages
     costs: PipelineCosts
     others: tuple[tuple[str, float | None, int], ...]
+    mesh: Mesh = field(default_factory=Mesh)
+    #: The form of attention over devices: ring or tree, where the mesh has cp.
+    context: str = ""
 
     @property
     def schedule(self) -> Schedule:
@@ -60,22 +61,33 @@ def plan_pipeline(
     schedules: Sequence[str] = ("1f1b", "interleaved"),
     vocabularies: Sequence[str] = ("", "one-barrier", "two-barriers"),
     memory: int | None = None,
-    replicas: int = 1,
+    mesh: Mesh | None = None,
+    capture: Callable[[], StepGraph] | None = None,
     time_limit: float = 5.0,
     seed: int = 0,
 ) -> PipelinePlan:
-    """Plan ``step`` (a module whose result is the loss) for ``ranks`` devices, or ``replicas`` times as many.
+    """Plan ``step`` (a module whose result is the loss) for ``ranks`` devices, or for a mesh with that ``pp``.
 
-    ``microbatch``: arguments of one; each replica has ``microbatches``. ``schedules``: of ``SCHEDULES``.
+    ``microbatch``: arguments of one; each data rank has ``microbatches``. ``capture``: gives the graph of one part of
+    the sequence (``effcc.context_parallel``), where the mesh has ``cp``. ``schedules``: of ``SCHEDULES``.
     ``vocabularies``: "" for vocabulary layers on the first and last stage, or the algorithms that shard them; one that
     the step does not allow is passed over if there is another. ``memory``: bytes of each device, its own if None.
-    Raises PipelineError or ScheduleError when nothing fits.
+    Raises PipelineError or ScheduleError when nothing fits, or the mesh does not fit the model.
     """
-    graph = export_step(step, microbatch)
+
+    mesh = mesh if mesh is not None else Mesh(pp=ranks)
     state = _parameter_sizes(step)
+    graph = _captured(step, microbatch, mesh, capture)
+    shared = min(
+        (MeshCosts(graph, mesh, device, state, form) for form in (FORMS if mesh.cp > 1 else ("",))),
+        key=lambda costs: costs.context_waits(),
+    )
     tried: list[tuple[str, Found | None, Stages | None, PipelineCosts | None, int]] = []
     refused: Exception | None = None
     for kind in vocabularies:
+        # One rank has nothing to share, and tp shares the vocabulary already.
+        if kind and (ranks == 1 or mesh.tp * mesh.fsdp > 1) and len(vocabularies) > 1:
+            continue
         for name in schedules:
             if kind and name not in ("1f1b", "v-half") and len(schedules) > 1:  # they have no such passes
                 continue
@@ -84,7 +96,7 @@ def plan_pipeline(
                 shell = make_schedule(name, ranks, microbatches, kind)
                 head = output_head(graph) if kind else None
                 stages = cut(graph, shell.stages, head, input_head(graph, head.size) if head else None)
-                costs = stage_costs(graph, stages, shell, device, state, replicas)
+                costs = stage_costs(graph, stages, shell, device, state, shared)
                 room = tuple((memory or device.memory) - held for held in costs.held)
                 solved = solve(Problem(shell, costs, room), [shell], time_limit=time_limit, seed=seed)
             except (PipelineError, ScheduleError) as error:
@@ -101,7 +113,18 @@ def plan_pipeline(
     _, found_, stages_, costs_, _ = ordered[0]
     assert found_ is not None and stages_ is not None and costs_ is not None
     others = tuple((label, each.run.seconds if each else None, peak) for label, each, _, _, peak in ordered[1:])
-    return PipelinePlan(found_, stages_, costs_, others)
+    return PipelinePlan(found_, stages_, costs_, others, mesh, shared.context)
+
+
+def _captured(
+    step: torch.nn.Module, microbatch: tuple[Any, ...], mesh: Mesh, capture: Callable[[], StepGraph] | None
+) -> StepGraph:
+    """The step's graph, on a mesh with cp that of one part of the sequence."""
+    if mesh.cp == 1:
+        return export_step(step, microbatch)
+    if capture is None:
+        raise PipelineError("a mesh with cp needs the graph of one part", remedy="see effcc.context_parallel")
+    return capture()
 
 
 def make_schedule(name: str, ranks: int, microbatches: int, kind: str = "") -> Schedule:
@@ -122,21 +145,25 @@ def make_schedule(name: str, ranks: int, microbatches: int, kind: str = "") -> S
 
 
 def stage_costs(
-    graph: StepGraph, stages: Stages, schedule: Schedule, device: Device, sizes: dict[str, int], replicas: int = 1
+    graph: StepGraph, stages: Stages, schedule: Schedule, device: Device, sizes: dict[str, int], mesh: MeshCosts
 ) -> PipelineCosts:
     """Predicted costs of the cut step. ``sizes``: bytes of each parameter by path. Replicas of a rank are neighbours;
     its neighbours in the pipeline may be on another node as soon as the mesh is larger than one."""
-    forward = tuple(_forward_seconds(stage, device) for stage in stages.stages)
+    shared = [mesh.stage(stage) for stage in stages.stages]
     message = max(
         (sum(_value_bytes(value.shape, value.dtype) for value in stage.sends) for stage in stages.stages[:-1]),
         default=0,
     )
-    everyone = schedule.ranks * replicas
-    between = collective_cost("send", message, everyone, device).seconds if schedule.ranks > 1 else 0.0
+    axes, replicas = mesh.mesh, mesh.replicas
+    between = 0.0
+    if schedule.ranks > 1:
+        between = collective_cost("send", message / axes.tp, axes.ranks, device).seconds
     held = [0] * schedule.ranks
-    for stage in stages.stages:
-        paths = _parameters(stage)
-        held[schedule.placement[stage.index]] += sum(_state_bytes(sizes[path]) for path in paths)
+    for stage, costs in zip(stages.stages, shared, strict=True):
+        held[schedule.placement[stage.index]] += costs.held
+    for rank in range(schedule.ranks):
+        mine = (costs.gathered for at, costs in enumerate(shared) if schedule.placement[at] == rank)
+        held[rank] += max(mine, default=0)
     output: tuple[tuple[float, float], ...] = ()
     embedding: tuple[tuple[float, float], ...] = ()
     kept: tuple[int, ...] = ()
@@ -146,82 +173,45 @@ def stage_costs(
         tokens, width = _elements(rows.shape[:-1]), rows.shape[-1]
         share = -(-stages.output.size // ranks)
         element = rows.dtype.itemsize
-        rate = device.matrix_rate(_short(rows.dtype)) * device.efficiency_of("gemm")
+        rate = device.matrix_rate(short(rows.dtype)) * device.efficiency_of("gemm")
         product = 2.0 * tokens * width * share / rate
         # Scores are written, read for maximum and sum, and read again for the gradient.
-        sweep = tokens * share * element / _bandwidth(device)
+        sweep = tokens * share * element / bandwidth(device)
         first = 2 if schedule.vocabulary == "one-barrier" else 1
         issue = _OUTPUT_KERNELS * device.launch.value
         output = ((first * product + 3 * sweep + issue, (3 - first) * product + 3 * sweep + issue),) * ranks
         kept = (tokens * share * element,) * ranks
-        collective = collective_cost("all_reduce", tokens * width * element, ranks, device).seconds
+        collective = group_cost("all_reduce", tokens * width * element, ranks, axes.stride("pp"), device).seconds
         sharded = dict.fromkeys(path for path in (stages.output_path, stages.input_path) if path)
         for rank in range(ranks):
-            held[rank] += sum(_state_bytes(sizes[path]) // ranks for path in sharded)
+            held[rank] += sum(mesh.state_bytes(path) // ranks for path in sharded)
         if schedule.embedding:
-            moved = 3 * tokens * width * element / _bandwidth(device) + device.launch.value
+            moved = 3 * tokens * width * element / bandwidth(device) + device.launch.value
             embedding = ((moved, 2 * moved),) * ranks
-    summed = [
-        collective_cost("all_reduce", sum(sizes[path] for path in _parameters(stage)), replicas, device).seconds
-        for stage in stages.stages
-    ]
     # The gradient of a matrix that is both output layer and embedding is whole after D.
     output_bytes, input_bytes = (
         -(-sizes[path] // schedule.ranks) if path is not None else 0
         for path in (None if stages.output_path == stages.input_path else stages.output_path, stages.input_path)
     )
     return PipelineCosts(
-        forward=forward,
-        gradient=tuple(summed) if replicas > 1 else (),
+        forward=tuple(costs.forward for costs in shared),
+        gradient=tuple(costs.gradient for costs in shared) if replicas > 1 else (),
         shard_gradient=(
-            collective_cost("all_reduce", output_bytes, replicas, device).seconds,
-            collective_cost("all_reduce", input_bytes, replicas, device).seconds,
+            group_cost("all_reduce", output_bytes, replicas, axes.tp, device).seconds,
+            group_cost("all_reduce", input_bytes, replicas, axes.tp, device).seconds,
         ),
-        backward=tuple(_BACKWARD * seconds for seconds in forward),
+        backward=tuple(costs.backward for costs in shared),
+        beside=tuple(tuple((stream, *seconds) for stream, seconds in costs.beside.items()) for costs in shared)
+        if any(costs.beside for costs in shared)
+        else (),
         output=output,
         embedding=embedding,
         transfer=between,
         collective=collective,
-        activation=tuple(_activation(stage) for stage in stages.stages),
+        activation=tuple(costs.activation for costs in shared),
         output_activation=kept,
         held=tuple(held),
     )
-
-
-def _forward_seconds(stage: Stage, device: Device) -> float:
-    total = 0.0
-    for node in _computed(stage):
-        value = node.meta["val"]
-        traffic = sum(map(_node_bytes, (node, *node.all_input_nodes)))
-        seconds = traffic / _bandwidth(device)
-        if (flop := node_flop(node)) > 4.0 * value.numel():
-            seconds = max(seconds, flop / (device.matrix_rate(_short(value.dtype)) * device.efficiency_of("gemm")))
-        total += seconds + device.launch.value
-    return total
-
-
-def _parameters(stage: Stage) -> set[str]:
-    """Paths of what the stage reads of the model."""
-    return {argument.name for argument in stage.arguments if argument.kind == "parameter"}
-
-
-def _activation(stage: Stage) -> int:
-    """Bytes between forward and backward: what the ops of the stage make. An upper estimate, autograd keeps less."""
-    return int(sum(map(_node_bytes, _computed(stage))))
-
-
-def _computed(stage: Stage) -> Iterable[Node]:
-    """Ops that write a tensor, not those that look at one another way."""
-    for node in stage.module.graph.nodes:
-        if node.op == "call_function" and isinstance(node.meta.get("val"), torch.Tensor):
-            name = str(getattr(node.target, "__name__", node.target)).split(".")[0]
-            if name not in _VIEWS:
-                yield node
-
-
-def _node_bytes(node: Node) -> float:
-    value = node.meta.get("val")
-    return float(value.numel() * value.element_size()) if isinstance(value, torch.Tensor) else 0.0
 
 
 def _value_bytes(shape: Sequence[int], dtype: torch.dtype) -> int:
@@ -235,21 +225,8 @@ def _elements(shape: Sequence[int]) -> int:
     return total
 
 
-def _state_bytes(size: int) -> int:
-    """A parameter of ``size`` bytes with its gradient and Adam's two moments, all of its own type."""
-    return 4 * size
-
-
 def _parameter_sizes(step: torch.nn.Module) -> dict[str, int]:
     return {
         name: parameter.numel() * parameter.element_size()
         for name, parameter in step.named_parameters(remove_duplicate=False)
     }
-
-
-def _bandwidth(device: Device) -> float:
-    return device.bandwidth * device.efficiency_of("memory")
-
-
-def _short(dtype: torch.dtype) -> str:
-    return SHORT_DTYPE[str(dtype).removeprefix("torch.")]

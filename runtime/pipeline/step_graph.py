@@ -151,20 +151,22 @@ def output_head(graph: StepGraph) -> OutputHead:
     if node.target is not aten.linear.default or (len(node.args) > 2 and node.args[2] is not None):
         raise PipelineError(
             f"the output layer cannot be sharded: the loss's input comes from {node.target}, not a linear without bias",
-            where=_where(node),
+            where=where_in_model(node),
             remedy="keep only reshapes and slices of rows between the output layer and the loss",
         )
     _only_user(node, "the logits", moved[-1] if moved else loss.node)
     hidden, weight = node.args[:2]
     assert isinstance(hidden, Node) and isinstance(weight, Node)
     if weight.name not in graph.parameters:
-        raise PipelineError("the output layer's weight is computed", where=_where(node), remedy="use a parameter")
+        raise PipelineError(
+            "the output layer's weight is computed", where=where_in_model(node), remedy="use a parameter"
+        )
     size = int(weight.meta["val"].shape[0])
     for each in moved:
         if each.meta["val"].shape[-1] != size:
             raise PipelineError(
                 f"the output layer cannot be sharded: {each.target} changes the vocabulary's dimension",
-                where=_where(each),
+                where=where_in_model(each),
                 remedy="leave the logits' last dimension alone",
             )
     return OutputHead(loss, node, hidden, weight.name, tuple(reversed(moved)), size)
@@ -211,11 +213,12 @@ def _only_user(node: Node, what: str, user: Node) -> None:
     if others:
         raise PipelineError(
             f"the output layer cannot be sharded: {what} are also read by {others[0].target}",
-            where=_where(others[0]),
+            where=where_in_model(others[0]),
             remedy="compute that from the last hidden state, or do without vocabulary parallelism",
         )
 
 
-def _where(node: Node) -> str:
+def where_in_model(node: Node) -> str:
+    """The line of the model that a node comes from, else its name."""
     trace = str(node.meta.get("stack_trace") or "").strip().splitlines()
     return trace[-2].strip() if len(trace) > 1 else node.name

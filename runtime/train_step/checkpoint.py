@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,6 +44,8 @@ class Checkpoint:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
+        #: What a safetensors file says besides its tensors.
+        self.metadata: dict[str, str] = {}
         self.places: dict[str, _Place] = {}
         #: What had to be read whole: torch's format before zip files.
         self.read_whole: dict[str, torch.Tensor] = {}
@@ -102,6 +104,7 @@ class Checkpoint:
                 raise self._unreadable(f"{file.name} has a damaged header") from error
         for name, entry in header.items():
             if name == "__metadata__":
+                self.metadata |= entry
                 continue
             begin, end = entry["data_offsets"]
             if entry["dtype"] not in _DTYPES or 8 + length + end > file.stat().st_size:
@@ -132,10 +135,15 @@ def write_safetensors(path: Path, model: nn.Module) -> None:
     named: dict[int, tuple[str, torch.Tensor]] = {}
     for name, value in model.state_dict(keep_vars=True).items():
         named.setdefault(id(value), (name, value))
+    write_tensors(path, dict(named.values()), {})
+
+
+def write_tensors(path: Path, named: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> None:
+    """Write a safetensors file, with one tensor in memory at a time. Raises OutputError."""
     names = {dtype: name for name, dtype in _DTYPES.items()}
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", **metadata}}
     end = 0
-    for name, value in named.values():
+    for name, value in named.items():
         if value.dtype not in names:
             raise OutputError(
                 f"{name} is of {value.dtype}, which safetensors has no name for here",
@@ -150,7 +158,7 @@ def write_safetensors(path: Path, model: nn.Module) -> None:
     try:
         with part.open("wb") as stream:
             stream.write(len(text).to_bytes(8, "little") + text)
-            for _, value in named.values():
+            for value in named.values():
                 whole = value.detach().to("cpu").contiguous()
                 stream.write(memory_at(whole.data_ptr(), whole.nbytes))
                 del whole

@@ -23,6 +23,7 @@ from .replay import Block, ReplayError, Replays, failed, find_blocks, used_outsi
 from .residency import Home, Residency
 from .saved import SavedValues
 from .spending import USUAL_BANDWIDTH, Rehearsed, Spending, least, spend
+from .state_file import load_state, save_state
 from .stores import FileStore, PinnedStore, Store
 from .updates import Clipping, Updates
 
@@ -155,6 +156,27 @@ class TrainStep:
         ``checkpoint=`` reads. Raises OutputError; TrainStepError as ``state_dict`` does."""
         with self._entered():
             write_safetensors(Path(path), self.model)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write model and optimizer to one file, with one tensor in memory at a time: what ``load`` reads. Raises
+        OutputError; TrainStepError as ``state_dict`` does."""
+        with self._entered():
+            self._check_whole("save()")
+            save_state(Path(path), self.model, self.optimizer)
+
+    def load(self, path: str | os.PathLike[str]) -> None:
+        """Go on from what ``save`` wrote, a parameter at a time, also after a failure. Raises TrainStepError."""
+
+        def settle(parameter: torch.Tensor) -> None:
+            if self.residency is not None and parameter in self.optimizer.state:
+                adopt_state(self.residency, self.optimizer, parameter, "a parameter that was loaded")
+                self.residency.trim()
+
+        with self._entered(check=False):
+            load_state(Path(path), self.model, self.optimizer, settle)
+            self.updates.forget_gradients()
+            self.microbatch, self._failure = 0, ""
+            self._adopt_all()
 
     @property
     def floor(self) -> int | None:

@@ -118,7 +118,7 @@ class PinnedStore:
         return self._copy(_bytes_of(target, self.device), place)
 
     def _copy(self, target: torch.Tensor, source: torch.Tensor) -> Copy:
-        stream = stream_of(self.device)
+        stream = stream_of(self.device, "both")  # a read stays behind the write of the same place
         stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(stream):
             target.copy_(source, non_blocking=True)

@@ -1,0 +1,147 @@
+"""Predicted beside measured time on this machine's CPU: training steps of the zoo, and variants of one model's plan.
+
+    python benchmarks/cpu_steps.py [--models gpt2,llama] [--rounds 15] [--variants llama] [--no-calibrate]
+
+Calibrates first (its seconds are in the result), then compiles every model with its loss, takes the prediction of the
+plan that was compiled and of the plan made offline, and measures all steps in interleaved rounds. ``error``: predicted
+over the median measured time, less one. The variants are one model compiled with memory budgets, cascades on and off
+and libraries of products; Spearman's correlation is that of their predicted and measured times.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import itertools
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import effcc
+import numpy as np
+import torch
+from common import allocator_peak, environment, interleaved, keep, models, show
+from effcc import torch_internals
+from effcc.cost_model.calibrate import calibrate
+
+#: Of the peak without a budget.
+SHARES = (None, 0.9, 0.8, 0.7, 0.6)
+
+
+def compiled_step(sample: models.Sample, options: dict[str, Any]) -> tuple[Callable[[], Any], float]:
+    """A training step, loss included, and the seconds that the plan of what was compiled predicts."""
+    torch._dynamo.reset()
+    effcc.reset_reports()
+
+    def with_loss(**inputs: torch.Tensor) -> torch.Tensor:
+        return models.loss_of(sample.model(**inputs), sample.target)
+
+    run = torch.compile(with_loss, backend="effcc", options=options)
+
+    def step() -> None:
+        sample.model.zero_grad(set_to_none=True)
+        run(**sample.inputs).backward()
+
+    step()
+    plan = effcc.reports()[-1].plan
+    return step, plan.seconds if plan is not None else float("nan")
+
+
+def offline(sample: models.Sample) -> float:
+    """Seconds that ``effcc.plan`` predicts without compiling."""
+    planned = effcc.plan(sample.model, sample.inputs, train=True, loss=lambda made: models.loss_of(made, sample.target))
+    return float(planned.plan.seconds)
+
+
+def spearman(one: list[float], other: list[float]) -> float:
+    ranks = [np.argsort(np.argsort(values)) for values in (one, other)]
+    return float(np.corrcoef(*ranks)[0, 1])
+
+
+def model_rows(names: list[str], size: str, rounds: int) -> list[dict[str, Any]]:
+    steps, predicted, ahead = {}, {}, {}
+    for name in names:
+        sample = models.build(name, size)
+        steps[name], predicted[name] = compiled_step(sample, {})
+        ahead[name] = offline(sample)
+        print(name, f"predicted {predicted[name] * 1e3:.1f} ms", flush=True)
+    seconds = interleaved(steps, rounds)
+    rows = []
+    for name in names:
+        measured = statistics.median(seconds[name])
+        rows.append(
+            {
+                "model": name,
+                "measured ms": measured * 1e3,
+                "predicted ms": predicted[name] * 1e3,
+                "error %": 100 * (predicted[name] / measured - 1),
+                "offline ms": ahead[name] * 1e3,
+                "offline error %": 100 * (ahead[name] / measured - 1),
+            }
+        )
+    return rows
+
+
+def variant_rows(name: str, size: str, rounds: int) -> tuple[list[dict[str, Any]], float]:
+    sample = models.build(name, size)
+    config = getattr(sample.model, "config", None)
+    if config is not None:
+        config._attn_implementation = "eager"  # attention written out: what cascades fuse
+    plain, _ = compiled_step(sample, {"cascades": False})
+    peak = allocator_peak(plain, sample.model)
+    held = sum(value.nbytes for value in (*sample.model.parameters(), *sample.model.buffers()))
+    steps, predicted = {}, {}
+    for cascades, gemm, share in itertools.product((True, False), ("measure", "blas"), SHARES):
+        options: dict[str, Any] = {"cascades": cascades, "gemm": gemm}
+        if share is not None:
+            options["memory_budget"] = int(share * peak + held)
+        label = f"cascades={cascades} gemm={gemm} budget={share}"
+        try:
+            steps[label], predicted[label] = compiled_step(sample, options)
+        except Exception as error:  # a budget below the floor is no variant
+            cause = torch_internals.compile_error_cause(error)
+            print(f"{label}: {str(getattr(cause, 'message', cause)).splitlines()[0][:160]}", flush=True)
+    seconds = interleaved(steps, rounds)
+    rows = [
+        {
+            "variant": label,
+            "measured ms": statistics.median(seconds[label]) * 1e3,
+            "predicted ms": predicted[label] * 1e3,
+            "error %": 100 * (predicted[label] / statistics.median(seconds[label]) - 1),
+        }
+        for label in steps
+    ]
+    return rows, spearman([row["predicted ms"] for row in rows], [row["measured ms"] for row in rows])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--models", default=",".join(models.ZOO))
+    parser.add_argument("--variants", default="llama")
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--size", default="bench")
+    parser.add_argument("--no-calibrate", action="store_true")
+    parser.add_argument("--name", default="cpu_steps")
+    arguments = parser.parse_args()
+    about = environment()
+    if not arguments.no_calibrate:
+        begin = time.perf_counter()
+        calibrate()
+        about["calibration seconds"] = time.perf_counter() - begin
+    rows = model_rows(arguments.models.split(","), arguments.size, arguments.rounds) if arguments.models else []
+    if rows:
+        errors = [abs(row["error %"]) for row in rows]
+        about |= {"mean error %": statistics.mean(errors), "worst error %": max(errors)}
+        show("predicted steps", rows)
+    gc.collect()
+    variants: list[dict[str, Any]] = []
+    if arguments.variants:
+        variants, about["spearman"] = variant_rows(arguments.variants, arguments.size, arguments.rounds)
+        show(f"variants of {arguments.variants}", variants)
+    print({key: value for key, value in about.items() if isinstance(value, float)})
+    print(keep(arguments.name, [*rows, *variants], about))
+
+
+if __name__ == "__main__":
+    main()

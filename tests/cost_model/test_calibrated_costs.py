@@ -1,0 +1,171 @@
+"""Costs on a calibrated CPU: laws that are found again, additions by op, bandwidth between rungs, bounds of a plan."""
+
+from __future__ import annotations
+
+import math
+
+import msgspec
+import pytest
+from effcc.cost_model import cpu_kernels
+from effcc.cost_model.devices import Cache, Device, Figure, GemmMeasurement, load_device, parse_device
+from effcc.cost_model.op_additions import added_seconds
+from effcc.cost_model.product_cost import ProductLaw, chosen_library, fit
+from effcc.cost_model.roofline import bandwidth, op_cost
+from effcc.cost_model.step_bounds import step_bounds, stream_loads
+from effcc.cost_model.tensors import TensorTable
+from effcc.ir.graph import Graph, Node, Ref
+from effcc.ir.plan import Buffer, Step
+from effcc.ir.types import TensorType
+from fresh_seed import fresh_random
+from sample_plan import MIB, make_sample
+
+LAW = ProductLaw(call=2e-6, per_flop=1e-11, left=1e-10, right=2e-10, result=3e-10)
+
+
+def measured(law: ProductLaw, library: str, shapes: list[tuple[int, int, int]]) -> list[GemmMeasurement]:
+    rates = [2.0 * m * k * n / law.seconds(1, m, k, n) for m, k, n in shapes]
+    return [
+        GemmMeasurement(library=library, dtype="f32", layout="forward", m=m, k=k, n=n, rate=rate)
+        for (m, k, n), rate in zip(shapes, rates, strict=True)
+    ]
+
+
+def calibrated(**more: object) -> Device:
+    """The generic CPU with figures that are easy to add up: 1 GB/s at 1 MiB, 4 GB/s at 4 MiB."""
+
+    def figure(value: float) -> Figure:
+        return Figure(value=value, source="test")
+
+    rungs = ((1 << 20, 1e9), (4 << 20, 4e9))
+    return msgspec.structs.replace(
+        load_device("cpu"),
+        added={"exp": figure(1e-9), "sum": figure(2e-9), "mean": figure(5e-9), "tanh": figure(3e-9)},
+        ladder=tuple(Cache(name=str(size), bytes=figure(float(size)), bandwidth=figure(rate)) for size, rate in rungs),
+        launch=figure(1e-6),
+        library_call=figure(2e-6),
+        **more,
+    )
+
+
+def one_op(op: str, shape: tuple[int, ...], out: tuple[int, ...], *args: object) -> Graph:
+    x = Node("x", "input", type=TensorType("f32", shape), role="input")
+    y = Node("y", op, (Ref("x"), *args), (), TensorType("f32", out))
+    return Graph("g", "inference", (x, y), (Ref("y"),))
+
+
+def seconds(graph: Graph, device: Device) -> float:
+    return op_cost(graph.by_name()["y"], graph, device).seconds
+
+
+def test_a_law_is_found_again_from_its_own_products() -> None:
+    draw = fresh_random()
+    shapes = [tuple(2 ** draw.randint(4, 11) for _ in range(3)) for _ in range(40)]
+    found = fit(measured(LAW, "blas", shapes))  # type: ignore[arg-type]
+    for m, k, n in ((100, 300, 700), (1, 1024, 1024), (4096, 64, 128)):
+        assert found.seconds(1, m, k, n) == pytest.approx(LAW.seconds(1, m, k, n), rel=1e-6)
+
+
+def test_coefficients_are_never_negative() -> None:
+    shapes = [(2**i, 2**j, 256) for i in range(5, 9) for j in (6, 9)]
+    rows = measured(ProductLaw(0.0, 1e-11, 0.0, 0.0, 0.0), "blas", shapes)
+    rows = [msgspec.structs.replace(row, rate=row.rate * (1 + 0.1 * (-1) ** at)) for at, row in enumerate(rows)]
+    law = fit(rows)
+    assert min(law.call, law.per_flop, law.left, law.right, law.result) >= 0 and law.per_flop > 0
+
+
+def test_the_library_is_the_one_that_compilation_would_take() -> None:
+    shapes = [(2**i, 2**j, 2**k) for i in (5, 8, 11) for j in (6, 9) for k in (7, 10)]
+    fast = ProductLaw(0.0, 0.5e-11, 0.0, 0.0, 0.0)
+    device = calibrated(gemm=(*measured(LAW, "blas", shapes), *measured(fast, "onednn", shapes)))
+    assert chosen_library(device, "f32", 1, 512, 512, 512) == ("onednn", pytest.approx(2 * 512**3 * 0.5e-11))
+    # Below the size that is measured at all, and for batches, BLAS.
+    assert chosen_library(device, "f32", 1, 16, 16, 16)[0] == "blas"  # type: ignore[index]
+    assert chosen_library(device, "f32", 4, 512, 512, 512)[0] == "blas"  # type: ignore[index]
+
+
+def test_bandwidth_lies_between_its_rungs() -> None:
+    device = calibrated()
+    assert bandwidth(1 << 10, "pointwise", device) == 1e9
+    assert bandwidth(2 << 20, "pointwise", device) == pytest.approx(2e9)
+    assert bandwidth(1 << 30, "pointwise", device) == 4e9
+
+
+def test_ops_add_what_was_measured_of_them() -> None:
+    device, n = calibrated(), 1 << 18
+    plain = seconds(one_op("aten.neg.default", (n,), (n,)), device)
+    moved = 8 * n
+    assert plain == pytest.approx(1e-6 + moved / bandwidth(moved, "pointwise", device))
+    assert seconds(one_op("aten.exp.default", (n,), (n,)), device) - plain == pytest.approx(n * 1e-9)
+    rows = one_op("aten.sum.dim_IntList", (512, 512), (512,), (-1,))
+    columns = one_op("aten.sum.dim_IntList", (512, 512), (512,), (0,))
+    assert seconds(columns, device) - seconds(rows, device) == pytest.approx(n * 3e-9)
+    square, root = (one_op("aten.pow.Tensor_Scalar", (n,), (n,), each) for each in (2, 2.5))
+    table = TensorTable(root)
+    assert seconds(square, device) == pytest.approx(plain)
+    assert added_seconds(root.by_name()["y"], table, {"pow": Figure(value=1e-8, source="")}) == pytest.approx(n * 1e-8)
+
+
+def test_large_results_pay_for_fresh_pages() -> None:
+    n = 4 << 20
+    graph = one_op("aten.neg.default", (n,), (n,))
+    fresh = calibrated(fresh=Figure(value=1e-10, source="test"))
+    assert seconds(graph, fresh) - seconds(graph, calibrated()) == pytest.approx(4 * n * 1e-10)
+
+
+def test_a_calibrated_device_is_read_back() -> None:
+    device = calibrated(fresh=Figure(value=1e-10, source="test"))
+    assert parse_device(msgspec.json.encode(device)) == device
+
+
+def test_what_is_measured_is_of_the_right_size() -> None:
+    ladder = cpu_kernels.bandwidth_ladder(0.05, 1e-6)
+    assert tuple(ladder) == cpu_kernels.RUNGS and all(1e8 < rate < 1e13 for rate in ladder.values())
+    rates = cpu_kernels.library_rates(0.05)
+    assert set(rates) == {"attention", "attention_backward", "convolution", "convolution_backward"}
+    assert all(1e7 < rate < 1e14 for rate in rates.values())
+    assert 0 <= cpu_kernels.fresh_seconds(0.01) < 1e-8
+
+
+@pytest.mark.slow
+def test_generated_kernels_are_told_apart() -> None:
+    found = cpu_kernels.measure_generated(rounds=10)
+    assert found is not None
+    assert set(found.added) == set(cpu_kernels.ops()) - {"add"}
+    assert found.added["pow"] > found.added["rsqrt"] and found.added["tanh"] > found.added["div"]
+    assert 0 < found.call < 1e-3 and 0 < found.library < 1e-3 and 0 <= found.graph < 1e-1
+
+
+def test_bounds_of_a_plan_by_hand() -> None:
+    bounds = step_bounds(make_sample())
+    assert bounds.seconds == bounds.bound == pytest.approx(4e-5) and bounds.gap == pytest.approx(0, abs=1e-9)
+    assert bounds.longest_chain == pytest.approx(4e-5)
+    assert bounds.peak == 4 * MIB == bounds.peak_bound
+
+
+def test_streams_count_what_runs_beside_them() -> None:
+    steps = (
+        Step(id=0, kind="kernel", name="a", phase="forward", seconds=4.0),
+        Step(id=1, kind="swap_out", name="c", phase="forward", stream="copy out", start=3.0, seconds=3.0),
+        Step(id=2, kind="kernel", name="b", phase="forward", start=4.0, seconds=1.0),
+    )
+    compute, copies = stream_loads(steps)
+    assert (compute.busy, compute.alone) == (5.0, 3.0) and (copies.busy, copies.alone) == (3.0, 1.0)
+
+
+def test_a_chain_bounds_two_streams() -> None:
+    sample = make_sample()
+    steps = (
+        Step(id=0, kind="kernel", name="a", phase="inference", writes=(2,), seconds=2.0),
+        Step(id=1, kind="swap_out", name="o", phase="inference", stream="copy out", reads=(2,), start=2.0, seconds=5.0),
+        Step(id=2, kind="kernel", name="b", phase="inference", reads=(2,), writes=(3,), start=7.0, seconds=1.0),
+    )
+    plan = msgspec.structs.replace(sample, steps=steps, seconds=8.0)
+    bounds = step_bounds(plan)
+    assert bounds.longest_chain == 7.0 and bounds.busiest == 5.0
+    assert bounds.bound == 7.0 and math.isclose(bounds.gap, 1 / 8)
+
+
+def test_buffers_that_nothing_uses_count_from_the_start() -> None:
+    unused = Buffer(id=9, name="z", bytes=MIB, lower=0, upper=2, role="buffer")
+    plan = msgspec.structs.replace(make_sample(), buffers=(*make_sample().buffers, unused))
+    assert step_bounds(plan).peak_bound == 5 * MIB
