@@ -48,9 +48,9 @@ def plan_command(
     cascades: Annotated[
         bool, typer.Option("--cascades", help="Also which reductions could be one kernel, and why others stay.")
     ] = False,
-    fuse: Annotated[
-        bool, typer.Option("--fuse/--no-fuse", help="Whether cascades become kernels, as in torch.compile (cascades).")
-    ] = True,
+    no_fuse: Annotated[
+        bool, typer.Option("--no-fuse", help="Leave cascades as they are written: no kernels as in torch.compile.")
+    ] = False,
     dynamic: Annotated[bool, typer.Option("--dynamic", help="Keep the inputs' sizes symbolic.")] = False,
     output: Annotated[Path, typer.Option("-o", "--output", help="Where the plan goes.")] = Path("plan.effcc"),
     report: Annotated[
@@ -109,7 +109,7 @@ def plan_command(
         swap=swap,
         pareto=pareto,
         cascades=cascades,
-        fuse=fuse,
+        fuse=not no_fuse,
         dynamic=dynamic,
         pipeline=pipeline or PIPELINE,
         dump_dir=dump_dir,

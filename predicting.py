@@ -185,7 +185,7 @@ def model_shape(
     from .cost_model.parallel_training.derive import shape_of_graph
 
     with progress("capture"):
-        captured = capture_model(PlanRequest(model=model, dtype=dtype))
+        captured = capture_model(PlanRequest(model=model, dtype=dtype, fuse=False))
     shape, samples = shape_of_graph(captured.graphs[0], captured.sizes)
     if abs(shape.parameters / counted - 1) > 10 * _SAME_PARAMETERS:
         raise OptionError(

@@ -35,7 +35,7 @@ from .plan import InputSpec, Plan
 from .plan_validator import validate as validate_plan
 
 FORMAT = "effcc-plan"
-SCHEMA_MAJOR, SCHEMA_MINOR = 1, 1
+SCHEMA_MAJOR, SCHEMA_MINOR = 1, 2
 SCHEMA_VERSION = f"{SCHEMA_MAJOR}.{SCHEMA_MINOR}"
 
 MANIFEST, PLAN, GRAPH, SOURCES = "manifest.json", "plan.json", "graph.ir", "sources/"

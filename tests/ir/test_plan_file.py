@@ -34,7 +34,7 @@ def test_round_trip(saved: Path) -> None:
     assert loaded.graphs_text == GRAPHS
     assert loaded.sources == SOURCES
     assert loaded.manifest.format == "effcc-plan"
-    assert loaded.manifest.schema == "1.1"
+    assert loaded.manifest.schema == "1.2"
     assert loaded.manifest.device == "cpu"
     assert loaded.manifest.inputs[0].shape == ("s0", "32")
     assert set(loaded.manifest.versions) == {"effcc", "torch", "triton"}
@@ -88,7 +88,7 @@ def test_newer_major_is_refused_with_what_to_do(saved: Path, version: str) -> No
     members["manifest.json"] = json.dumps({"format": "effcc-plan", "schema": version, "sha256": 3}).encode()
     with pytest.raises(PlanError, match=f"schema {version}.*(?s:.)*update effcc"):
         decode_plan(archive_of(members))
-    assert manifest["schema"] == "1.1"
+    assert manifest["schema"] == "1.2"
 
 
 def test_unknown_minor_with_new_fields_is_accepted(saved: Path) -> None:
