@@ -21,6 +21,7 @@ from .cascade_fusion import CascadeFusion, choice_for
 from .codegen.host_module import constants_of, host_source
 from .codegen.kernel_batch import Collector
 from .codegen.kernel_order import kernel_order
+from .codegen.known_faults import avoid_faults
 from .codegen.region_compiler import CompiledSegments, compile_segments, cut_again, source_of
 from .codegen.region_store import (
     GraphRecord,
@@ -78,8 +79,14 @@ class Compilation:
 
     def run(self, gm: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         """Compile Dynamo's graph, forward and backward."""
-        with torch_internals.joint_pass(self.fusion if self.options.cascades else None, "effcc cascades"):
+        key = "effcc cascades" if self.options.cascades else "effcc"
+        with torch_internals.joint_pass(self.prepare_joint, key):
             return torch_internals.compile_fx(gm, example_inputs, self.compile)  # type: ignore[no-any-return]
+
+    def prepare_joint(self, graph: torch.fx.Graph) -> None:
+        avoid_faults(graph)
+        if self.options.cascades:
+            self.fusion(graph)
 
     def compile(self, gm: torch.fx.GraphModule, example_inputs: Sequence[Any], **kwargs: Any) -> Any:
         """Inductor's ``inner_compile``: ``gm`` (forward, backward or inference) as a boxed callable."""

@@ -303,9 +303,10 @@ def _fusion(device: Device, short_of_memory: bool) -> CascadeFusion:
 
 def _joint_passes(watch: CascadeWatch | None, fusion: CascadeFusion | None) -> AbstractContextManager[Any]:
     """Inside, joint graphs are looked at as they are, and then fused."""
+    from .codegen.known_faults import avoid_faults
     from .torch_internals import joint_pass
 
-    passes: list[Callable[[Any], None]] = []
+    passes: list[Callable[[Any], None]] = [avoid_faults]
     if watch is not None:
         passes.append(watch.keep)
     if fusion is not None:
@@ -315,7 +316,7 @@ def _joint_passes(watch: CascadeWatch | None, fusion: CascadeFusion | None) -> A
         for each in passes:
             each(graph)
 
-    return joint_pass(run if passes else None, "effcc plan")
+    return joint_pass(run, "effcc plan")
 
 
 def _cascade_watch() -> CascadeWatch:

@@ -1,4 +1,4 @@
-"""Ops for which Inductor's own lowering gives a wrong number (torch 2.11 to 2.13): they run as eager ops."""
+"""Ops that Inductor gets wrong (torch 2.11 to 2.13). Those whose lowering gives a wrong number run as eager ops."""
 
 from __future__ import annotations
 
@@ -26,3 +26,15 @@ def known_fault(node: fx.Node) -> str | None:
     if node.target in _SCATTERS and isinstance(value := node.meta.get("val"), torch.Tensor) and value.is_complex():
         return "Inductor may read a complex tensor before it is written through a view"
     return None
+
+
+def avoid_faults(graph: fx.Graph) -> None:
+    """Rewrite what Inductor's passes on joint graphs fail on, with the same meaning.
+
+    Its attention patterns make a symbol without a source of the whole number in ``q @ k.T / 4``, and building guards
+    then raises an IndexError."""
+    for node in graph.nodes:
+        if node.target in (torch.ops.aten.div.Tensor, torch.ops.aten.mul.Tensor) and type(node.args[1]) is int:
+            value = node.meta.get("val")
+            if isinstance(value, torch.Tensor) and value.is_floating_point() and abs(node.args[1]) < 1 << 53:
+                node.args = (node.args[0], float(node.args[1]))

@@ -39,3 +39,20 @@ def test_complex_tensor_is_written_before_it_is_read() -> None:
         found = gradients(torch.compile(work, backend="effcc", fullgraph=True))
     for mine, theirs in zip(found, wanted, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("cascades", [False, True])
+def test_attention_is_divided_by_a_whole_number(cascades: bool) -> None:
+    """Inductor's attention patterns raise an IndexError for it, at batch 1."""
+
+    def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        return (q @ k.transpose(-1, -2) / 4).softmax(-1) @ v
+
+    generator = torch.Generator().manual_seed(fresh_random().getrandbits(32))
+    inputs = [torch.randn(1, 2, 60, 16, generator=generator, requires_grad=True) for _ in range(3)]
+    found = torch.compile(attention, backend="effcc", options={"cascades": cascades})(*inputs)
+    wanted = attention(*inputs)
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
+    slope = torch.randn(wanted.shape, generator=generator)
+    for mine, theirs in zip(*(torch.autograd.grad(each, inputs, slope) for each in (found, wanted)), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
