@@ -136,7 +136,7 @@ def measure(name: str, length: int, rounds: int) -> dict[str, Any]:
         losses[kind] = float(steps[kind]())
         if kind == "on":
             fused = sum(len(report.cascades) for report in effcc.reports())
-    seconds = interleaved(steps, rounds)
+    seconds = interleaved(steps, rounds, settle=1)
     share = 1 - median_ratio(seconds["none"], seconds["inductor"])
     peaks = {kind: allocator_peak(steps[kind], samples[kind].model) for kind in ("on", "off", "inductor")}
     return {

@@ -47,14 +47,20 @@ def allocator_peak(step: Callable[[], Any], model: torch.nn.Module) -> int:
     return peak
 
 
-def interleaved(steps: dict[str, Callable[[], Any]], rounds: int, warmup: int = 2) -> dict[str, list[float]]:
-    """Seconds of each step in each round, one after the other so that drift of the machine meets all alike."""
+def interleaved(
+    steps: dict[str, Callable[[], Any]], rounds: int, warmup: int = 2, settle: int = 0
+) -> dict[str, list[float]]:
+    """Seconds of each step in each round, one after the other so that drift of the machine meets all alike. ``settle``:
+    calls before the one that is timed. The C library keeps the memory of the step before, so that one which needs more
+    than its neighbour pays for fresh pages, and one which needs less does not."""
     for step in steps.values():
         for _ in range(warmup):
             step()
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for _ in range(rounds):
         for name, step in steps.items():
+            for _ in range(settle):
+                step()
             begin = time.perf_counter()
             step()
             seconds[name].append(time.perf_counter() - begin)
