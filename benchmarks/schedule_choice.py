@@ -63,8 +63,10 @@ def within(name: str, size: str, limit: int) -> Schedule | None:
 def chosen_within(name: str, size: str, limit: int, held: int) -> Schedule | None:
     try:
         return Schedule(name, size, {"memory_budget": limit + held})
-    except Exception as error:  # below the floor
+    except Exception as error:  # torch wraps what a backend raises
         cause = torch_internals.compile_error_cause(error)
+        if not isinstance(cause, effcc.errors.BudgetError):
+            raise
         print(f"{name}: {str(getattr(cause, 'message', cause)).splitlines()[0][:160]}", flush=True)
         return None
 
