@@ -111,9 +111,14 @@ class Store:
 
 @dataclass(frozen=True)
 class Skip:
-    """``skip unless n <= m``: go to the loop's next tile if the condition can hold nowhere in this one."""
+    """``skip unless n <= m``: go to the loop's next tile if the condition can hold nowhere in this one.
+
+    ``skip unless n <= m while M[m] > -1e38``: that is right only if ``holds`` does everywhere at the loop's end. Where
+    it does not, the tiles that were left out are walked after all others.
+    """
 
     condition: sympy.Expr
+    holds: sympy.Expr | None = None
 
 
 @dataclass(frozen=True)
@@ -183,6 +188,8 @@ def expressions(item: Statement) -> tuple[sympy.Expr, ...]:
         return (item.source,)
     if isinstance(item, Dot):
         return (item.left, item.right)
+    if isinstance(item, Skip) and item.holds is not None:
+        return (item.condition, item.holds)
     if isinstance(item, Skip | Cases):
         return (item.condition,)
     if isinstance(item, Loop):

@@ -148,9 +148,12 @@ class _ProgramParser:
             return Cases(condition, full, partial)
         if token.text == "skip":
             line.word("unless")
-            condition = parser.expression()
+            condition, holds = parser.expression(), None
+            if parser.token.text == "while":
+                parser.take()
+                holds = parser.expression()
             line.end()
-            return Skip(condition)
+            return Skip(condition, holds)
         item = self.simple(token.text, line)
         line.end()
         return item

@@ -46,7 +46,8 @@ def print_head(item: Loop) -> str:
 def print_statement(item: Statement) -> str:
     """One line for a statement that holds no others."""
     if isinstance(item, Skip):
-        return f"skip unless {print_expression(item.condition)}"
+        holds = "" if item.holds is None else f" while {print_expression(item.holds)}"
+        return f"skip unless {print_expression(item.condition)}{holds}"
     assert not isinstance(item, Loop | Cases)
     target = print_expression(item.target)
     if isinstance(item, Load):

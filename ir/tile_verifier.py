@@ -88,6 +88,8 @@ class _Checker:
                 if not loops or loops[-1].kind == GRID:
                     raise self.fail(item, "nothing to skip: no sequential loop is around")
                 self.condition(item, item.condition, known)
+                if item.holds is not None:
+                    self.reads(item, item.holds, known)
             else:
                 self.simple(item, known)
         return known

@@ -26,6 +26,7 @@ O[b,h,m,f]  = sum[n] A[b,h,m,n] * {values}
 
 
 _SCALED = "QK[b,h,m,n] * 0.125"
+_DOCUMENTS = f"{_SCALED} + where((n <= m) * (DOC[b,m] == DOC[b,n]), 0, -3.4028234663852886e38)"
 _WINDOW = f"where((n <= m) * (m - n < W), {_SCALED}, -inf)"
 
 #: Variant -> the cascade. ``W`` is a window's length, ``P`` a prefix's.
@@ -42,7 +43,10 @@ FORWARD: dict[str, str] = {
     "additive mask": forward(f"{_SCALED} + MASK[b,m,n]"),
     "boolean mask": forward(f"where(MASK[b,m,n], {_SCALED}, -inf)"),
     "left padding": forward(f"where((n <= m) * (n >= START[b]), {_SCALED}, -inf)"),
-    "left padding, finite": forward(f"where((n <= m) * (n >= START[b]), {_SCALED}, -1e30)"),
+    "left padding, finite": forward(f"where((n <= m) * (n >= START[b]), {_SCALED}, -1267650600228229401496703205376)"),
+    "documents, finite": forward(_DOCUMENTS),
+    "positions": forward(f"where(KEYS[b,n] <= QUERIES[b,m], {_SCALED}, -inf)"),
+    "positions, finite": forward(f"where((KEYS[b,n] <= QUERIES[b,m]) * (m - n < W), {_SCALED}, -1e9)"),
     "relative bias": forward(f"{_SCALED} + BIAS[h,m,n]"),
     "sigmoid": _scores(_SCALED) + "O[b,h,m,f] = sum[n] sigmoid(S[b,h,m,n]) * V[b,h,n,f]\n",
     "sink": _scores(_SCALED)
@@ -85,4 +89,7 @@ BACKWARD: dict[str, str] = {
     "alibi": backward(f"where(n <= m, {_SCALED} + SLOPE[h] * (n - m), -inf)"),
     "softcap": backward(f"20 * tanh({_SCALED} / 20)", "0.125 * (1 - tanh(QK[b,h,m,n] / 160)**2)"),
     "window": backward(_WINDOW),
+    "documents, finite": backward(_DOCUMENTS),
+    "left padding, finite": backward(f"where((n <= m) * (n >= START[b]), {_SCALED}, -1267650600228229401496703205376)"),
+    "positions, finite": backward(f"where(KEYS[b,n] <= QUERIES[b,m], {_SCALED}, -1e9)"),
 }

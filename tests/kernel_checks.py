@@ -116,6 +116,9 @@ def attention_case(text: str, source: Any, dtype: str = "f64", **settings: Any) 
         sizes["m"] = n
     given: dict[str, Any] = {
         "DOC": np.sort(generator.integers(0, 3, size=(2, n)), axis=-1),
+        # The first queries see nothing, the last ones all.
+        "KEYS": np.sort(generator.integers(0, 100, size=(2, n)), axis=-1),
+        "QUERIES": np.linspace(-20, 120, sizes["m"]).astype(int)[None].repeat(2, 0),
         "START": np.array([0, source.randint(1, n)]),
         "MASK": generator.random(size=(2, sizes["m"], n)) < 0.6,
         "SLOPE": generator.uniform(0, 1, size=2),

@@ -101,6 +101,27 @@ inline Vec lanes_of(int64_t width, F element) {
   return Vec::loadu(lanes);
 }
 
+// The least and the greatest of numbers in memory; minus infinity and infinity if one is no number.
+template <typename T>
+inline double lowest(const T* at, int64_t count, int64_t stride) {
+  double found = std::numeric_limits<double>::infinity();
+  for (int64_t k = 0; k < count; ++k) {
+    const double x = static_cast<double>(at[k * stride]);
+    if (!(x >= found)) found = x == x ? x : -std::numeric_limits<double>::infinity();
+  }
+  return found;
+}
+
+template <typename T>
+inline double highest(const T* at, int64_t count, int64_t stride) {
+  double found = -std::numeric_limits<double>::infinity();
+  for (int64_t k = 0; k < count; ++k) {
+    const double x = static_cast<double>(at[k * stride]);
+    if (!(x <= found)) found = x == x ? x : std::numeric_limits<double>::infinity();
+  }
+  return found;
+}
+
 inline Vec choose(Vec condition, Vec yes, Vec no) { return Vec::blendv(no, yes, condition); }
 inline Vec number(Vec condition) { return Vec::blendv(Vec(scalar_t(0)), Vec(scalar_t(1)), condition); }
 

@@ -28,7 +28,7 @@ from ...ir.tile import (
     Statement,
     walk,
 )
-from ..tiles.facts import around_the_grid, changed_by, sizes_of
+from ..tiles.facts import around_the_grid, changed_by, comparison_text, sizes_of
 from .bounds import base, bound, loop_ends
 from .frame import Frame, reused
 from .names import CPP_TYPES, count, indented, inside, origin, pointer, size_name, stride, tensor
@@ -227,23 +227,58 @@ class _ProgramWriter:
         if isinstance(item, Dot):
             return [self._dot(item)]
         if isinstance(item, Skip):
-            return [f"if (!({bound(self.frame, item.condition, certain=False)})) continue;"]
+            possible = bound(self.frame, item.condition, certain=False)
+            return [f"if (!({possible})) continue;"] if item.holds is None else []
         if isinstance(item, Cases):
             head = f"if ({bound(self.frame, item.condition, certain=True)}) {{"
             full, partial = self._body(item.full), self._body(item.partial)
             return [head, *indented(full), "} else {", *indented(partial), "}"]
         rank = item.rank
-        o = origin(rank)
         self.frame.walked.add(rank)
-        first, last, lines = loop_ends(self.frame, item)
-        self.frame.walked.discard(rank)
-        lines.append(f"for (int64_t {o} = {first}; {o} < {last}; {o} += {item.step}) {{")
-        if item.step > 1:
-            lines.append(f"  const int64_t {count(rank)} = std::min<int64_t>({item.step}, {last} - {o});")
-        self.frame.walked.add(rank)
+        ends = loop_ends(self.frame, item)
         inner = self._body(item.body)
+        late = [each for each in item.body if isinstance(each, Skip) and each.holds is not None]
+        possible = [f"({bound(self.frame, each.condition, certain=False)})" for each in late]
         self.frame.walked.discard(rank)
-        return ["{", *indented([*lines, *indented(inner), "}"]), "}"]
+        if not late:
+            loop = self._walk(item, ends.first, ends.last, inner)
+            return ["{", *indented([*ends.lines, *loop]), "}"]
+        # What the skips leave out is walked last, and only if the states ask for it.
+        walk = f"walk_{rank.name}"
+        stretches = [(ends.first, ends.last)] * 2 + list(ends.left_out)
+        table = ", ".join(f"{{{first}, {last}}}" for first, last in stretches)
+        holds = " && ".join(self._everywhere(part) for each in late for part in sympy.Mul.make_args(each.holds))
+        choice = f"if ({walk} < 2 && ({' && '.join(possible)}) == ({walk} == 1)) continue;"
+        loop = self._walk(
+            item, f"stretches_{rank.name}[{walk}][0]", f"stretches_{rank.name}[{walk}][1]", [choice, *inner]
+        )
+        lines = [
+            *ends.lines,
+            f"const int64_t stretches_{rank.name}[{len(stretches)}][2] = {{{table}}};",
+            f"for (int {walk} = 0; {walk} < {len(stretches)}; ++{walk}) {{",
+            f"  if ({walk} == 1 && {holds}) break;",
+            *indented(loop),
+            "}",
+        ]
+        return ["{", *indented(lines), "}"]
+
+    def _walk(self, item: Loop, first: str, last: str, inner: list[str]) -> list[str]:
+        o = origin(item.rank)
+        lines = [f"for (int64_t {o} = {first}; {o} < {last}; {o} += {item.step}) {{"]
+        if item.step > 1:
+            lines.append(f"  const int64_t {count(item.rank)} = std::min<int64_t>({item.step}, {last} - {o});")
+        return [*lines, *indented(inner), "}"]
+
+    def _everywhere(self, condition: sympy.Expr) -> str:
+        """Whether a comparison of a value with a number holds for all of its elements."""
+        item, least = condition.args
+        name = tensor_name(item)
+        at = " + ".join(f"{inside(s)} * ({step})" for s, step in zip(item.args, self.frame.strides(name), strict=True))
+        loops = "".join(
+            f"for (int64_t {inside(s)} = 0; {inside(s)} < {self.frame.length(s)}; ++{inside(s)}) " for s in item.args
+        )
+        test = f"({self.frame.start(name)})[{at or '0'}] {comparison_text(condition)} {float(least)!r}"
+        return f"[&] {{ {loops}if (!({test})) return false; return true; }}()"
 
     def _is_transposition(self, item: Load) -> bool:
         """A whole tile of two dimensions, from memory where the first dimension's elements are neighbours."""

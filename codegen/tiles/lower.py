@@ -11,7 +11,19 @@ from dataclasses import dataclass, field
 import sympy
 from sympy.core.function import AppliedUndef
 
-from ...ir.cascade import IDENTITY, Cascade, access, accesses, is_rank, rank, ranks_of, tensor_name
+from ...ir.cascade import (
+    IDENTITY,
+    Cascade,
+    Greater,
+    LessEqual,
+    Maximum,
+    access,
+    accesses,
+    is_rank,
+    rank,
+    ranks_of,
+    tensor_name,
+)
 from ...ir.monoid import Monoid
 from ...ir.tile import (
     BUFFER,
@@ -34,6 +46,7 @@ from .body import Body, Layout, Names, Shared, held_states, state_statements
 from .crossing import cross
 from .dataflow import Value, dataflow, following
 from .errors import NotLowerable
+from .exclusion import Exclusion
 from .launches import Kernel, Launches, substituted
 from .predicates import certain_part, conditions, decidable, limit, where_false, where_true
 from .roles import Caches, Machine, Roles, choose_roles
@@ -174,12 +187,12 @@ class _Lowering:
         raw = {root.name: self.launches.inline(root.body, streamed) for root in self.kernel.roots}
         masks = [c for c in conditions(raw.values()) if self.is_known(c)]
         steps = self.version(raw)
-        certain = sympy.Mul(*(certain_part(c, self.roles.ranges) for c in masks))
+        certain = sympy.Mul(*(certain_part(c, self.roles.ranges, self.scans) for c in masks))
         if certain != 1:
             known = frozenset(sympy.Mul.make_args(certain))
             full = self.version({name: where_true(e, known) for name, e in raw.items()})
             steps = [Cases(certain, tuple(full), tuple(steps))]
-        skips = [Skip(c) for c in masks if all(self.vanishes(name, where_false(e, c)) for name, e in raw.items())]
+        skips = [skip for c in masks if (skip := self.skip(c, raw)) is not None]
         body: tuple[Statement, ...] = (*skips, *steps)
         if self.kernel.crossed:
             return self.crossed(body)
@@ -210,10 +223,46 @@ class _Lowering:
 
     def is_known(self, condition: sympy.Expr) -> bool:
         """Whether tile bounds can decide a condition; what it reads besides ranks must be in memory."""
-        parts = [part for part in sympy.Mul.make_args(condition) if decidable(part, self.roles.ranges)]
-        return bool(parts) and all(
-            tensor_name(item) in self.launches.flow.inputs for part in parts for item in accesses(part)
-        )
+        parts = [part for part in sympy.Mul.make_args(condition) if decidable(part, self.roles.ranges, self.scans)]
+        return bool(parts) and all(self.in_memory(item) for part in parts for item in accesses(part))
+
+    def in_memory(self, item: AppliedUndef) -> bool:
+        return tensor_name(item) in self.launches.flow.inputs
+
+    @property
+    def scans(self) -> bool:
+        return self.settings.machine.scans
+
+    def skip(self, condition: sympy.Expr, raw: Mapping[str, sympy.Expr]) -> Skip | None:
+        """What leaves out the tiles where the condition holds nowhere; None if they change something."""
+        outside = {name: where_false(e, condition) for name, e in raw.items()}
+        if all(self.vanishes(name, e) for name, e in outside.items()):
+            return Skip(condition)
+        if not self.scans or (len(self.roles.streamed) > 1 and not self.kernel.crossed):
+            return None
+        exclusion = Exclusion(ranks_of(condition) | frozenset(self.roles.streamed))
+        for name, e in outside.items():
+            root = self.launches.flow.values[name]
+            own = access(name, root.indices)
+            lowered = exclusion.of_maximum(e, own) if root.reduction == "max" else exclusion.of(e)
+            if not self.vanishes(name, lowered):
+                return None
+        return self.unless_masked(condition, exclusion.above)
+
+    def unless_masked(self, condition: sympy.Expr, above: Mapping[AppliedUndef, sympy.Expr]) -> Skip | None:
+        """A skip for a finite mask. A row's statistic that lies in memory says at once whether the row has anything
+        that is not masked; one that the loop computes says so at the loop's end."""
+        states = {named: root for root in self.kernel.roots for named in (root.name, following(root.name))}
+        holds: dict[sympy.Expr, None] = {}
+        for item, least in above.items():
+            root = states.get(tensor_name(item))
+            if root is not None and tuple(item.args) == root.indices and not self.kernel.crossed:
+                holds[Greater(self.layout.value(root.name, root.indices), least)] = None
+            elif self.in_memory(item) and decidable(LessEqual(item, least), self.roles.ranges, self.scans):
+                condition = Maximum(condition, LessEqual(item, least))
+            else:
+                return None
+        return Skip(condition, sympy.Mul(*holds) if holds else None)
 
     def vanishes(self, name: str, e: sympy.Expr) -> bool:
         """Whether a tile where a root's element is ``e`` changes nothing."""

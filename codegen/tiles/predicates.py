@@ -11,6 +11,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import sympy
+from sympy.core.function import AppliedUndef
 
 from ...ir.cascade import (
     COMPARISONS,
@@ -19,6 +20,7 @@ from ...ir.cascade import (
     Sigmoid,
     Where,
     accesses,
+    is_rank,
     ranks_of,
 )
 from .facts import comparison_text
@@ -35,15 +37,26 @@ def conditions(expressions: Iterable[sympy.Expr]) -> list[sympy.Expr]:
     return list(found)
 
 
-def decidable(condition: sympy.Expr, ranges: frozenset[sympy.Symbol]) -> bool:
-    """Whether bounds on the ranks say something of a condition. ``ranges`` are the ranks that a tile has a range of."""
+def is_line(item: AppliedUndef, ranges: frozenset[sympy.Symbol]) -> bool:
+    """Whether an access reads one line of a tensor in a tile: its least and greatest element are soon found."""
+    return len(ranks_of(item) & ranges) == 1 and all(index.is_number or is_rank(index) for index in item.args)
+
+
+def decidable(condition: sympy.Expr, ranges: frozenset[sympy.Symbol], scans: bool = False) -> bool:
+    """Whether bounds on the ranks say something of a condition. ``ranges`` are the ranks that a tile has a range of.
+    ``scans``: bounds of lines of tensors are known, too."""
     if isinstance(condition, _COMPARISONS):
         difference = sympy.expand(condition.args[0] - condition.args[1])
         if difference.has(sympy.oo, -sympy.oo, sympy.nan) or not ranks_of(difference) & ranges:
             return False
         inside = [item for item in accesses(difference) if ranks_of(item) & ranges]
-        if inside or difference.atoms(sympy.Function) - set(accesses(difference)):
+        if difference.atoms(sympy.Function) - set(accesses(difference)):
             return False
+        if not all(scans and is_line(item, ranges) and difference.coeff(item).is_number for item in inside):
+            return False
+        difference = difference.xreplace({item: sympy.Dummy() for item in inside})
+        if inside and not ranks_of(difference) & ranges:
+            return True
         own = sorted(ranks_of(difference) & ranges, key=lambda s: s.name)
         if not difference.is_polynomial(*own):
             return False
@@ -53,15 +66,15 @@ def decidable(condition: sympy.Expr, ranges: frozenset[sympy.Symbol]) -> bool:
             polynomial.coeff_monomial(s).is_number for s in own if polynomial.coeff_monomial(s) != 0
         )
     if condition.is_Mul:
-        return any(decidable(part, ranges) for part in condition.args)
+        return any(decidable(part, ranges, scans) for part in condition.args)
     if isinstance(condition, Maximum):
-        return all(decidable(part, ranges) for part in condition.args)
+        return all(decidable(part, ranges, scans) for part in condition.args)
     return False
 
 
-def certain_part(condition: sympy.Expr, ranges: frozenset[sympy.Symbol]) -> sympy.Expr:
+def certain_part(condition: sympy.Expr, ranges: frozenset[sympy.Symbol], scans: bool = False) -> sympy.Expr:
     """The factors of a condition that bounds can prove true everywhere; 1 if there is none."""
-    parts = [part for part in sympy.Mul.make_args(condition) if decidable(part, ranges)]
+    parts = [part for part in sympy.Mul.make_args(condition) if decidable(part, ranges, scans)]
     return sympy.Mul(*parts, evaluate=False) if len(parts) > 1 else (parts[0] if parts else sympy.Integer(1))
 
 

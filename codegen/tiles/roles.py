@@ -38,6 +38,10 @@ class Machine(Protocol):
     def shortest(self) -> int:
         """Tiles are not made shorter than this to have twice as many blocks as workers."""
 
+    @property
+    def scans(self) -> bool:
+        """Whether a kernel may look through what a mask is made from, to decide about a tile as a whole."""
+
     def lengths(self, kernel: Kernel, held: Sequence[int], depth: int, item_bytes: int) -> tuple[int, int]:
         """Tile lengths (rows, streamed). ``held``: elements that a row of each state has; ``depth``: of an operand."""
 
@@ -74,6 +78,10 @@ class Caches:
     @property
     def shortest(self) -> int:
         return 16
+
+    @property
+    def scans(self) -> bool:
+        return True
 
     def lengths(self, kernel: Kernel, held: Sequence[int], depth: int, item_bytes: int) -> tuple[int, int]:
         """Scores, a packed and a plain operand and the state within the second-level cache."""

@@ -124,7 +124,7 @@ def stretches(emitter: Emitter, loop: Loop) -> list[Stretch]:
     rank, step = loop.rank, blocks.length(loop.rank) if not blocks.is_point(loop.rank) else 1
     size = emitter.size_text(rank.name)
     ranges = Ranges(emitter, rank)
-    skips = [item.condition for item in loop.body if isinstance(item, Skip)]
+    skips = [item.condition for item in loop.body if isinstance(item, Skip) and item.holds is None]
     cases = [item.condition for item in loop.body if isinstance(item, Cases)]
     first, last = "0", size
     name = rank.name

@@ -72,6 +72,11 @@ class GpuTiles:
         # Products are slow in shorter tiles: parts of the streamed rank fill the multiprocessors instead.
         return 128
 
+    @property
+    def scans(self) -> bool:
+        # Loops end where bounds of ranks say; a choice by data in every tile would keep loads from being in flight.
+        return False
+
     def lengths(self, kernel: Kernel, held: Sequence[int], depth: int, item_bytes: int) -> tuple[int, int]:
         products = len(kernel.inner)
         if not products and not _multiplies(kernel):
