@@ -19,10 +19,12 @@ from .errors import EffccError
 from .frontend.fx_import import from_fx
 from .held_elsewhere import Elsewhere
 from .joint_split import prefetches, split_saving, values_saved
+from .passes.activation.candidates import Key
 from .passes.activation.choice import ActivationChoice, describe
 from .passes.activation.host_link import host_link
 from .passes.activation.problem import JointProblem, joint_problem
 from .passes.activation.search import ActivationSearch
+from .token_rows import RowGraph
 
 #: How often a graph is compiled again because the compiled code needs more than the simulation said.
 MOST_ATTEMPTS = 6
@@ -53,7 +55,7 @@ class ActivationPlanner:
     choice: ActivationChoice | None = None
     notes: list[str] = field(default_factory=list)
     #: Peaks that may not be chosen again: they were compiled, and did not fit.
-    refused: list[tuple[frozenset[int], frozenset[int]]] = field(default_factory=list)
+    refused: list[Key] = field(default_factory=list)
     exhausted: bool = False
     #: Whether freed memory is given back at once, not held for the next value of its size: smaller, and slower where
     #: the system has to clear pages.
@@ -109,7 +111,14 @@ class ActivationPlanner:
             chosen = search.least
         self.choice = describe(problem, chosen, plain, "planned", self.budget, search.bound(limit), search.floor_bound)
         return split_saving(
-            gm, problem, chosen.saved, num_fwd_outputs, static, chosen.swapped, prefetches(problem, chosen)
+            gm,
+            problem,
+            chosen.saved,
+            num_fwd_outputs,
+            static,
+            chosen.swapped,
+            prefetches(problem, chosen),
+            chosen.shares,
         )
 
     def problem(self, gm: fx.GraphModule, num_fwd_outputs: int) -> JointProblem:
@@ -125,6 +134,8 @@ class ActivationPlanner:
             num_fwd_outputs,
             backward_only=torch_internals.backward_only_nodes(gm),
             outside=self.elsewhere.bytes,
+            outside_loss=True,
+            rows=RowGraph(gm).facts() if self.swap else None,
         )
 
     def exceeded(self, peak: int) -> bool:
@@ -137,6 +148,6 @@ class ActivationPlanner:
             return True
         if self.exhausted:
             return False
-        self.refused.append((self.choice.saved, self.choice.swapped))
+        self.refused.append((self.choice.saved, self.choice.swapped, self.choice.shares))
         self.excess = max(self.excess, peak - self.choice.simulated_peak)
         return True

@@ -20,11 +20,12 @@ from .formatting import bytes_text
 from .frontend.fx_import import from_fx
 from .ir.plan import Plan
 from .joint_split import prefetches, split_saving, values_saved
-from .passes.activation.candidates import Candidate
+from .passes.activation.candidates import Candidate, Key
 from .passes.activation.choice import ActivationChoice, describe
 from .passes.activation.host_link import host_link
 from .passes.activation.problem import joint_problem
 from .passes.activation.search import ActivationSearch
+from .token_rows import RowGraph
 
 if TYPE_CHECKING:
     import torch.fx as fx
@@ -54,7 +55,8 @@ class JointGraph:
         assert self.chosen is not None
         chosen = self.chosen
         problem, ahead = self.search.problem, prefetches(self.search.problem, chosen)
-        return split_saving(self.module, problem, chosen.saved, self.outputs, self.static, chosen.swapped, ahead)
+        swapped, shares = chosen.swapped, chosen.shares
+        return split_saving(self.module, problem, chosen.saved, self.outputs, self.static, swapped, ahead, shares)
 
     @property
     def saved_bytes(self) -> int:
@@ -100,6 +102,8 @@ class BudgetPlanner:
                 num_fwd_outputs,
                 bindings=self.bindings,
                 backward_only=torch_internals.backward_only_nodes(joint),
+                outside_loss=True,
+                rows=RowGraph(joint).facts() if self.swap else None,
             )
         except EffccError as error:
             self.notes.append(f"activations are saved as torch chooses: {error.message}")
@@ -250,7 +254,7 @@ def pareto_curve(planner: BudgetPlanner, plan: Plan) -> list[ParetoPoint]:
     search = max(graphs, key=lambda graph: graph.saved_bytes).search
     offset = plan.peak.get("device", 0) - search.plain.peak
     top, low = search.plain.peak, search.least.peak
-    found: dict[tuple[frozenset[int], frozenset[int]], ParetoPoint] = {}
+    found: dict[Key, ParetoPoint] = {}
     for index in range(POINTS):
         limit = top - (top - low) * index // (POINTS - 1)
         chosen = search.within(limit)

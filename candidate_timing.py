@@ -65,7 +65,7 @@ def compile_faster(
     values = seconds or predicted
     owner[chosen].decisions.append(
         Decision(
-            kind="fusion",
+            kind="candidates",
             subject=f"{len(compilation.fusion.reports)} cascades of graph {compilation.number}",
             chosen=chosen,
             alternatives=tuple(

@@ -6,11 +6,13 @@ import hashlib
 
 import msgspec
 
-from .codegen.cascade_op import prepare
+from .codegen.cascade_op import prepare, prepare_on_gpu
 from .codegen.region_store import read_record, record_path, source_digest, write_record
 from .codegen.tiles.errors import NotLowerable
 from .codegen.tiles.roles import Caches, threads
+from .codegen.triton_tiles.target import Target
 from .ir.graph import Graph
+from .ir.plan import Decision
 from .ir.printer import print_graph
 from .passes.raising.choose import Choice, Refused, choose
 from .passes.raising.group import Early, Group, Rest
@@ -36,36 +38,45 @@ class Fused(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Decisions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """``refused``: why the other groups stay as they are."""
+    """``refused``: why the other groups stay as they are; ``schedule``: what was chosen among what."""
 
     fused: tuple[Fused, ...] = ()
     refused: tuple[str, ...] = ()
+    schedule: tuple[Decision, ...] = ()
 
 
-def decide(graph: Graph, choice: Choice) -> Decisions:
-    """The decisions for a graph, from the cache directory if they are there."""
+def decide(graph: Graph, choice: Choice, target: Target | None = None) -> Decisions:
+    """The decisions for a graph, from the cache directory if they are there. ``target``: the GPU that it is for."""
     if not may_fuse(graph, choice):
         return Decisions()
-    parts = (source_digest(), print_graph(graph), repr(choice), repr(Caches.of_this_machine()), str(threads()))
+    machine = repr(target) if target is not None else f"{Caches.of_this_machine()} {threads()}"
+    parts = (source_digest(), print_graph(graph), repr(choice), machine)
     path = record_path(hashlib.sha256("\n".join(parts).encode()).hexdigest())
     known = read_record(path, Decisions)
     if known is None:
-        known = work_out(graph, choice)
+        known = work_out(graph, choice, target)
         write_record(path, known)
     return known
 
 
-def work_out(graph: Graph, choice: Choice) -> Decisions:
+def work_out(graph: Graph, choice: Choice, target: Target | None = None) -> Decisions:
     chosen = choose(raise_graph(graph), choice)
     refused = list(chosen.refused)
     texts: dict[str, str] = {}
     for group in chosen.groups:
         try:
-            texts[group.name], _ = prepare(group.fused, group.rewriting)
+            if target is None:
+                texts[group.name], _ = prepare(group.fused, group.rewriting)
+            else:
+                texts[group.name], _ = prepare_on_gpu(group.fused, group.rewriting, target)
         except NotLowerable as error:
             refused.append(Refused(group.name, f"no kernel: {error.message}", group.location))
     taken = supported(chosen.groups, texts, {node.name for node in graph.nodes})
-    return Decisions(tuple(_fused(group, texts[group.name]) for group in taken), tuple(each.why for each in refused))
+    return Decisions(
+        tuple(_fused(group, texts[group.name]) for group in taken),
+        tuple(each.why for each in refused),
+        chosen.decisions,
+    )
 
 
 def supported(groups: tuple[Group, ...], with_kernel: dict[str, str], names: set[str]) -> list[Group]:

@@ -14,16 +14,21 @@ import torch.fx as fx
 from . import torch_internals
 from .cascade_decisions import Decisions, Fused, decide
 from .codegen.cascade_kernel import CascadeKernel, begin
-from .codegen.cascade_op import give_up_kernel, kernel_of
+from .codegen.cascade_op import give_up_kernel, gpu_source, kernel_of
 from .codegen.chunked_cascade import ChunkedCascade
-from .cost_model.devices import Device
+from .codegen.triton_tiles.target import Target
+from .cost_model.devices import Device, device_titled, load_device
 from .errors import CompileError, EffccError
 from .frontend.fx_import import from_fx
+from .ir.plan import Decision
 from .passes.raising.choose import Choice, Rates
 from .runtime.reports import CascadeReport
+from .shared_gradients import spread_sums
 
 #: Of a wide tensor, where a cascade is done in chunks: what stays in the caches of a present processor.
 CHUNK_BYTES = 16 << 20
+#: Whose rates are taken for a GPU that has no device file.
+UNKNOWN_GPU = "a100-80g"
 
 
 @dataclass
@@ -33,8 +38,13 @@ class CascadeFusion:
 
     choice: Choice = field(default_factory=Choice)
     compiles: bool = True
+    #: The GPU that a graph without a device of its own is planned for; and whether memory is what it is short of.
+    target: Target | None = None
+    short_of_memory: bool = False
     reports: list[CascadeReport] = field(default_factory=list)
     refused: list[str] = field(default_factory=list)
+    #: What was chosen among what.
+    decisions: list[Decision] = field(default_factory=list)
     #: Being compiled in the background, by the text of their ops.
     kernels: dict[str, CascadeKernel | ChunkedCascade] = field(default_factory=dict)
 
@@ -57,20 +67,44 @@ class CascadeFusion:
         if not torch_internals.first_look(graph, "effcc_fused"):
             return
         try:
-            imported = from_fx(gm, "joint", "joint")
-            if on_cpu(gm):
-                self.fuse(graph, decide(imported, self.choice))
+            place = placed_on(gm)
+            if place is not None:
+                self.fuse(graph, *self.decided(gm, place))
         except EffccError as error:
             self.refused.append(f"the graph is not analysed: {error.message}")
         except Exception as error:  # a fault of the analysis costs the fusion, not the compilation
             self.refused.append(f"the analysis failed: {type(error).__name__}: {error}")
 
-    def fuse(self, graph: fx.Graph, decisions: Decisions) -> None:
+    def decided(self, gm: fx.GraphModule, place: torch.device) -> tuple[Decisions, Target | None]:
+        """What to fuse, and the GPU that it is for. A sum over several layers is spread over them where each one's part
+        then becomes part of a kernel, and left whole elsewhere."""
+        choice, target = self.choice, self.target
+        if place.type == "cuda":
+            target = Target.of_cuda(place.index or 0)
+            name = device_titled(torch.cuda.get_device_name(place)) or UNKNOWN_GPU
+            choice = choice_for(load_device(name), self.short_of_memory)
+        spread = spread_sums(gm.graph)
+        decisions = decide(from_fx(gm, "joint", "joint"), choice, target)
+        made = {name for each in decisions.fused for name in (*each.results, *(rest.value for rest in each.rests))}
+        in_vain = [each for each in spread if not each.is_in(made)]
+        if in_vain:
+            for each in in_vain:
+                each.undo()
+            gm.graph.eliminate_dead_code()
+            decisions = decide(from_fx(gm, "joint", "joint"), choice, target)
+        return decisions, target
+
+    def fuse(self, graph: fx.Graph, decisions: Decisions, target: Target | None = None) -> None:
         self.refused += decisions.refused
+        self.decisions += decisions.schedule
         if not decisions.fused:
             return
-        kernels = [kernel_of(each.text).kernel for each in decisions.fused]
-        if self.compiles:
+        if target is not None:
+            sources = [gpu_source(each.text, target) for each in decisions.fused]
+        else:
+            kernels = [kernel_of(each.text).kernel for each in decisions.fused]
+            sources = [kernel.source for kernel in kernels]
+        if self.compiles and target is None:
             with torch_internals.region_settings():
                 begin([kernel for kernel in kernels if isinstance(kernel, CascadeKernel)])
             self.kernels.update((each.text, kernel) for each, kernel in zip(decisions.fused, kernels, strict=True))
@@ -82,24 +116,26 @@ class CascadeFusion:
             torch_internals.stable_topological_sort(graph)
             graph.eliminate_dead_code()
             graph.lint()
-        for each, kernel in zip(decisions.fused, kernels, strict=True):
+        for each, source in zip(decisions.fused, sources, strict=True):
             self.reports.append(
-                CascadeReport(
-                    each.name, each.source, each.bytes_written, each.bytes_fused, each.certificates, kernel.source
-                )
+                CascadeReport(each.name, each.source, each.bytes_written, each.bytes_fused, each.certificates, source)
             )
 
 
 def choice_for(device: Device, short_of_memory: bool) -> Choice:
     """What is fused for a device. Where memory is short, a kernel that is somewhat slower is still the cheapest way to
     do without a wide tensor."""
-    choice = Choice(Rates.of(device), chunk_bytes=CHUNK_BYTES)
+    choice = Choice(Rates.of(device), chunk_bytes=CHUNK_BYTES if device.kind == "cpu" else 0)
     return replace(choice, memory_ratio=choice.memory_ratio / 2) if short_of_memory else choice
 
 
-def on_cpu(gm: fx.GraphModule) -> bool:
+def placed_on(gm: fx.GraphModule) -> torch.device | None:
+    """The CPU, or the one GPU that a graph's inputs lie on; None if kernels are made for none of them, or for no one.
+    Single numbers may lie on the CPU."""
     values = [node.meta.get("val") for node in gm.graph.find_nodes(op="placeholder")]
-    return all(value.device.type == "cpu" for value in values if isinstance(value, torch.Tensor))
+    places = {value.device for value in values if isinstance(value, torch.Tensor) and (value.dim() or not value.is_cpu)}
+    place = places.pop() if len(places) == 1 else torch.device("cpu")
+    return None if places or place.type not in ("cpu", "cuda") else place
 
 
 def insert(graph: fx.Graph, group: Fused, values: dict[str, fx.Node]) -> None:

@@ -41,10 +41,11 @@ def calibrate_command(
 
     if output is not None:
         check_writable(output)
-    from .cost_model.calibrate import calibrate, calibrated_device
+    from .calibrating import calibrate_machine
+    from .cost_model.calibrate import calibrated_device
 
     with stage(f"measure for about {seconds:.0f} s", quiet=json):
-        device = calibrate(seconds, save=not no_save)
+        device = calibrate_machine(seconds, save=not no_save)
     if output is not None:
         write_text(output, msgspec.json.format(msgspec.json.encode(device), indent=1).decode() + "\n")
     if json:

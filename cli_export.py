@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 FORMATS = {
     "chrome-trace": ("plan", ".trace.json"),
     "memory-snapshot": ("plan", ".pickle"),
+    "torch-csv": ("plan", ".csv"),
     "dot": ("graph", ".dot"),
     "model-explorer": ("graph", ".explorer.json"),
 }
@@ -26,9 +27,7 @@ FORMATS = {
 
 def export_command(
     path: Annotated[Path, typer.Argument(help="A plan file, a folder of dumps, or an IR text file.")],
-    to: Annotated[
-        str, typer.Option("--to", metavar="FORMAT", help="chrome-trace, memory-snapshot, dot or model-explorer.")
-    ],
+    to: Annotated[str, typer.Option("--to", metavar="FORMAT", help=f"{', '.join(FORMATS)}.")],
     output: Annotated[Path | None, typer.Option("-o", "--output", help="Default: beside the input.")] = None,
     stage: Annotated[
         str | None,
@@ -37,8 +36,8 @@ def export_command(
     tier: Annotated[str, typer.Option(help="Of a memory snapshot: device, host, disk or scratchpad.")] = "device",
     json: JsonOption = False,
 ) -> None:
-    """Write a plan's timeline for Perfetto, its memory for pytorch.org/memory_viz, or a graph for Graphviz or Model
-    Explorer.
+    """Write a plan's timeline for Perfetto, its memory for pytorch.org/memory_viz, a pipeline's actions for
+    torch.distributed.pipelining, or a graph for Graphviz or Model Explorer.
 
     `effcc run --trace FILE` writes the timeline with a measured step beside it.
     """
@@ -77,6 +76,12 @@ def _of_plan(path: Path, to: str, tier: str) -> Callable[[], str | bytes]:
         from .export.chrome_trace import chrome_trace
 
         return lambda: json_module.dumps(chrome_trace(plan)) + "\n"
+    if to == "torch-csv":
+        from .passes.pipeline_parallel.plan import from_plan
+        from .passes.pipeline_parallel.torch_csv import to_csv, without_embedding
+
+        schedule = from_plan(plan)
+        return lambda: to_csv(without_embedding(schedule))
     from .export.memory_snapshot import snapshot_bytes
 
     return lambda: snapshot_bytes(plan, tier)

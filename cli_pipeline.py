@@ -37,7 +37,7 @@ def device_on_nodes(device: str, ranks: int, nodes: int | None) -> Device:
 
 def plan_pipeline(
     model: str, mesh: str, microbatches: int | None, device: str, memory: int | None, dtype: str | None, output: Path,
-    nodes: int | None, json: bool,
+    nodes: int | None, json: bool, schedules: str | None = None,
 ) -> None:  # fmt: skip
     """Plan a training step for the mesh, write the plan, print what was chosen."""
     from .cost_model.parallel_training.mesh import parse_mesh
@@ -50,7 +50,9 @@ def plan_pipeline(
     with quiet_torch(), contextlib.redirect_stdout(sys.stderr), stage(f"plan {axes.ranks} ranks", quiet=json):
         from .pipeline_steps import plan_file
 
-        planned = plan_file(model, axes, microbatches=count, device=on, memory=memory, dtype=dtype)
+        planned = plan_file(
+            model, axes, microbatches=count, device=on, memory=memory, dtype=dtype, schedules=_schedules(schedules)
+        )
     from .ir.plan_file import save_plan
 
     save_plan(output, planned.plan, {}, {})
@@ -100,6 +102,21 @@ def plan_pipeline(
     for name, seconds, _ in chosen.others:
         out.print(f"  {name}: {seconds_text(seconds) if seconds is not None else 'does not fit'}", markup=False)
     out.print(f"plan:    {output}", markup=False)
+
+
+def _schedules(text: str | None) -> tuple[str, ...]:
+    """The names in ``--schedule``, or those that are tried without. Raises OptionError for one that is unknown."""
+    from .runtime.pipeline.plan import SCHEDULES, USUAL
+
+    if text is None:
+        return USUAL
+    names = tuple(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
+    unknown = [name for name in names if name not in SCHEDULES]
+    if unknown or not names:
+        raise OptionError(
+            f"--schedule {unknown[0] if unknown else text!r} is not known", remedy=f"some of {', '.join(SCHEDULES)}"
+        )
+    return names
 
 
 def _sum_seconds(plan: Plan) -> list[float]:

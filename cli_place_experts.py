@@ -48,7 +48,7 @@ def place_experts_command(
     hysteresis: Annotated[
         float, typer.Option("--hysteresis", min=0.0, max=1.0, help="Keep --current unless this share is won.")
     ] = 0.0,
-    time_limit: Annotated[float, typer.Option("--time-limit", min=0.0, help="Seconds.")] = 20.0,
+    time_limit: Annotated[float, typer.Option("--time-limit", min=0.0, help="Seconds.")] = 25.0,
     seed: Annotated[int, typer.Option("--seed", min=0, help="Of the searches' random choices.")] = 0,
     output: Annotated[
         Path | None, typer.Option("-o", "--output", help="Also write the JSON here, for --current.")

@@ -51,6 +51,9 @@ def plan_command(
     no_fuse: Annotated[
         bool, typer.Option("--no-fuse", help="Leave cascades as they are written: no kernels as in torch.compile.")
     ] = False,
+    streams: Annotated[
+        int, typer.Option("--streams", help="Most kernels at once, on streams of their own; for GPUs' plans.")
+    ] = 1,
     dynamic: Annotated[bool, typer.Option("--dynamic", help="Keep the inputs' sizes symbolic.")] = False,
     output: Annotated[Path, typer.Option("-o", "--output", help="Where the plan goes.")] = Path("plan.effcc"),
     report: Annotated[
@@ -80,6 +83,14 @@ def plan_command(
     microbatches: Annotated[
         int | None, typer.Option("--microbatches", min=1, help="With --mesh; the file's inputs are one of them.")
     ] = None,
+    schedule: Annotated[
+        str | None,
+        typer.Option(
+            "--schedule",
+            metavar="NAME[,NAME...]",
+            help="With --mesh: the schedules to choose from: gpipe, 1f1b, interleaved, zb-h1, zb-v, v-half.",
+        ),
+    ] = None,
     json: JsonOption = False,
 ) -> None:
     """Capture a model and plan its memory and time for a device, without running it.
@@ -93,8 +104,10 @@ def plan_command(
         from .cli_pipeline import plan_pipeline
 
         memory = budget_bytes(memory_budget, device, "--memory-budget")
-        plan_pipeline(model, mesh, microbatches, device, memory, dtype, output, nodes, json)
+        plan_pipeline(model, mesh, microbatches, device, memory, dtype, output, nodes, json, schedule)
         return
+    if schedule is not None:
+        raise OptionError("--schedule goes with --mesh", remedy="give a mesh with pp")
     if emit not in (None, "mlir"):
         raise OptionError(f"--emit {emit!r} is not understood", remedy="the only form is mlir")
     if report is not None and no_report:
@@ -110,6 +123,7 @@ def plan_command(
         pareto=pareto,
         cascades=cascades,
         fuse=not no_fuse,
+        streams=streams,
         dynamic=dynamic,
         pipeline=pipeline or PIPELINE,
         dump_dir=dump_dir,

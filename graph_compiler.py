@@ -73,9 +73,10 @@ class Compilation:
     records: dict[str, tuple[Member, GraphRecord]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.planner = StepPlanner(self.options.device or "cpu")
+        self.planner = StepPlanner(self.options.device or "cpu", self.options.memory_budget is not None)
         device = device_named(self.options.device or "cpu")
-        self.fusion.choice = choice_for(device, self.options.memory_budget is not None)
+        self.fusion.short_of_memory = self.options.memory_budget is not None
+        self.fusion.choice = choice_for(device, self.fusion.short_of_memory)
 
     def run(self, gm: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         """Compile Dynamo's graph, forward and backward."""
@@ -238,9 +239,10 @@ class Compilation:
     def plan(self) -> Plan | None:
         """The plan that was given, else one made from what was compiled."""
         made = self.given_plan or self.planner.plan_or_none()
-        if made is None or not self.decisions:
+        found = (*self.fusion.decisions, *self.decisions)
+        if made is None or not found:
             return made
-        return msgspec.structs.replace(made, decisions=(*made.decisions, *self.decisions))
+        return msgspec.structs.replace(made, decisions=(*made.decisions, *found))
 
     def keep_budget(self) -> None:
         """Raises BudgetError when the step does not fit in the option ``memory_budget``."""

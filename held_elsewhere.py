@@ -71,6 +71,8 @@ def held_elsewhere(inputs: Sequence[Any], device: Device) -> Elsewhere:
         workspace += optimizer_workspace(type(optimizer).__name__, [p.nbytes for p in parameters], device)
         others.update({id(p): p for p in parameters if id(p) not in mine})
     saved = 0
+    if any(key != frozenset(mine) for key in _graphs):
+        gc.collect()  # models that nobody has any more, but for circles, go now
     for key, graph in list(_graphs.items()):
         alive = [parameter() for parameter in graph.parameters]
         if not any(p is not None for p in alive):

@@ -6,6 +6,7 @@ The file's ``example_inputs`` are one microbatch. The step is the model and its 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import signal
@@ -35,9 +36,9 @@ from .ir.plan import Plan
 from .ir.plan_file import load_plan
 from .passes.pipeline_parallel.plan import from_plan, mesh_of, replicas_of, to_plan
 from .runtime.context_parallel.exchange import SequenceGroup
-from .runtime.mesh_layout import MeshLayout
+from .runtime.mesh_layout import MeshLayout, timed_mesh
 from .runtime.pipeline.executor import PipelineRank
-from .runtime.pipeline.plan import PipelinePlan, plan_pipeline
+from .runtime.pipeline.plan import USUAL, PipelinePlan, plan_pipeline
 from .runtime.pipeline.stages import cut
 from .runtime.pipeline.step_graph import export_step, input_head, output_head
 from .runtime.process_group import join_group
@@ -82,6 +83,23 @@ def file_step(spec: ModelSpec, dtype: str | None = None) -> tuple[FileStep, tupl
     return FileStep(spec, model.train(), structure), tuple(leaves)
 
 
+def fingerprint(step: FileStep, leaves: Sequence[Any]) -> str:
+    """Differs where a plan of one model and microbatch is no plan of another: names and shapes of parameters, shapes of
+    inputs. Types are left out: the plan of a bf16 step runs in f32 where there are no such units."""
+    parameters = [(path, tuple(each.shape)) for path, each in step.named_parameters()]
+    inputs = [tuple(leaf.shape) for leaf in _tensors(leaves)]
+    return hashlib.sha256(repr((parameters, inputs)).encode()).hexdigest()
+
+
+def _check_model(plan: Plan, step: FileStep, leaves: Sequence[Any]) -> None:
+    made_for = plan.graphs[0].graph_hash if plan.graphs else ""
+    if made_for and made_for != fingerprint(step, leaves):
+        raise PlanError(
+            "the plan was made for another model, or for other inputs", where=plan.model,
+            remedy="make it anew with effcc plan",
+        )  # fmt: skip
+
+
 @dataclass(frozen=True)
 class PlannedPipeline:
     """What was planned: the choice, and the plan for the file."""
@@ -91,7 +109,14 @@ class PlannedPipeline:
 
 
 def plan_file(
-    model: str, mesh: Mesh, *, microbatches: int, device: Device, memory: int | None, dtype: str | None
+    model: str,
+    mesh: Mesh,
+    *,
+    microbatches: int,
+    device: Device,
+    memory: int | None,
+    dtype: str | None,
+    schedules: Sequence[str] = USUAL,
 ) -> PlannedPipeline:
     """Plan the training step of a model file for a mesh of devices, without allocating weights."""
     weightless = Weightless()
@@ -101,13 +126,14 @@ def plan_file(
     with weightless.tracing():
         chosen = plan_pipeline(
             step, leaves, ranks=mesh.pp, mesh=mesh, microbatches=microbatches, device=device, memory=memory,
-            capture=lambda: split_sequence(step, leaves, mesh.cp),
+            capture=lambda: split_sequence(step, leaves, mesh.cp), schedules=schedules,
         )  # fmt: skip
     everyone = mesh.ranks // mesh.pp
     made_for = f"{mesh}" + (f",context={chosen.context}" if chosen.context else "")
     plan = to_plan(
-        chosen.found, model=spec.name, device=device.name, held=chosen.costs.held, replicas=everyone, mesh=made_for
-    )
+        chosen.found, model=spec.name, device=device.name, graph_hash=fingerprint(step, leaves),
+        held=chosen.costs.held, replicas=everyone, mesh=made_for,
+    )  # fmt: skip
     return PlannedPipeline(chosen, plan)
 
 
@@ -159,10 +185,11 @@ def run_rank(plan_path: Path, model: str, rounds: int, seed: int, dtype: str | N
         schedule, planned = from_plan(plan), PlannedMesh.of(plan)
         axes = planned.mesh
         if planned.sharded_by_torch:
-            return _run_sharded(axes, schedule.microbatches, model, rounds, seed, dtype)
+            return _run_sharded(axes, plan, schedule.microbatches, model, rounds, seed, dtype, limit)
         mesh = init_device_mesh("cpu", (axes.pp, axes.dp, axes.cp), mesh_dim_names=("pp", "dp", "cp"))
         torch.manual_seed(seed)
         step, first = file_step(load_model_file(model), dtype)
+        _check_model(plan, step, first)
         sequence = None
         if axes.cp > 1:
             layout = MeshLayout.of(mesh, "pp", PipelineError)
@@ -201,23 +228,26 @@ def run_rank(plan_path: Path, model: str, rounds: int, seed: int, dtype: str | N
 
 
 def _run_sharded(
-    axes: Mesh, microbatches: int, model: str, rounds: int, seed: int, dtype: str | None
+    axes: Mesh, plan: Plan, microbatches: int, model: str, rounds: int, seed: int, dtype: str | None, limit: float
 ) -> dict[str, Any]:
     """``run_rank`` of a mesh whose parameters torch shards."""
     from .runtime.torch_sharding import ShardedStep
 
-    mesh = init_device_mesh("cpu", (axes.dp, axes.fsdp, axes.tp), mesh_dim_names=("dp", "fsdp", "tp"))
+    patience = timedelta(seconds=limit)
+    mesh = timed_mesh("cpu", (axes.dp, axes.fsdp, axes.tp), ("dp", "fsdp", "tp"), patience)
     torch.manual_seed(seed)
     step, first = file_step(load_model_file(model), dtype)
-    sharded = ShardedStep(step, mesh, export_step(step, first) if axes.tp > 1 else None)
+    _check_model(plan, step, first)
+    sharded = ShardedStep(step, mesh, export_step(step, first) if axes.tp > 1 else None, patience)
     seconds, loss = [], 0.0
     for number in range(rounds + 1):
-        dist.barrier()
+        sharded.watch.collective("a round's begin", dist.barrier)
         begin = time.perf_counter()
         loss = sharded.step([_tensors(first)] * microbatches)
-        dist.barrier()
+        sharded.watch.collective("a round's end", dist.barrier)
         if number:
             seconds.append(time.perf_counter() - begin)
+    sharded.watch.close()
     return {
         "rank": dist.get_rank(), "seconds": statistics.median(seconds), "loss": loss, "barriers": 0, "live": 1,
     }  # fmt: skip

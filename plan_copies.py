@@ -19,6 +19,9 @@ def with_copies(plan: Plan, device: Device) -> Plan:
         return plan
     tier = device.tiers.get("disk" if device.kind == "cpu" else "host")
     bytes_of = {buffer.id: buffer.bytes for buffer in plan.buffers}
+    # What leaves is what comes back: of a value that is split by tokens, a part.
+    back = [step for step in plan.steps if step.name == "swap_in" and step.writes]
+    moved_by = {handle: max(bytes_of[b] for b in step.writes) for step in back for handle in step.reads}
     steps: list[Step] = []
     copied: dict[int, int] = {}
     compute = -1
@@ -26,7 +29,9 @@ def with_copies(plan: Plan, device: Device) -> Plan:
         depends = {copied[buffer] for buffer in step.reads if buffer in copied}
         if step.name in COPIES:
             kind, stream = COPIES[step.name]
-            moved = max((bytes_of.get(b, 0) for b in (*step.reads, *step.writes)), default=0)
+            touched = (*step.reads, *step.writes)
+            whole = max((bytes_of.get(b, 0) for b in touched), default=0)
+            moved = next((moved_by[b] for b in step.writes if b in moved_by), whole)
             seconds = tier.latency.value + moved / tier.bandwidth.value if tier is not None else step.seconds
             if device.kind == "cpu":  # the process itself copies
                 stream = "compute"

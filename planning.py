@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from .activation_words import with_choices
+from .collector import collecting_seldom
 from .cost_model.devices import Device
 from .errors import BudgetError, OptionError
 from .formatting import bytes_text, seconds_text
@@ -22,6 +23,7 @@ from .logs import logger
 from .options import parse_bytes
 from .passes.dump import PassRecord
 from .plan_copies import with_copies
+from .plan_streams import MOST_STREAMS, with_streams
 from .summary import Summary, device_named, summarize
 
 if TYPE_CHECKING:
@@ -70,6 +72,8 @@ class PlanRequest:
     cascades: bool = False
     #: Fuse cascades as ``torch.compile`` does.
     fuse: bool = True
+    #: Most kernels at once, each on a stream of its own; plans for GPUs only.
+    streams: int = 1
     dynamic: bool = False
     pipeline: str = PIPELINE
     dump_dir: Path | None = None
@@ -183,6 +187,7 @@ def capture_model(request: PlanRequest) -> Captured:
         return _capture(request, device, _load(request.model))
 
 
+@collecting_seldom()
 def plan_model(
     request: PlanRequest,
     progress: Progress = lambda _: nullcontext(),
@@ -238,8 +243,9 @@ def plan_model(
                 optimizer=captured.optimizer,
                 bindings=captured.sizes,
                 region_buffers=_ordered_memory(device, captured.sizes) if budgeted else _region_buffers(device),
+                outside_loss=budgeted,
             )
-            plan = with_copies(plan, device)
+            plan = with_streams(with_copies(plan, device), device, request.streams)
         logger("plan").info(
             "%s: %d steps, %d buffers, peak %s, %.3g s",
             plan.model, len(plan.steps), len(plan.buffers), bytes_text(plan.peak.get("device", 0)), plan.seconds,
@@ -263,6 +269,7 @@ def plan_model(
     made = msgspec.structs.replace(
         made,
         graphs=_captured_identities(made, captured),
+        decisions=(*made.decisions, *(fusion.decisions if fusion is not None else ())),
         notes=(
             *made.notes,
             *_fused_notes(fusion),
@@ -295,10 +302,15 @@ def _fused_notes(fusion: CascadeFusion | None) -> tuple[str, ...]:
     return (f"groups of dependent reductions that are one kernel: {count}; --cascades lists them",) if count else ()
 
 
-def _fusion(device: Device, short_of_memory: bool) -> CascadeFusion:
+def _fusion(device: Device, short_of_memory: bool) -> CascadeFusion | None:
+    """None for a GPU that kernels are not made for."""
     from .cascade_fusion import CascadeFusion, choice_for
+    from .codegen.triton_tiles.target import CAPABILITIES, Target
 
-    return CascadeFusion(choice_for(device, short_of_memory), compiles=False)
+    if device.kind != "cpu" and device.name not in CAPABILITIES:
+        return None
+    target = None if device.kind == "cpu" else Target.of_device(device)
+    return CascadeFusion(choice_for(device, short_of_memory), compiles=False, target=target)
 
 
 def _joint_passes(watch: CascadeWatch | None, fusion: CascadeFusion | None) -> AbstractContextManager[Any]:
@@ -356,6 +368,8 @@ def budget_bytes(given: int | str | None, device: str, option: str = "memory_bud
 
 def check_options(request: PlanRequest) -> None:
     """What can be refused before the model is built, which may take a while. Raises OptionError."""
+    if not 1 <= request.streams <= MOST_STREAMS:
+        raise OptionError(f"--streams {request.streams} is out of range", remedy=f"give 1 to {MOST_STREAMS}")
     if request.optimizer is not None and not request.train:
         raise OptionError("--optimizer without --train", remedy="add --train: only a training step has an optimizer")
     if request.dtype is not None and request.dtype.removeprefix("torch.") not in DTYPES:

@@ -50,6 +50,8 @@ class StepPlanner:
 
     #: What costs are taken from: a name or file, see ``cost_model.devices``.
     device: str
+    #: Whether memory of a loss that the caller computes is counted: under a budget.
+    outside_loss: bool = False
     members: dict[str, Member] = field(default_factory=dict)
 
     def plan(self, moved: Mapping[str, frozenset[str]] | None = None) -> Plan:
@@ -61,7 +63,8 @@ class StepPlanner:
                 "a graph of this step has no form in the IR", remedy="Its report says which op is in the way."
             )
         memory = functools.partial(self.region_memory, moved or {})
-        return make_plan("model", graphs, device_named(self.device), None, memory, place=False)
+        device = device_named(self.device)
+        return make_plan("model", graphs, device, None, memory, place=False, outside_loss=self.outside_loss)
 
     def plan_or_none(self) -> Plan | None:
         try:

@@ -2,6 +2,10 @@
 
     python benchmarks/activation.py [--model llama|gpt2|vit] [--layers N] [--rounds R] [--cascades off|on]
                                     [--shares 0.8 0.6 0.4 0.3 0.25] [--swap] [--size full|small]
+                                    [--solvers dp ilp] [--budgets 0.8 0.5 0.2 0] [--minutes M]
+
+Within 12 minutes on 2 cores: --solvers dp --budgets 0.5 0.2 0 --minutes 9 --rounds 9. What --minutes leaves out comes
+last: first effcc's budgets, then torch's with effcc at the same peak, then checkpoints and the rounded relaxation.
 
 Every method splits the same joint graph; the code is compiled by the same backend and the same GEMM library
 (``--gemm``), without cascades or with them, so that the plan alone differs. ``peak_bytes`` is the allocator's, exact:
@@ -18,6 +22,7 @@ import argparse
 import contextlib
 import itertools
 import statistics
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -103,14 +108,30 @@ def splitting(choose: Choose) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def knapsack(budget: float, solver: str) -> Iterator[None]:
-    """``solver``: torch's ``dp``, ``ilp`` or ``greedy``."""
+def knapsack(budget: float, solver: str, seconds: float) -> Iterator[None]:
+    """``solver``: torch's ``dp``, ``ilp`` or ``greedy``. The program of ``ilp`` has no time limit in torch and may
+    take minutes; here its best answer after ``seconds`` is taken."""
+    import scipy.optimize
+
+    solve = scipy.optimize.milp
+
+    def limited(*args: Any, **kwargs: Any) -> Any:
+        found = solve(*args, **kwargs, options={"time_limit": seconds})
+        if found.x is not None:
+            found.success = True
+            found.x = found.x.round()  # torch takes what equals 1
+        return found
+
+    scipy.optimize.milp = limited
 
     def partition(gm: torch.fx.GraphModule, inputs: Any, **kwargs: Any) -> Any:
         return torch_internals.knapsack_partition(gm, inputs, budget, solver, **kwargs)
 
-    with torch_internals.joint_partitioner(partition):
-        yield
+    try:
+        with torch_internals.joint_partitioner(partition):
+            yield
+    finally:
+        scipy.optimize.milp = solve
 
 
 def held(tensors: Any) -> int:
@@ -174,20 +195,20 @@ def methods(model: Model, arguments: argparse.Namespace, refused: list[dict[str,
 
     plain = method("keep all (minimum cut)", contextlib.nullcontext())
     yield plain
-    theirs = []
+    limits = {share: int(share * plain.peak) for share in arguments.shares}
+    for share, limit in limits.items():
+        yield from planned(f"{share}", limit)
     for solver in arguments.solvers:
-        for budget in (0.8, 0.5, 0.2, 0.0):
-            theirs.append(method(f"torch knapsack {solver} {budget}", knapsack(budget, solver)))
-            yield theirs[-1]
+        for budget in arguments.budgets:
+            around = knapsack(budget, solver, arguments.ilp_seconds)
+            other = method(f"torch knapsack {solver} {budget}", around)
+            yield other
+            yield from planned(f"= {other.name}", other.peak)
     for every in sorted({1, max(1, round(arguments.layers**0.5))}):
         around = splitting(lambda search, k=every: uniform_checkpointing(search, k))
         yield method(f"checkpoint every {every}", around)
-    for share in arguments.shares:
-        limit = int(share * plain.peak)
+    for share, limit in limits.items():
         yield method(f"greedy {share}", splitting(lambda search, b=limit: greedy(search, b)))
-        yield from planned(f"{share}", limit)
-    for other in theirs:
-        yield from planned(f"= {other.name}", other.peak)
 
 
 def check(made: list[Method]) -> list[str]:
@@ -219,6 +240,9 @@ def main() -> None:
     parser.add_argument("--cascades", choices=("off", "on"), default="off")
     parser.add_argument("--gemm", choices=("measure", "onednn", "blas"), default="blas")
     parser.add_argument("--solvers", nargs="*", choices=("dp", "ilp", "greedy"), default=["dp", "ilp"])
+    parser.add_argument("--budgets", type=float, nargs="*", default=[0.8, 0.5, 0.2, 0.0], help="torch's, relative")
+    parser.add_argument("--ilp-seconds", type=float, default=20.0, help="time limit of torch's integer program")
+    parser.add_argument("--minutes", type=float, default=60.0, help="no further methods are compiled after that")
     parser.add_argument("--swap", action="store_true")
     arguments = parser.parse_args()
     torch.manual_seed(0)
@@ -226,9 +250,14 @@ def main() -> None:
     about = common.environment() | {key: value for key, value in vars(arguments).items() if key != "rounds"}
     made: list[Method] = []
     refused: list[dict[str, Any]] = []
+    begin, complete = time.monotonic(), True
     for method in methods(model, arguments, refused):
         made.append(method)
-        print(method.name, method.peak, method.predicted, flush=True)
+        print(f"{(time.monotonic() - begin) / 60:5.1f} min", method.name, method.peak, method.predicted, flush=True)
+        if time.monotonic() - begin > 60 * arguments.minutes:
+            complete = False
+            print(f"stopped: --minutes {arguments.minutes} are over; what would follow is left out")
+            break
     times = common.interleaved({m.name: m.step for m in made}, arguments.rounds) if arguments.rounds else {}
     rows = [method.row(times.get(method.name)) for method in made]
     common.show(f"activations, {arguments.model}, {arguments.layers} layers", rows)
@@ -236,7 +265,7 @@ def main() -> None:
     for line in wrong:
         print(f"WRONG {line}")
     name = f"activation_{arguments.model}_{arguments.layers}_cascades_{arguments.cascades}"
-    print(common.keep(name, rows, about | {"refused": refused, "wrong": wrong}))
+    print(common.keep(name, rows, about | {"refused": refused, "wrong": wrong, "complete": complete}))
 
 
 if __name__ == "__main__":

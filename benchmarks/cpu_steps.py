@@ -1,11 +1,11 @@
 """Predicted beside measured time on this machine's CPU: training steps of the zoo, and variants of one model's plan.
 
-    python benchmarks/cpu_steps.py [--models gpt2,llama] [--rounds 15] [--variants llama] [--no-calibrate]
+    python benchmarks/cpu_steps.py [--models gpt2,llama] [--rounds 9] [--variants llama] [--no-calibrate] [--offline]
 
 Calibrates first (its seconds are in the result), then compiles every model with its loss, takes the prediction of the
-plan that was compiled and of the plan made offline, and measures all steps in interleaved rounds. ``error``: predicted
-over the median measured time, less one. The variants are one model compiled with memory budgets, cascades on and off
-and libraries of products; Spearman's correlation is that of their predicted and measured times.
+plan that was compiled (``--offline``: and of the plan made offline), and measures all steps in interleaved rounds.
+``error``: predicted over the median measured time, less one. The variants are one model compiled with memory budgets,
+cascades on and off and libraries of products; Spearman's correlation is that of their predicted and measured times.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from common import allocator_peak, environment, interleaved, keep, models, show
 from effcc import torch_internals
-from effcc.cost_model.calibrate import calibrate
+from effcc.calibrating import calibrate_machine
 
 #: Of the peak without a budget.
 SHARES = (None, 0.9, 0.8, 0.7, 0.6)
@@ -59,27 +59,27 @@ def spearman(one: list[float], other: list[float]) -> float:
     return float(np.corrcoef(*ranks)[0, 1])
 
 
-def model_rows(names: list[str], size: str, rounds: int) -> list[dict[str, Any]]:
+def model_rows(names: list[str], size: str, rounds: int, ahead_too: bool) -> list[dict[str, Any]]:
     steps, predicted, ahead = {}, {}, {}
     for name in names:
         sample = models.build(name, size)
         steps[name], predicted[name] = compiled_step(sample, {})
-        ahead[name] = offline(sample)
+        if ahead_too:
+            ahead[name] = offline(sample)
         print(name, f"predicted {predicted[name] * 1e3:.1f} ms", flush=True)
     seconds = interleaved(steps, rounds)
     rows = []
     for name in names:
         measured = statistics.median(seconds[name])
-        rows.append(
-            {
-                "model": name,
-                "measured ms": measured * 1e3,
-                "predicted ms": predicted[name] * 1e3,
-                "error %": 100 * (predicted[name] / measured - 1),
-                "offline ms": ahead[name] * 1e3,
-                "offline error %": 100 * (ahead[name] / measured - 1),
-            }
-        )
+        row = {
+            "model": name,
+            "measured ms": measured * 1e3,
+            "predicted ms": predicted[name] * 1e3,
+            "error %": 100 * (predicted[name] / measured - 1),
+        }
+        if name in ahead:
+            row |= {"offline ms": ahead[name] * 1e3, "offline error %": 100 * (ahead[name] / measured - 1)}
+        rows.append(row)
     return rows
 
 
@@ -121,17 +121,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--models", default=",".join(models.ZOO))
     parser.add_argument("--variants", default="llama")
-    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--size", default="bench")
     parser.add_argument("--no-calibrate", action="store_true")
+    parser.add_argument("--offline", action="store_true", help="also the prediction without compiling")
     parser.add_argument("--name", default="cpu_steps")
     arguments = parser.parse_args()
     about = environment()
     if not arguments.no_calibrate:
         begin = time.perf_counter()
-        calibrate()
+        calibrate_machine()
         about["calibration seconds"] = time.perf_counter() - begin
-    rows = model_rows(arguments.models.split(","), arguments.size, arguments.rounds) if arguments.models else []
+    names = arguments.models.split(",") if arguments.models else []
+    rows = model_rows(names, arguments.size, arguments.rounds, arguments.offline) if names else []
     if rows:
         errors = [abs(row["error %"]) for row in rows]
         about |= {"mean error %": statistics.mean(errors), "worst error %": max(errors)}

@@ -5,7 +5,8 @@
 Nothing is timed: both are predicted by the planner's simulator, from the rates in the table of assumptions. MEMO's rule
 (Zhao et al. 2024, arXiv 2407.12117) sends the input and the attention's result of each layer to the host, and of what
 else is saved a share alpha of the tokens, the same for all values and layers; the other tokens are computed again.
-effcc chooses for each value and each of ``--parts`` parts of the tokens: keep, swap or compute again.
+effcc chooses for each value: keep, swap, compute again, or a share of the tokens swapped and the rest computed again, a
+share for each layer; and again for each value and each of ``--parts`` parts of the tokens: keep, swap or compute again.
 """
 
 from __future__ import annotations
@@ -43,12 +44,14 @@ class Step:
     into; attention reads all of them."""
 
     def __init__(self, device: Device, tokens: int, parts: Sequence[float]) -> None:
-        self.device, self.parts = device, parts
+        self.device, self.parts, self.tokens = device, parts, tokens
         self.unit = tokens * HIDDEN * 2 // DEVICES  # bytes of one bf16 value of the model's width
         self.gemm = 2 * tokens * HIDDEN * HIDDEN / DEVICES  # floating-point operations of one product of that width
         self.attention = 4 * tokens * tokens * HIDDEN / 2 / DEVICES  # causal
         self.ops: list[Op] = []
         self.values: list[Value] = []
+        #: Token-wise ops, by index.
+        self.row_wise: set[int] = set()
         #: Value -> (layer, name, part).
         self.named: dict[int, tuple[int, str, int]] = {}
         self.layer, self.forward = 0, True
@@ -81,10 +84,12 @@ class Step:
 
     def each(self, name: str, reads: Sequence[Sequence[int]], units: float, products: float = 0.0) -> list[int]:
         """A token-wise op: part by part. What has one element is read whole."""
-        return [
+        made = [
             self.op(name, [of[part] if len(of) > 1 else of[0] for of in reads], units, part, products=products)
             for part in range(len(self.parts))
         ]
+        self.row_wise |= {self.values[v].op for v in made if self.forward}
+        return made
 
     def build(self) -> JointProblem:
         x = [self.value("x", 1, part, -1) for part in range(len(self.parts))]
@@ -122,6 +127,8 @@ class Step:
         return JointProblem(
             tuple(self.ops), tuple(self.values), frozenset(given), frozenset(tangents), tuple(result), tuple(dx),
             frozenset(), held, users, {value.node: (value.id,) for value in self.values},
+            row_reads={index: frozenset(self.ops[index].reads) for index in self.row_wise},
+            divisible=frozenset(v for index in self.row_wise for v in self.ops[index].writes), tokens=self.tokens,
         )  # fmt: skip
 
 
@@ -158,7 +165,7 @@ SAVED = ("x", "n1", "q", "k", "v", "o", "y", "n2", "a", "g")
 
 
 def row(name: str, candidate: Candidate, problem: JointProblem, step: float) -> dict[str, Any]:
-    swapped = sum(problem.values[v].bytes for v in candidate.swapped)
+    swapped = candidate.bytes_away(problem.values)
     again = candidate.simulation.extra_seconds
     return {
         "plan": name,
@@ -203,16 +210,20 @@ def main() -> None:
     useful += 3 * LAYERS * 4 * arguments.tokens**2 * HIDDEN / 2 / DEVICES
     ideal = useful / device.matrix_rate("bf16")
     rows = [row(f"MEMO, alpha {alpha:.3f}", baseline, problem, ideal)]
-    own = Step(device, arguments.tokens, (1 / arguments.parts,) * arguments.parts).build()
     begin = time.perf_counter()
-    search = ActivationSearch(own, link=link)
-    for name, limit in (("at MEMO's device memory", baseline.peak), ("at the device's memory", budget)):
-        found = search.within(min(limit, budget))
-        if found is None:
-            print(f"effcc {name}: nothing fits in {bytes_text(limit)}")
-            continue
-        gap = 100 * (found.seconds - search.bound(limit)) / (own.seconds + found.seconds)
-        rows.append(row(f"effcc, {name}", found, own, ideal) | {"gap_percent": gap})
+    for words, parts in (("shares of tokens", 1), (f"{arguments.parts} parts of tokens", arguments.parts)):
+        own = Step(device, arguments.tokens, (1 / parts,) * parts).build()
+        if parts > 1:  # a choice for each part is what shares of tokens stand for
+            own = dataclasses.replace(own, divisible=frozenset())
+        search = ActivationSearch(own, link=link)
+        for name, limit in (("at MEMO's device memory", baseline.peak), ("at the device's memory", budget)):
+            found = search.within(min(limit, budget))
+            if found is None:
+                print(f"effcc {name}: nothing fits in {bytes_text(limit)}")
+                continue
+            gap = 100 * (found.seconds - search.bound(limit)) / (own.seconds + found.seconds)
+            title = f"effcc, {words}, {name}"
+            rows.append(row(title, found, own, ideal) | {"gap_percent": gap, "split_values": len(found.shares)})
     facts = assumptions(device, arguments.tokens, link, budget)
     common.show("assumptions", [{"what": key, "value": value} for key, value in facts.items()])
     common.show("MEMO's setting", [shown(each) for each in rows])

@@ -1,6 +1,9 @@
 """The schedule that effcc chooses beside the default one: time and peak of training steps, without and with a limit.
 
-    python benchmarks/schedule_choice.py [--models gpt2,llama] [--rounds 15] [--share 0.5]
+    python benchmarks/schedule_choice.py [--models gpt2,llama] [--rounds 9] [--share 0.5] [--minutes 12]
+
+Ten models take longer than ``--minutes``: no model is begun after that, and the next call goes on with those that are
+left (``--again`` begins anew).
 
 Default: kernels in the order of Inductor's heuristics, BLAS for products, no cascades. Chosen: everything left to
 effcc. The limit lies ``--share`` of the way from the default schedule's peak with torch's smallest
@@ -13,18 +16,20 @@ from __future__ import annotations
 
 import argparse
 import gc
+import json
 import statistics
+import time
 from collections.abc import Callable
 from typing import Any
 
 import effcc
 import torch
 import torch._functorch.config as functorch_config
-from common import allocator_peak, environment, interleaved, keep, median_ratio, models, show, training_step
+from common import HERE, allocator_peak, environment, interleaved, keep, median_ratio, models, show, training_step
 from effcc import torch_internals
 
 DEFAULT = {"cascades": False, "kernel_order": "inductor", "gemm": "blas"}
-BUDGETS = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1, 0.0)
+BUDGETS = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1)
 
 
 class Schedule:
@@ -51,13 +56,19 @@ class Schedule:
         ]
 
 
-def within(name: str, size: str, limit: int) -> Schedule | None:
-    """The default schedule with the largest of torch's budgets that keeps the limit."""
-    for budget in BUDGETS:
-        made = Schedule(name, size, DEFAULT, budget)
+def within(name: str, size: str, limit: int, smallest: Schedule) -> Schedule | None:
+    """The default schedule with the largest of torch's budgets that keeps the limit, found by halving: a smaller budget
+    has no larger peak. ``smallest``: with none at all."""
+    best = smallest if smallest.peak <= limit else None
+    low, high = 0, len(BUDGETS)
+    while best is not None and low < high:
+        middle = (low + high) // 2
+        made = Schedule(name, size, DEFAULT, BUDGETS[middle])
         if made.peak <= limit:
-            return made
-    return None
+            best, high = made, middle
+        else:
+            low = middle + 1
+    return best
 
 
 def chosen_within(name: str, size: str, limit: int, held: int) -> Schedule | None:
@@ -71,6 +82,16 @@ def chosen_within(name: str, size: str, limit: int, held: int) -> Schedule | Non
         return None
 
 
+def known(name: str, about: dict[str, Any]) -> list[dict[str, Any]]:
+    """Rows of an earlier call with these arguments and this torch."""
+    path = HERE / "results" / f"{name}.json"
+    if not path.exists():
+        return []
+    found = json.loads(path.read_text())
+    same = all(found["environment"].get(key) == about[key] for key in ("torch", "processor", "share", "rounds", "size"))
+    return list(found["rows"]) if same else []
+
+
 def compare(one: Schedule | None, other: Schedule | None, rounds: int) -> float | str:
     """Time of ``one`` over that of ``other``."""
     if one is None or other is None:
@@ -81,7 +102,8 @@ def compare(one: Schedule | None, other: Schedule | None, rounds: int) -> float 
 
 def measure(name: str, size: str, rounds: int, share: float) -> dict[str, Any]:
     default, chosen = Schedule(name, size, DEFAULT), Schedule(name, size, {})
-    least = min(default.peak, Schedule(name, size, DEFAULT, 0.0).peak)
+    smallest = Schedule(name, size, DEFAULT, 0.0)
+    least = min(default.peak, smallest.peak)
     limit = int(least + share * (default.peak - least))
     row = {
         "model": name,
@@ -92,7 +114,7 @@ def measure(name: str, size: str, rounds: int, share: float) -> dict[str, Any]:
         "order gap %": 100 * max(chosen.gaps, default=0.0),
         "loss difference": abs(default.loss - chosen.loss),
     }
-    fitted, kept = within(name, size, limit), chosen_within(name, size, limit, default.held)
+    fitted, kept = within(name, size, limit, smallest), chosen_within(name, size, limit, default.held)
     row |= {
         "limit MB": limit / 1e6,
         "time ratio at limit": compare(kept, fitted, rounds),
@@ -105,14 +127,22 @@ def measure(name: str, size: str, rounds: int, share: float) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--models", default=",".join(models.ZOO))
-    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--minutes", type=float, default=12.0)
+    parser.add_argument("--again", action="store_true", help="measure what was measured, too")
     parser.add_argument("--share", type=float, default=0.5)
     parser.add_argument("--size", default="bench")
     parser.add_argument("--name", default="schedule_choice")
     arguments = parser.parse_args()
-    about = environment() | {"share": arguments.share, "rounds": arguments.rounds}
-    rows = []
+    about = environment() | {"share": arguments.share, "rounds": arguments.rounds, "size": arguments.size}
+    rows = [] if arguments.again else known(arguments.name, about)
+    begin = time.monotonic()
     for name in arguments.models.split(","):
+        if any(row["model"] == name for row in rows):
+            continue
+        if time.monotonic() - begin > 60 * arguments.minutes:
+            print(f"{arguments.minutes:g} minutes are over: call it again for the models that are left", flush=True)
+            break
         rows.append(measure(name, arguments.size, arguments.rounds, arguments.share))
         show("schedules", rows[-1:])
         keep(arguments.name, rows, about)

@@ -26,6 +26,7 @@ from .fused_kernel import PlacedKernel, prepare_fused, prepare_with
 
 if TYPE_CHECKING:
     from .triton_tiles.kernel import TritonKernel
+    from .triton_tiles.target import Target
 
 #: What the op runs on a CPU.
 CpuKernel: TypeAlias = "PlacedKernel[CascadeKernel] | PlacedKernel[ChunkedCascade]"
@@ -55,17 +56,23 @@ def prepare(fused: FusedCascade, rewriting: Rewriting) -> tuple[str, CpuKernel]:
     return _texts[plain], _kernels[_texts[plain]]
 
 
-def prepare_on_gpu(fused: FusedCascade, rewriting: Rewriting, device: int) -> tuple[str, PlacedKernel[TritonKernel]]:
-    """``prepare`` for this GPU of the machine. What the op runs is compiled, with a settled schedule, at its first
-    call. Raises ``NotLowerable``."""
+def prepare_on_gpu(
+    fused: FusedCascade, rewriting: Rewriting | None, target: Target
+) -> tuple[str, PlacedKernel[TritonKernel]]:
+    """``prepare`` for a GPU. What the op runs is compiled, with a settled schedule, at its first call. Raises
+    ``NotLowerable``."""
     from .triton_tiles.kernel import prepare_triton
-    from .triton_tiles.target import Target
 
-    target, wide = Target.of_cuda(device), frozenset(fused.wide)
-    kernel = prepare_with(prepare_triton, fused, rewriting, wide=wide, target=target)
-    text = cascade_text(replace(fused, shared_bytes=kernel.kernel.buffer_bytes))
-    _rewritten.setdefault(text, rewriting)
+    kernel = prepare_with(prepare_triton, fused, rewriting, wide=frozenset(fused.wide), target=target)
+    text = cascade_text(replace(fused, thread_bytes=0, shared_bytes=kernel.kernel.buffer_bytes))
+    if rewriting is not None:
+        _rewritten.setdefault(text, rewriting)
     return text, kernel
+
+
+def gpu_source(text: str, target: Target) -> str:
+    """The Triton of the op with this text, as it is before a schedule is settled."""
+    return prepare_on_gpu(parse_fused_cascade(text), _rewritten.get(text), target)[1].kernel.source
 
 
 def _prepare_on_cpu(fused: FusedCascade, rewriting: Rewriting | None) -> CpuKernel:
@@ -105,14 +112,14 @@ def run_on_gpu(text: str, operands: Sequence[torch.Tensor]) -> list[torch.Tensor
 def gpu_kernel_of(text: str, device: int) -> Callable[[Sequence[torch.Tensor]], tuple[torch.Tensor, ...]]:
     """The kernel in Triton, with the schedule that is settled for this GPU, or with the fastest of several if the
     variable ``EFFCC_TUNE_KERNELS`` is set."""
-    from .triton_tiles.settle import placed
+    from .gpu_cascade import GpuCascade
     from .triton_tiles.target import Target
     from .triton_tiles.tune import TunedKernel
 
     fused = parse_fused_cascade(text)
     if os.environ.get("EFFCC_TUNE_KERNELS"):
         return TunedKernel(fused, _rewritten.get(text), Target.of_cuda(device))
-    return placed(fused, _rewritten.get(text), Target.of_cuda(device), wide=frozenset(fused.wide))
+    return GpuCascade(fused, _rewritten.get(text), Target.of_cuda(device))
 
 
 @torch.library.register_fake("effcc::cascade", lib=_library)  # type: ignore[untyped-decorator]

@@ -11,6 +11,7 @@ import torch
 import torch.fx as fx
 
 from .. import torch_internals
+from ..cost_model.generated_loops import loops_of
 from ..cost_model.region_memory import RegionMemory
 from ..errors import EffccError
 from ..ir.graph import Graph
@@ -103,7 +104,11 @@ def read_wrapper(source: str, module: fx.GraphModule, inputs: list[str], outputs
         return count * fallback
 
     memory = wrapper_memory(source, inputs, outputs, input_bytes, result_bytes)
-    return msgspec.structs.replace(memory, order=order_in(source)) if memory is not None else None
+    if memory is None:
+        return None
+    loops = loops_of(source)
+    kernels = tuple(msgspec.structs.replace(each, nests=loops.get(each.name, ())) for each in memory.kernels)
+    return msgspec.structs.replace(memory, kernels=kernels, order=order_in(source))
 
 
 def results(module: fx.GraphModule) -> list[Any]:

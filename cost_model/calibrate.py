@@ -58,15 +58,25 @@ BATCHED_SHAPES = (
 _SHORT = {"f32": "float32", "bf16": "bfloat16"}
 
 
-def calibrate(seconds: float = 20.0, save: bool = True, generated: bool = True) -> Device:
+def calibrate(
+    seconds: float = 20.0,
+    save: bool = True,
+    generated: bool = True,
+    cascade: Callable[[Device], float | None] | None = None,
+) -> Device:
     """Measure the CPU for about ``seconds`` and return it; keeps the result for ``calibrated_device`` if ``save``. To
-    measure generated kernels too takes a C++ compiler and some 20 seconds more."""
+    measure generated kernels too takes a C++ compiler and some 20 seconds more. ``cascade`` measures the share of the
+    products' rate that generated cascades reach."""
     gemm = (*_products(0.5 * seconds), *_batched(0.1 * seconds))
     source = f"measured on {machine()} by effcc calibrate"
     memory = _memory(0.15 * seconds)
     device = _device(gemm, memory, _launch(), _disk(), source)
     if generated:
         device = _with_kernels(device, 0.25 * seconds, source)
+    share = cascade(device) if cascade is not None and device.added else None
+    if share is not None:
+        efficiency = dict(device.efficiency) | {"cascade": Figure(value=share, source=source)}
+        device = msgspec.structs.replace(device, efficiency=efficiency)
     if save:
         _store(device)
         calibrated_device.cache_clear()
@@ -150,7 +160,7 @@ def _batched(seconds: float) -> Iterator[GemmMeasurement]:
 
 def _with_kernels(device: Device, seconds: float, source: str) -> Device:
     """The device with what generated kernels and library ops reach, as far as it can be measured here."""
-    from .cpu_kernels import bandwidth_ladder, fresh_seconds, library_rates, measure_generated
+    from .cpu_kernels import bandwidth_ladder, fresh_seconds, library_rates, measure_generated, vector_lanes
 
     found = measure_generated()
     if found is None:
@@ -174,6 +184,7 @@ def _with_kernels(device: Device, seconds: float, source: str) -> Device:
             for moved, rate in ladder.items()
         ),
         efficiency=dict(device.efficiency) | shares,
+        vector_lanes=vector_lanes(),
     )
 
 

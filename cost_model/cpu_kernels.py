@@ -30,9 +30,14 @@ WALKED, MOST_SETS = 32 << 20, 24
 _NAME = re.compile(r"cpp_fused_(?:\w+_)?(\d+)$")
 
 
+#: Multiplications and additions of the kernel that statements are measured on.
+CHAIN = 32
+
+
 @dataclass(frozen=True)
 class GeneratedKernels:
-    """``added``: op -> seconds that it adds for each element (of its input, for a reduction). ``call``: seconds of a
+    """``added``: op -> seconds that it adds for each element (of its input, for a reduction); ``statement`` for each
+    statement of the generated code that is executed, whatever it works on. ``call``: seconds of a
     generated kernel's call and its buffers, ``library`` of an op of a library beside its work, ``graph`` of calling a
     compiled graph of a training step."""
 
@@ -47,8 +52,18 @@ def ops() -> dict[str, Callable[[torch.Tensor], torch.Tensor]]:
     the names are those that Inductor gives the kernels."""
     import torch
 
+    signs = torch.randn(ELEMENTS // WIDTH, WIDTH)  # so that nothing can guess what is stored
+    mask = signs > 0
+
+    def chain(x: torch.Tensor) -> torch.Tensor:
+        for number in range(CHAIN):
+            x = x * (0.5 + 0.01 * number) + 0.25
+        return x
+
     return {
         "add": lambda x: x * 2.0,
+        "statement": chain,
+        "mask_read": lambda x: torch.where(mask, x, 0.5),
         "exp": torch.exp,
         "log": torch.log,
         "tanh": torch.tanh,
@@ -62,6 +77,7 @@ def ops() -> dict[str, Callable[[torch.Tensor], torch.Tensor]]:
         "amax": lambda x: x.amax(-1),
         "var_mean": lambda x: torch.add(*torch.var_mean(x, -1, correction=0)),
         "mean": lambda x: x.mean(0),
+        "mask_write": lambda x: signs * x > 0.0,
     }
 
 
@@ -80,7 +96,8 @@ def measure_generated(rounds: int = 40) -> GeneratedKernels | None:
         made, shift = [], values[0][0, 0]
         for run, value in zip(found.values(), values, strict=True):
             made.append(run(value + shift))
-            shift = torch.mm(made[-1].reshape(-1)[:16].reshape(4, 4), weight)[0, 0]
+            if made[-1].is_floating_point():  # the last one's is not
+                shift = torch.mm(made[-1].reshape(-1)[:16].reshape(4, 4), weight)[0, 0]
         return made
 
     settings = {"cpp.enable_kernel_profile": True, "cpp.descriptive_names": "original_aten"}  # else equal ones are one
@@ -104,7 +121,16 @@ def measure_generated(rounds: int = 40) -> GeneratedKernels | None:
             # A reduction writes next to nothing: half of the plain kernel's bytes.
             share = 0.5 if name in ("sum", "amax", "var_mean", "mean") else 1.0
             added[name] = max(0.0, seconds[name] / elements - share * plain / inputs[0].numel())
+    # One statement of the chain does a vector's elements.
+    added["statement"] *= vector_lanes() / (2 * CHAIN - 1)
     return GeneratedKernels(added, call, library, graph)
+
+
+def vector_lanes() -> int:
+    """f32 elements of the vectors that Inductor writes."""
+    import torch
+
+    return {"AVX512": 16, "AVX2": 8}.get(torch.backends.cpu.get_cpu_capability(), 4)
 
 
 def _tell(error: Exception) -> None:

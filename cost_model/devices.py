@@ -107,6 +107,8 @@ class Device(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     fresh: Figure | None = None
     #: Threads that a CPU's kernels use; 0: one a unit.
     threads: int = 0
+    #: f32 elements of a vector in code generated for a calibrated CPU.
+    vector_lanes: int = 16
     #: Identity of the machine a calibrated device was measured on; empty for a data file.
     machine: str = ""
 

@@ -12,6 +12,7 @@ import msgspec
 from ..ir.graph import Graph, Node
 from .devices import Device
 from .fusion import Kernel, group_kernels
+from .generated_loops import Nest
 from .op_classes import FUSABLE, packet
 from .storages import StorageTable
 from .tensors import TensorTable
@@ -20,11 +21,13 @@ from .workspace import workspace_bytes
 
 class RegionKernel(msgspec.Struct, frozen=True, kw_only=True):
     """One launch. ``kind`` is ``kernel`` (generated) or ``library``; ``ops`` are the graph's nodes that it computes,
-    as far as known; ``seconds`` a measured time, if there is one."""
+    as far as known; ``nests`` the loops of its code, where that was read; ``seconds`` a measured time, if there is one.
+    """
 
     name: str
     kind: str = "kernel"
     ops: tuple[str, ...] = ()
+    nests: tuple[Nest, ...] = ()
     seconds: float | None = None
 
 

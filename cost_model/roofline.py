@@ -16,9 +16,11 @@ from dataclasses import dataclass
 from ..ir.graph import Graph, Node
 from . import op_classes
 from .calibrate import calibration_folder, machine
+from .cascade_cost import map_seconds
 from .devices import Device, GemmMeasurement
 from .flops import Call, contraction_flop, executed_fraction
 from .fusion import Kernel, group_kernels
+from .generated_loops import Nest, issued_seconds
 from .kernel_seconds import learned_seconds
 from .op_additions import added_seconds
 from .op_classes import kind_of, packet
@@ -91,8 +93,19 @@ def region_cost(
     return total(kernel_cost(kernel, graph, device, table, storages) for kernel in kernels)
 
 
-def kernel_cost(kernel: Kernel, graph: Graph, device: Device, table: TensorTable, storages: StorageTable) -> Cost:
-    """Cost of one fused kernel: its inputs are read once, its outputs written once, whatever happens inside."""
+def kernel_cost(
+    kernel: Kernel,
+    graph: Graph,
+    device: Device,
+    table: TensorTable,
+    storages: StorageTable,
+    nests: Sequence[Nest] = (),
+) -> Cost:
+    """Cost of one fused kernel: its inputs are read once, its outputs written once, whatever happens inside; on a
+    calibrated CPU that of its loops (``nests``), where its code was read."""
+    if nests and "statement" in device.added:
+        written = [storages.storages[s].bytes for s in kernel.writes]
+        return _loops_cost(nests, kernel.nodes, table, device, written)
     if kernel.kind in ("call", "structural"):
         return total(op_cost(node, graph, device, table=table) for node in kernel.nodes)
     if len(kernel.nodes) == 1:
@@ -187,6 +200,10 @@ def _calibrated_cost(
             back = f"{part}_backward" if "backward" in node.op else part
             rate = device.matrix_rate(dtype) * device.efficiency_of(back if back in device.efficiency else part)
             product += work / rate
+            fused = table.cascade(node) if part == "cascade" else None
+            if fused is not None:
+                ranks = {name: evaluate(size, table.bindings) for name, size in fused.sizes.items()}
+                product += map_seconds(fused.cascade, ranks, device.added, device.vector_lanes) / device.thread_count
     library = kind in ("gemm", "convolution", "attention", "opaque", "sort") or product > 0
     launch = (device.library_call or device.launch).value if library else device.launch.value
     # The rung is that of one loop: a generated kernel may be several loops, one after the other.
@@ -197,6 +214,19 @@ def _calibrated_cost(
     seconds = max(product, memory) + compute if product else memory + compute
     parts = {"launch": launch, "compute": product + compute, "memory": memory}
     return Cost(matmul + other, moved, seconds + launch, max(parts, key=parts.__getitem__), matmul)
+
+
+def _loops_cost(
+    nests: Sequence[Nest], nodes: Sequence[Node], table: TensorTable, device: Device, written: Sequence[int]
+) -> Cost:
+    """One loop nest after another, each its bytes, its statements and the functions that they call."""
+    memory = sum(nest.bytes / bandwidth(nest.bytes, "memory", device) for nest in nests if nest.bytes)
+    issued = sum(issued_seconds(nest, device.added) for nest in nests)
+    fresh = device.fresh.value if device.fresh is not None else 0.0
+    issued += fresh * sum(size for size in written if size >= FRESH)
+    parts = {"launch": device.launch.value, "compute": issued, "memory": memory}
+    flop, moved = sum(_vector_flop(node, table) for node in nodes), sum(nest.bytes for nest in nests)
+    return Cost(flop, moved, sum(parts.values()), max(parts, key=parts.__getitem__), 0)
 
 
 def product_seconds(node: Node, dtype: str, table: TensorTable, device: Device) -> float:

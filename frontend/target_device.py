@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from ..ir.fused_cascade import FusedCascade
 from ..ir.graph import Argument, Graph, Symbol
 from ..ir.types import TensorType, TupleType, Type
 
@@ -22,7 +23,15 @@ def rewrite_device(graph: Graph, device: str) -> Graph:
         for node in graph.nodes
     )
     subgraphs = {name: rewrite_device(body, device) for name, body in graph.subgraphs.items()}
-    return graph.with_nodes(nodes, subgraphs=subgraphs)
+    cascades = {name: _cascade(fused, device) for name, fused in graph.cascades.items()}
+    return replace(graph.with_nodes(nodes, subgraphs=subgraphs), cascades=cascades)
+
+
+def _cascade(fused: FusedCascade, device: str) -> FusedCascade:
+    def moved(kinds: tuple[TensorType, ...]) -> tuple[TensorType, ...]:
+        return tuple(replace(kind, device=device) for kind in kinds)
+
+    return replace(fused, operands=moved(fused.operands), results=moved(fused.results))
 
 
 def _type(kind: Type, device: str) -> Type:

@@ -10,6 +10,15 @@ from ..cost_model.step_bounds import MOST_STEPS, StepBounds, needs, order_proble
 from ..formatting import bytes_text, seconds_text
 from ..ir.plan import Decision, Plan
 
+#: The model that kernels, variants and streams are chosen by, as ``cost_model.schedule_model`` states it.
+CHOICES = (
+    "x[w] in {0,1}: way w is taken; choices that are alike (equal layers) share them",
+    "minimize sum of seconds[w] x[w]",
+    "sum of x[w] over the ways of one choice = 1         as written, one kernel, in chunks, beside others",
+    "sum of x[w] over the ways that take one op <= 1     where kernels begin and end",
+    "no ways that wait for each other in a circle",
+    "held[t] + sum of bytes[w] x[w] held at t <= peak <= limit",
+)
 #: The model that orders are chosen by, as ``cost_model.kernel_order`` states it.
 MODEL = (
     "done[i,t] in {0,1}: kernel i runs at position t or before; freed[v,t] in {0,1}: value v is not held after t",
@@ -19,6 +28,10 @@ MODEL = (
     "freed[v,t] <= done[u,t]                     where u makes or reads v; what stays is not freed",
     "sum_v bytes[v] (done[maker(v),t] - freed[v,t-1]) <= peak",
 )
+
+
+#: Kinds of decisions that it makes.
+CHOSEN = ("fusion", "candidates", "streams")
 
 
 def figures(plan: Plan) -> dict[str, Any]:
@@ -112,6 +125,11 @@ def words(plan: Plan, bounds: StepBounds) -> Iterator[str]:
     else:
         yield f"The order as a model, for {size['kernels']} kernels and {size['values']} values:"
     yield from (f"    {line}" for line in MODEL)
+    chosen = [each for each in plan.decisions if each.kind in CHOSEN]
+    if chosen:
+        ways = sum(len(each.alternatives) for each in chosen)
+        yield f"What runs as a model, for {len(chosen)} choices of {ways} ways:"
+        yield from (f"    {line}" for line in CHOICES)
 
 
 def value_text(value: float, unit: str) -> str:

@@ -13,8 +13,10 @@ from __future__ import annotations
 
 import msgspec
 
-#: What a step does.
-STEP_KINDS = ("region", "kernel", "library", "swap_out", "swap_in", "recompute", "collective", "optimizer", "free")
+#: What a step does. ``outside``: what the caller runs between two graphs, as far as its memory counts.
+STEP_KINDS = (
+    "region", "kernel", "library", "swap_out", "swap_in", "recompute", "collective", "optimizer", "free", "outside",
+)  # fmt: skip
 #: Why a buffer is held.
 BUFFER_ROLES = ("parameter", "gradient", "optimizer", "buffer", "input", "output", "saved", "scratch", "workspace")
 TIERS = ("scratchpad", "device", "host", "disk")

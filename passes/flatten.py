@@ -238,10 +238,10 @@ class _Flattener:
                 matmul_flop=whole.matmul_flop // unnamed,
             )
         costs = []
-        for nodes in members:
+        for nodes, launch in zip(members, memory.kernels, strict=True):
             if nodes:
                 kernel = kernel_of(nodes, storages, kept | _read_outside(nodes, readers, storages))
-                costs.append(kernel_cost(kernel, graph, self.device, table, storages))
+                costs.append(kernel_cost(kernel, graph, self.device, table, storages, launch.nests))
             else:
                 costs.append(share)
         return [

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from ..cost_model.devices import Device
 from ..cost_model.liveness import reserved_bytes
 from ..cost_model.optimizers import optimizer_cost, optimizer_workspace
+from ..cost_model.outside_loss import NAME, outside_loss_bytes
 from ..cost_model.region_memory import KernelOrder
 from ..cost_model.tensors import Bindings
 from ..errors import PlanError
@@ -36,6 +37,7 @@ def make_plan(
     optimizer: str = "",
     bindings: Bindings | None = None,
     place: bool = True,
+    outside_loss: bool = False,
 ) -> Plan:
     """Plan for running ``graphs`` (each forward in call order, then the backwards) on ``device``.
 
@@ -50,6 +52,8 @@ def make_plan(
         budget: bytes of the device tier; a plan above it is made all the same, with a note.
         optimizer: name of a ``torch.optim`` class (``adamw``); adds the optimizer's step when there is a backward.
         bindings: values of the shape symbols.
+        outside_loss: whether a step stands for what the caller's loss holds between the last forward and the first
+            backward (see ``cost_model.outside_loss``).
         place: whether saved and scratch memory get offsets in arenas; without, each buffer counts for its lifetime.
 
     Raises:
@@ -68,7 +72,10 @@ def make_plan(
                 raise PlanError(
                     f"backward graph {graph.name!r} has no forward before it", remedy="give graphs in order"
                 )
-            _backward(builder, graph, flat, *pending.pop(), holdings)
+            before = pending.pop()
+            if outside_loss and not any(step.phase == "loss" for step in builder.steps):
+                _loss_step(builder, graph, before[0], bindings)
+            _backward(builder, graph, flat, *before, holdings)
         else:
             placed = _forward(builder, graph, flat, holdings)
             if graph.phase == "forward":
@@ -112,6 +119,17 @@ def _forward(builder: PlanBuilder, graph: Graph, flat: FlatGraph, holdings: Hold
     return placed
 
 
+def _loss_step(builder: PlanBuilder, backward: Graph, forward: Graph, bindings: Bindings | None) -> None:
+    """A step for the loss that the caller computes of the outputs, and for its gradient. It is not ours, and takes none
+    of the step's time; its memory is held meanwhile."""
+    tangents = [node for node in backward.inputs if node.role != "saved"]
+    size = outside_loss_bytes(forward, len(forward.outputs) - forward.saved, tangents, bindings)
+    if size:
+        position = len(builder.steps)
+        held = builder.add(Memory(NAME, size, "workspace", position, position + 1))
+        builder.steps.append(Step(id=position, kind="outside", name=NAME, phase="loss", writes=(held,)))
+
+
 def _backward(
     builder: PlanBuilder,
     graph: Graph,
@@ -133,6 +151,8 @@ def _backward(
     for memory, piece in zip(kept, taken, strict=True):
         placed[piece] = memory
     begin = len(builder.steps)
+    if begin and builder.steps[-1].phase == "loss":
+        begin -= 1  # which makes the gradients of the outputs
     results = [forward_placed[p] for ps in forward_flat.outputs[: len(forward.outputs) - forward.saved] for p in ps]
     for pieces in flat.inputs:
         for piece in pieces:

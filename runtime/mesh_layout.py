@@ -6,6 +6,7 @@ replicas too.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -90,6 +91,18 @@ class MeshLayout:
         )
         assert found is not None
         return found
+
+
+def timed_mesh(device: str, shape: Sequence[int], names: Sequence[str], timeout: timedelta) -> DeviceMesh:
+    """``init_device_mesh``, but its groups' collectives wait ``timeout`` and not half an hour. All processes call this
+    together."""
+    places = torch.arange(math.prod(shape)).reshape(tuple(shape))
+    groups = []
+    for axis, size in enumerate(shape):
+        found = _group(places.movedim(axis, -1).reshape(-1, size).tolist(), timeout)
+        assert found is not None
+        groups.append(found)
+    return DeviceMesh.from_group(groups, device, places, mesh_dim_names=tuple(names))
 
 
 def _group(partition: list[list[int]], timeout: timedelta) -> dist.ProcessGroup | None:

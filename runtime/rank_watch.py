@@ -29,15 +29,18 @@ from ..formatting import first_line
 _T = TypeVar("_T")
 #: Most seconds that ranks have to answer an alarm, and how often they listen for one.
 _PATIENCE, _LISTEN = 5.0, 0.25
+#: What stands in the messages of gloo and NCCL, whose errors are plain RuntimeErrors.
+_BACKENDS = ("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer", "pair closure")
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
 @dataclass
 class _State:
-    """What a rank is at: ``step``, or what follows ``last``, the last exchange that ended. ``own``: the message of a
-    failure that is not a collective's."""
+    """What a rank is at: ``step``, or what follows ``last``, the last exchange that ended. ``count``: steps begun.
+    ``own``: the message of a failure that is not a collective's."""
 
     step: str = ""
+    count: int = 0
     last: str = "the start"
     waits: bool = False
     own: str = ""
@@ -53,14 +56,22 @@ class RankWatch:
 
     Args:
         error: what is raised; ``advice``: its remedy.
+        alike: all ranks do the same steps one after the other, and collectives in them are others' (torch's), of which
+            is not known who waits: the rank that has come least far is the slow one.
 
     Raises ``error`` when not all ranks come.
     """
 
     def __init__(
-        self, limit: float, error: type[EffccError], advice: str, among: dist.ProcessGroup | None = None
+        self,
+        limit: float,
+        error: type[EffccError],
+        advice: str,
+        among: dist.ProcessGroup | None = None,
+        *,
+        alike: bool = False,
     ) -> None:
-        self.limit, self.error, self.advice = limit, error, advice
+        self.limit, self.error, self.advice, self.alike = limit, error, advice, alike
         self.rank, self.ranks = dist.get_rank(among), dist.get_world_size(among)
         self.state = _State()
         self._listener: _Listener | None = None
@@ -93,6 +104,7 @@ class RankWatch:
     def doing(self, step: str) -> None:
         """What this rank computes from now on."""
         self.state.step, self.state.waits = step, False
+        self.state.count += 1
 
     @contextlib.contextmanager
     def waiting(self, step: str) -> Iterator[None]:
@@ -109,6 +121,21 @@ class RankWatch:
         """``call()``, a collective or several, waited for."""
         with self.waiting(step):
             return call()
+
+    @contextlib.contextmanager
+    def explaining(self) -> Iterator[None]:
+        """Around steps with collectives in them that nothing here sees. A RuntimeError of one becomes an error that
+        names rank and step; another is this rank's own, and the others are told."""
+        try:
+            yield
+        except (RuntimeError, ValueError, IndexError) as error:
+            place = self.state.place
+            if not _of_a_collective(error):
+                said = f"{type(error).__name__}: {first_line(error)}"
+                self.failed(place, said)
+                raise self.error(said, where=f"rank {self.rank}, {place}", remedy="the cause is above") from error
+            assert isinstance(error, RuntimeError)
+            raise self._explain(place, error) from error
 
     def failed(self, step: str, message: str) -> None:
         """Tell the others that this rank fails by itself at ``step``, so that they name it when they end."""
@@ -155,10 +182,22 @@ class RankWatch:
             return "; ".join(failed[:3])
         if gone := [str(rank) for rank, state in others if state is None]:
             return f"rank {', '.join(gone)} did not answer: it has ended, or was killed"
-        if slow := [(rank, state) for rank, state in enumerate(states) if state and not state.waits]:
+        computing = [(rank, state) for rank, state in enumerate(states) if state and not state.waits]
+        if self.alike:
+            least = min(state.count for state in states if state)
+            behind = [(rank, state) for rank, state in enumerate(states) if state and state.count == least]
+            computing = behind if len(behind) < self.ranks else []
+        if slow := computing:
             named = "; ".join(f"rank {rank} was still at {state.place}" for rank, state in slow[:3])
             return f"{named}: slower than the time limit of {self.limit:g} s"
         return "all ranks answer, but their exchange failed"
+
+
+def _of_a_collective(error: Exception) -> bool:
+    """Whether torch.distributed raised it, or a backend of it."""
+    return isinstance(error, dist.DistError) or (
+        isinstance(error, RuntimeError) and any(word in str(error) for word in _BACKENDS)
+    )
 
 
 def _own_group(among: dist.ProcessGroup | None, limit: float) -> dist.ProcessGroup:

@@ -32,11 +32,11 @@ class Step(nn.Module):
 class Plain(nn.Module):
     """A small language model with tied embeddings that needs no library."""
 
-    def __init__(self, layers: int, vocabulary: int, width: int = 16) -> None:
+    def __init__(self, layers: int, vocabulary: int, width: int = 16, inner: int = 32) -> None:
         super().__init__()
         self.table = nn.Embedding(vocabulary, width, padding_idx=0)
         self.layers = nn.ModuleList(
-            nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 32), nn.GELU(), nn.Linear(32, width))
+            nn.Sequential(nn.LayerNorm(width), nn.Linear(width, inner), nn.GELU(), nn.Linear(inner, width))
             for _ in range(layers)
         )
         self.head = nn.Linear(width, vocabulary, bias=False)

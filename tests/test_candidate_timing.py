@@ -43,7 +43,7 @@ def run(tmp_path: Path) -> Any:
 
 
 def fusion_of(reports: Any) -> Any:
-    (found,) = [each for each in reports[-1].plan.decisions if each.kind == "fusion"]
+    (found,) = [each for each in reports[-1].plan.decisions if each.kind == "candidates"]
     return found
 
 

@@ -11,6 +11,7 @@ import effcc
 import pytest
 import torch
 import torch.nn.functional as F
+from effcc.torch_internals import peak_growth
 from fresh_seed import fresh_random
 from torch.testing import assert_close
 
@@ -69,6 +70,51 @@ def test_attention_trains_without_its_scores_in_memory(attention: Attention, cas
     for report in effcc.reports():
         assert not report.fallbacks
         assert report.measured_peak is not None and report.measured_peak < whole
+
+
+class SharedBias(torch.nn.Module):
+    """Layers of attention that add one learned bias for the distance of two places to their scores."""
+
+    def __init__(self, layers: int, heads: int, width: int) -> None:
+        super().__init__()
+        self.table = torch.nn.Parameter(torch.randn(64, heads, dtype=torch.float64))
+        self.mixing = torch.nn.ParameterList(
+            torch.randn(width, width, dtype=torch.float64) / width**0.5 for _ in range(layers)
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        places = torch.arange(x.shape[2])
+        distance = (places[None, :] - places[:, None]).abs().clamp(max=63)
+        bias = self.table[distance].permute(2, 0, 1)[None]
+        for weight in self.mixing:
+            q = x @ weight
+            x = x + torch.softmax(q @ x.transpose(-1, -2) / x.shape[-1] ** 0.5 + bias, -1) @ x
+        return x
+
+
+def test_a_bias_that_layers_share(case: tuple[torch.Tensor, ...]) -> None:
+    """Each layer's kernel looks the bias up and reduces its gradient into the table: no scores, no bias in memory."""
+    model, x = SharedBias(3, 4, 16), case[0]
+    compiled = torch.compile(model, backend="effcc")
+
+    def step(run: Callable[[torch.Tensor], torch.Tensor]) -> list[torch.Tensor]:
+        return list(torch.autograd.grad(run(x).square().sum(), [x, *model.parameters()]))
+
+    wide = x.shape[1] * x.shape[2] ** 2 * x.element_size()
+    for own, expected in zip(step(compiled), step(model), strict=True):
+        assert_close(own, expected, rtol=1e-10, atol=1e-10 * expected.abs().max().item())
+    assert sum(len(report.cascades) for report in effcc.reports()) // len(effcc.reports()) == 6
+    _, peak = peak_growth(lambda: step(compiled))
+    assert peak is not None and peak < wide
+
+
+def test_a_bias_that_layers_share_stays_whole_where_nothing_is_fused() -> None:
+    model, x = SharedBias(2, 4, 512), torch.randn(1, 4, 200, 512, dtype=torch.float64)
+    own = torch.autograd.grad(torch.compile(model, backend="effcc")(x).square().sum(), [*model.parameters()])
+    expected = torch.autograd.grad(model(x).square().sum(), [*model.parameters()])
+    for mine, eager in zip(own, expected, strict=True):
+        assert_close(mine, eager, rtol=1e-10, atol=1e-10 * eager.abs().max().item())
+    assert not any(report.cascades for report in effcc.reports())
 
 
 def test_nothing_is_fused_where_that_is_not_wanted(case: tuple[torch.Tensor, ...]) -> None:

@@ -9,6 +9,7 @@ import pytest
 from effcc.cli_pipeline import device_on_nodes, plan_pipeline
 from effcc.errors import OptionError
 from effcc.ir.plan_file import load_plan
+from effcc.passes.pipeline_parallel import torch_csv
 from effcc.passes.pipeline_parallel.plan import from_plan, replicas_of
 from subprocesses import environment
 
@@ -180,6 +181,11 @@ def test_plan_and_run(tmp_path: Path) -> None:
     assert facts["ranks"] == 2 and facts["microbatches"] == 4 and len(facts["peak"]) == 2
     assert 0 <= facts["gap"] < 1 and facts["bound"] <= facts["seconds"]
     assert run(tmp_path, "verify", "plan.effcc")[0] == 0
+    code, out, err = run(tmp_path, "export", "plan.effcc", "--to", "torch-csv")
+    assert code == 0 and out.strip() == "plan.csv", err
+    kind = facts["vocabulary"] if "barrier" in facts["vocabulary"] else ""
+    exported = torch_csv.from_csv((tmp_path / "plan.csv").read_text(), vocabulary=kind)
+    assert exported.ranks == 2 and exported.microbatches == 4 and exported.stages == facts["stages"]
     code, out, err = run(tmp_path, "run", "plan.effcc", "lm.py", "--nproc", 2, "--rounds", 2, "--json")
     assert code == 0, err
     found = json.loads(out)
@@ -187,11 +193,18 @@ def test_plan_and_run(tmp_path: Path) -> None:
     first, second = found["ranks"]
     # Random weights: the loss of 97 words that are all equally likely.
     assert first["loss"] == second["loss"] == pytest.approx(4.6, abs=0.5)
+    code, out, err = run(
+        tmp_path, "plan", "lm.py", "--mesh", "pp=2", "--schedule", "zb-v", "--device", "a100-80g", "-o", "v.effcc",
+        "--json",
+    )  # fmt: skip
+    assert code == 0 and json.loads(out)["schedule"] == "zb-v", err
+    code, _, err = run(tmp_path, "plan", "lm.py", "--mesh", "pp=2", "--schedule", "2f2b", "--device", "a100-80g")
+    assert code == 2 and "2f2b" in err and "some of gpipe" in err
     code, _, err = run(tmp_path, "run", "plan.effcc", "lm.py", "--nproc", 3)
     assert code == 2 and "the plan is for 2 ranks (pp=2), not 3" in err
     (tmp_path / "lm.py").write_text(MODEL.replace("range(4)", "range(1)").replace("16, 97", "16, 96"))
     code, _, err = run(tmp_path, "run", "plan.effcc", "lm.py", "--nproc", 2)
-    assert code == 2 and "a rank failed" in err
+    assert code == 2 and "a rank failed" in err and "made for another model" in err
 
 
 @pytest.mark.slow

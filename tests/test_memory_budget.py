@@ -130,6 +130,34 @@ def test_dropout_is_replayed_bit_for_bit() -> None:
     assert measured_peak(model, inputs, step) <= int(0.8 * plain)
 
 
+def test_a_loss_outside_counts_with_its_outputs_held() -> None:
+    torch.manual_seed(0)
+    model, inputs = nn.Linear(16, 512), {"input": torch.randn(256, 16)}
+    target = torch.randint(0, 512, (256,))
+    losses = [
+        lambda logits: nn.functional.cross_entropy(logits, target),
+        lambda logits: nn.functional.kl_div(logits.log_softmax(-1), torch.full_like(logits, 0.1), reduction="sum"),
+    ]
+    floor = floor_in(refused(model, inputs, 1 << 14))
+    assert floor > 5 * 256 * 512 * 4
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="effcc", options={"memory_budget": floor})
+    for loss in losses:
+
+        def step(loss: Callable[[torch.Tensor], torch.Tensor] = loss) -> torch.Tensor:
+            model.zero_grad(set_to_none=True)
+            logits = compiled(**inputs)  # held, as a training loop does
+            value = loss(logits)
+            value.backward()
+            return value.detach()
+
+        # What the second loss makes itself, a tensor of the outputs' size, is not of the model.
+        own = 256 * 512 * 4 if loss is losses[1] else 0
+        assert measured_peak(model, inputs, step) + target.nbytes <= floor + own + 4096
+    plan = effcc.reports()[-1].plan
+    assert plan is not None and [step.phase for step in plan.steps].count("loss") == 1
+
+
 @pytest.mark.slow
 def test_optimizer_state_counts_before_it_is_there() -> None:
     model, inputs = tower(rows=256)

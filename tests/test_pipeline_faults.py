@@ -1,4 +1,5 @@
-"""What goes wrong in a pipeline ends every process within a time limit, with a message that names rank and step.
+"""What goes wrong in a step on several ranks ends every process within a time limit, with a message that names rank and
+step: in pipelines, in sequences that ranks share, in steps that torch shards.
 
 Real processes over gloo.
 """
@@ -43,9 +44,11 @@ def ended(processes: list[subprocess.Popen[str]], seconds: float) -> list[tuple[
     return found
 
 
-def messages(cache: Path, ranks: int, faults: list[str], replicas: int = 1) -> dict[int, dict[str, str]]:
+def messages(
+    cache: Path, ranks: int, faults: list[str], what: str = "pipeline", how: Any = 1
+) -> dict[int, dict[str, str]]:
     """rank -> fault -> message, of the ranks that lived to tell."""
-    code = f"import pipeline_fault_worker as worker; worker.run({faults!r}, {replicas})"
+    code = f"import pipeline_fault_worker as worker; worker.run({faults!r}, {what!r}, {how!r})"
     processes = [start(code, cache, variables) for variables in rank_variables(ranks)]
     found: dict[int, dict[str, str]] = {}
     for code_, output, errors in ended(processes, 240):
@@ -77,13 +80,58 @@ def test_faults_of_ranks(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_faults_of_replicas(tmp_path: Path) -> None:
     """Two replicas of two ranks: the rank at fault is named in its own replica and in the other."""
-    found = messages(tmp_path, 4, ["few", "raised", "slow", "killed"], 2)
+    found = messages(tmp_path, 4, ["few", "raised", "slow", "killed"], how=2)
     assert sorted(found) == [0, 1, 2]
     for said in found.values():
         assert "rank 3 failed at the begin of a step" in said["few"]
         assert "rank 3 failed at pass 1F1: ValueError" in said["raised"]
         assert "rank 3 was still at pass 1F1" in said["slow"]
         assert "rank 3 did not answer" in said["killed"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", ["ring", "tree"])
+def test_faults_within_an_attention(tmp_path: Path, form: str) -> None:
+    """Three ranks share a sequence; the last is at fault after its first exchange of the first attention."""
+    found = messages(tmp_path, 3, ["mismatch", "raised", "slow", "killed"], "sequence", form)
+    assert sorted(found) == [0, 1]
+    waits = "handed on" if form == "ring" else "merging states"
+    for rank, said in found.items():
+        assert f"rank {rank}: the plan or model of rank 2 differs" in said["mismatch"]
+        assert "rank 2 failed at pass 0F0: ValueError: a fault of this rank's own" in said["raised"]
+        assert "rank 2 was still at pass 0F0" in said["slow"] and "3 s" in said["slow"]
+        assert "rank 2 did not answer: it has ended, or was killed" in said["killed"]
+        for fault in ("raised", "slow", "killed"):
+            assert "at pass 0F0" in said[fault] and waits in said[fault], said[fault]
+
+
+#: What one set of processes goes through: DTensor keeps the groups of an equal mesh, which a fault has broken.
+SHARDED = {
+    "fsdp": [["mismatch", "raised", "slow", "slow backward", "killed"]],
+    "tp": [["mismatch", "raised"], ["slow"], ["killed"]],
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("axis", list(SHARDED))
+def test_faults_of_sharded_steps(tmp_path: Path, axis: str) -> None:
+    """Ranks share parameters; the last one is at fault in a layer's forward, or when its gradient comes."""
+    ranks = {"fsdp": 3, "tp": 2}[axis]
+    last, forward = ranks - 1, "the forward of model.layers.1"
+    wanted = {
+        "mismatch": f"the plan or model of rank {last} differs",
+        "raised": f"rank {last} failed at {forward}, microbatch 1: ValueError",
+        "slow": f"rank {last} was still at {forward}, microbatch 1",
+        "slow backward": f"rank {last} was still at the backward of model.layers.1",
+        "killed": f"rank {last} did not answer: it has ended, or was killed",
+    }
+    for faults in SHARDED[axis]:
+        found = messages(tmp_path, ranks, faults, "sharded", axis)
+        # The one that was killed says nothing.
+        assert sorted(found) == list(range(ranks - ("killed" in faults)))
+        for rank in range(last):
+            for fault in faults:
+                assert wanted[fault] in found[rank][fault], found[rank][fault]
 
 
 @pytest.mark.slow

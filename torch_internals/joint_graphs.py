@@ -91,11 +91,24 @@ def split_joint(
         num_fwd_outputs=num_fwd_outputs,
         static_lifetime_input_nodes=partitioners.OrderedSet(primals[index] for index in static_inputs),
     )
+    _gradients_last(backward.graph, [node for node in backward.graph.nodes if partitioners._is_tangent(node)])
     backward = partitioners.reordering_to_mimic_autograd_engine(backward)
     for module in (forward, backward):
         for node in module.graph.nodes:
             node.meta = dict(node.meta)
     return raise_getitems(forward), raise_getitems(backward)
+
+
+def _gradients_last(graph: torch.fx.Graph, tangents: Sequence[torch.fx.Node]) -> None:
+    """Put what depends on the gradients given behind all else, in place. Torch's reordering leaves all that stands
+    behind the first such node in its order, and moves to where it is needed only what is before; a rewritten graph may
+    have that node anywhere."""
+    late = set(tangents)
+    (output,) = graph.find_nodes(op="output")
+    for node in list(graph.nodes):
+        if node.op != "output" and node not in late and not late.isdisjoint(node.all_input_nodes):
+            late.add(node)
+            output.prepend(node)
 
 
 def is_primal(node: torch.fx.Node) -> bool:

@@ -187,7 +187,8 @@ def _lines(e: sympy.Expr, own: Sequence[sympy.Symbol]) -> list[AppliedUndef]:
 
 def _ends(frame: Frame, e: sympy.Expr, own: list[sympy.Symbol]) -> tuple[str, str]:
     """(least, greatest) value of an affine expression in the tile."""
-    low, high = [], []
+    low: list[str] = []
+    high: list[str] = []
     rest = e
     for item in _lines(e, own):
         slope = e.coeff(item)

@@ -29,7 +29,7 @@ from ...ir.tile import (
     walk,
 )
 from ..tiles.facts import around_the_grid, changed_by, comparison_text, sizes_of
-from .bounds import base, bound, loop_ends
+from .bounds import Ends, base, bound, loop_ends
 from .frame import Frame, reused
 from .names import CPP_TYPES, count, indented, inside, origin, pointer, size_name, stride, tensor
 from .nest import NestWriter, groups
@@ -227,8 +227,8 @@ class _ProgramWriter:
         if isinstance(item, Dot):
             return [self._dot(item)]
         if isinstance(item, Skip):
-            possible = bound(self.frame, item.condition, certain=False)
-            return [f"if (!({possible})) continue;"] if item.holds is None else []
+            condition = bound(self.frame, item.condition, certain=False)
+            return [f"if (!({condition})) continue;"] if item.holds is None else []
         if isinstance(item, Cases):
             head = f"if ({bound(self.frame, item.condition, certain=True)}) {{"
             full, partial = self._body(item.full), self._body(item.partial)
@@ -240,27 +240,25 @@ class _ProgramWriter:
         late = [each for each in item.body if isinstance(each, Skip) and each.holds is not None]
         possible = [f"({bound(self.frame, each.condition, certain=False)})" for each in late]
         self.frame.walked.discard(rank)
-        if not late:
-            loop = self._walk(item, ends.first, ends.last, inner)
-            return ["{", *indented([*ends.lines, *loop]), "}"]
-        # What the skips leave out is walked last, and only if the states ask for it.
-        walk = f"walk_{rank.name}"
+        if late:
+            return ["{", *indented([*ends.lines, *self._twice(item, late, possible, ends, inner)]), "}"]
+        return ["{", *indented([*ends.lines, *self._walk(item, ends.first, ends.last, inner)]), "}"]
+
+    def _twice(self, item: Loop, late: list[Skip], possible: list[str], ends: Ends, inner: list[str]) -> list[str]:
+        """A loop that walks what the skips leave out after all else, and only if the states ask for it."""
+        walk, ranges = f"walk_{item.rank.name}", f"stretches_{item.rank.name}"
         stretches = [(ends.first, ends.last)] * 2 + list(ends.left_out)
         table = ", ".join(f"{{{first}, {last}}}" for first, last in stretches)
-        holds = " && ".join(self._everywhere(part) for each in late for part in sympy.Mul.make_args(each.holds))
+        conditions = [part for each in late for part in sympy.Mul.make_args(each.holds)]
+        holds = " && ".join(self._everywhere(part) for part in conditions)
         choice = f"if ({walk} < 2 && ({' && '.join(possible)}) == ({walk} == 1)) continue;"
-        loop = self._walk(
-            item, f"stretches_{rank.name}[{walk}][0]", f"stretches_{rank.name}[{walk}][1]", [choice, *inner]
-        )
-        lines = [
-            *ends.lines,
-            f"const int64_t stretches_{rank.name}[{len(stretches)}][2] = {{{table}}};",
+        return [
+            f"const int64_t {ranges}[{len(stretches)}][2] = {{{table}}};",
             f"for (int {walk} = 0; {walk} < {len(stretches)}; ++{walk}) {{",
             f"  if ({walk} == 1 && {holds}) break;",
-            *indented(loop),
+            *indented(self._walk(item, f"{ranges}[{walk}][0]", f"{ranges}[{walk}][1]", [choice, *inner])),
             "}",
         ]
-        return ["{", *indented(lines), "}"]
 
     def _walk(self, item: Loop, first: str, last: str, inner: list[str]) -> list[str]:
         o = origin(item.rank)

@@ -55,7 +55,7 @@ class LoadEstimate:
 class Replanner:
     """Keeps a placement in step with the loads.
 
-    Each step looks for a better placement near the one in use for at most ``seconds`` and changes to it only if it is
+    Each step takes about ``seconds``, looks for a better placement near the one in use and changes to it only if it is
     worth a share ``hysteresis`` of the objective, migrations counted. ``problem``: ranks, slots and weights; its loads
     and its current placement are where it begins.
     """
@@ -67,6 +67,8 @@ class Replanner:
         self.slots: Ints = problem.current
         self.estimate = LoadEstimate(problem.layers, problem.experts, window)
         self.steps = 0
+        #: Seconds that a step takes once its search is over.
+        self._after = 0.0
 
     def step(self, loads: Floats, transitions: Floats) -> Result:
         """Count a batch and go on to a better placement, if there is one that pays. ``seconds`` of the result include
@@ -76,7 +78,8 @@ class Replanner:
         problem = replace(
             self.problem, loads=self.estimate.loads, transitions=self.estimate.transitions, current=self.slots
         )
-        slots, warm = self._improved(problem, begin + self.seconds)
+        slots, warm = self._improved(problem, begin + self.seconds - self._after)
+        searched = time.perf_counter()
         kept, found = costs(problem, self.slots), costs(problem, slots)
         before, after = kept.objective(problem.weights), found.objective(problem.weights)
         if after <= (1.0 - self.hysteresis) * before:
@@ -84,7 +87,9 @@ class Replanner:
         else:
             found, after = kept, before
         self.steps += 1
-        return Result(self.slots, found, after, -np.inf, time.perf_counter() - begin - warm)
+        end = time.perf_counter()
+        self._after = max(end - searched, 0.9 * self._after)
+        return Result(self.slots, found, after, -np.inf, end - begin - warm)
 
     def _improved(self, problem: Problem, deadline: float) -> tuple[Ints, float]:
         """A placement near the one in use, and the seconds that compiled code took to load."""

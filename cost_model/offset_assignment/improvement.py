@@ -20,10 +20,13 @@ _REINSERTION_BUFFERS, _EXACT_BUFFERS = 5000, 700
 #: Most pairs of buffers that share time for which lists of neighbours are made (8 bytes each, twice).
 _MOST_PAIRS = 20_000_000
 #: Moves, restarts and windows of the first round; each later round has twice as many.
-_MOVES, _RESTARTS, _WINDOWS = 2000, 20, 4
+_MOVES, _RESTARTS, _WINDOWS = 2000, 16, 4
 _ROUNDS = 14
-#: Exact search that came within this share of the goal is left to go on alone.
-_NEAR = 1.02
+#: After which round, counted from 0, a search for a given capacity looks at capacities above it too.
+_NEAR_ROUND = 3
+#: Exact search that came within this share of the goal is left to go on alone; and for some rounds where it found
+#: anything.
+_NEAR, _EXACT_ROUNDS = 1.02, 3
 
 
 def improve(part: Part, goal: int, given: bool, deadline: float, seed: int) -> int:
@@ -49,10 +52,11 @@ def improve(part: Part, goal: int, given: bool, deadline: float, seed: int) -> i
             lowest = max(lowest, _exact_round(part, exact, max(goal, lowest), not given, number, deadline))
             if given and lowest > goal:
                 break
-            if given and number == 0 and not done():
+            if given and number == _NEAR_ROUND and not done():
                 # In case the capacity is never met, get near it.
                 _exact_round(part, exact, max(goal, lowest), True, 0, deadline)
-            if given or part.height <= _NEAR * goal:
+            alone = part.solver == "exact search" and number < _EXACT_ROUNDS
+            if given or alone or part.height <= _NEAR * goal:
                 continue
         if not done() and count <= _REINSERTION_BUFFERS:
             with alarm(deadline) as stop:

@@ -16,10 +16,10 @@ import numpy as np
 from .exact import NO_SOLUTION, SOLVED, STOPPED, search
 from .tables import Ints, Tables, range_maximum
 
-#: Criteria by which buffers are ranked, see ``_rank``; the first ones are tried as they are, in this order.
+#: Criteria by which buffers are ranked, see ``_rank``; each is tried as it is, in this order, before chance comes in.
 _KEYS = ("TLS", "TWA", "TSA", "WAT", "TAW", "SAT", "LST", "AST", "WTA", "STA")
 #: Nodes of a search in an order without chance, and unit of the others' (times a term of Luby's sequence).
-_FIRST_NODES, _NODES = 8000, 1000
+_FIRST_NODES, _NODES = 4000, 1000
 _FADING = 0.7
 
 
@@ -29,7 +29,9 @@ class Restarts:
 
     tables: Tables
     seed: int
+    #: Searches so far in orders drawn at random, and of each capacity those in the orders without chance.
     number: int = 0
+    begun: dict[int, int] = field(default_factory=dict)
     blame: np.ndarray[tuple[int], np.dtype[np.float64]] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -51,7 +53,7 @@ class Restarts:
                 blames = [np.zeros(self.tables.sections, np.int64) for _ in range(2)]
                 running = []
                 for stop, blame in zip(stops, blames, strict=True):
-                    rank, priority, nodes = self._next()
+                    rank, priority, nodes = self._next(capacity)
                     running.append(threads.submit(search, self.tables, rank, priority, capacity, nodes, stop, blame))
                 for index, future in enumerate(running):
                     try:
@@ -66,27 +68,31 @@ class Restarts:
                     self.blame = self.blame * _FADING + blame / max(int(blame.sum()), 1)
         return STOPPED, none
 
-    def _next(self) -> tuple[Ints, Ints, int]:
+    def _next(self, capacity: int) -> tuple[Ints, Ints, int]:
         """Rank of the buffers, priority of the sections and node limit of the next search."""
+        sections = self.tables.sections
+        lowest, alike = np.zeros(0, np.int64), np.ones(sections, np.int64)
+        begun = self.begun.get(capacity, 0)
+        if begun < 2 * len(_KEYS):
+            self.begun[capacity] = begun + 1
+            # Each order twice: by the valley with the fewest candidates, and by the lowest.
+            priority = alike if begun % 2 == 0 else lowest
+            return self._rank(_KEYS[begun // 2], 0.0, np.random.default_rng(0)), priority, _FIRST_NODES
         number = self.number
         self.number += 1
-        sections = self.tables.sections
-        alike = np.zeros(0, np.int64)
-        if number < len(_KEYS):
-            return self._rank(_KEYS[number], 0.0, np.random.default_rng(0)), alike, _FIRST_NODES
         generator = np.random.default_rng((self.seed, number))
         key = _KEYS[generator.integers(len(_KEYS))]
         if generator.random() < 0.7:
             key = str(generator.choice(["B", "M"])) + key.replace("T", "")
         rank = self._rank(key, float(generator.choice([0.03, 0.1, 0.3, 0.6])), generator)
-        # From the bottom up everywhere; or first where it has failed most; or from some time outwards.
+        # Of valleys with as few candidates: any; or where it has failed most; or the nearest to some time.
         if number % 3 == 0:
             priority = alike
         elif number % 3 == 1:
             priority = (self.blame * (1.0 + 0.3 * generator.random(sections)) * (1 << 30)).astype(np.int64)
         else:
             priority = sections - np.abs(np.arange(sections, dtype=np.int64) - generator.integers(sections))
-        return rank, priority, _NODES * luby(number - len(_KEYS) + 1)
+        return rank, priority, _NODES * luby(number + 1)
 
     def _rank(self, key: str, noise: float, generator: np.random.Generator) -> Ints:
         """Rank of each buffer when sorted by the criteria that the letters of ``key`` name, greatest first.

@@ -22,6 +22,8 @@ from .shape import TransformerShape
 
 #: Ops that hand a value on unchanged but for layout or type.
 _HANDS_ON = VIEWS | {"prims.convert_element_type", "aten._to_copy", "aten.clone", "aten.contiguous"}
+#: What rotary embeddings are made of.
+_TURNS = {"aten.cos", "aten.sin", "aten.polar"}
 #: Product -> places of its two operands among the arguments.
 _PRODUCTS = {
     "aten.mm": (0, 1), "aten.bmm": (0, 1), "aten.addmm": (1, 2), "aten.baddbmm": (1, 2), "aten.linear": (0, 1),
@@ -82,6 +84,7 @@ def shape_of_graph(graph: Graph, sizes: Mapping[str, int] | None = None) -> tupl
         feed_forward=wide or dense, vocabulary=vocabulary, sequence=sequence, gated=wide_gated if wide else gated,
         tied=tied, biases=any(each.bias for each in weighted.values()), positions=positions, experts=experts,
         experts_per_token=_chosen(layer) if experts else 0, shared_feed_forward=dense if wide else 0,
+        rotary=any(packet(node.op) in _TURNS for node in graph.nodes),
     ), samples  # fmt: skip
 
 

@@ -19,8 +19,8 @@ class TransformerShape:
 
     ``sequence`` tokens a sample; ``feed_forward`` is one expert's width where there are experts,
     ``shared_feed_forward`` that of the part that every token passes beside them. ``positions``: learned ones, 0 for
-    rotary or none. ``causal`` attention may skip masked tiles where a fused kernel runs it. ``tied``: input and output
-    embedding are one.
+    rotary ones (``rotary``: queries and keys are turned in a kernel of their own) or none. ``causal`` attention may
+    skip masked tiles where a fused kernel runs it. ``tied``: input and output embedding are one.
     """
 
     layers: int
@@ -40,6 +40,7 @@ class TransformerShape:
     experts_per_token: int = 0
     shared_feed_forward: int = 0
     causal: bool = True
+    rotary: bool = False
 
     def __post_init__(self) -> None:
         """Raises OptionError for sizes that are no transformer's."""
@@ -183,7 +184,8 @@ def shape_from_config(config: Mapping[str, Any], sequence: int | None = None) ->
     found["biases"] = bool(config.get("attention_bias", False)) or not root_mean_square
     found["tied"] = bool(config.get("tie_word_embeddings", False))
     found["dropout"] = any(bool(config.get(name)) for name in ("attn_pdrop", "resid_pdrop", "attention_dropout"))
-    if not root_mean_square and "rope_theta" not in config and not config.get("rope_parameters"):
+    found["rotary"] = root_mean_square or "rope_theta" in config or bool(config.get("rope_parameters"))
+    if not found["rotary"]:
         found["positions"] = found["sequence"]
     given = {each.name for each in fields(TransformerShape)} & set(config)
     return TransformerShape(**{**found, **{name: config[name] for name in given if config[name] is not None}})

@@ -26,6 +26,7 @@ from .work import (
     head_backward,
     head_forward,
     layer_forward,
+    sharded_copies,
 )
 
 #: Units that a collective between the GPUs of a node takes, one for each channel. An assumption: NCCL chooses the
@@ -148,6 +149,7 @@ def _stage_pass(
         forward = forward + seconds(head_forward(training))
         backward_ = backward_ + seconds(head_backward(training))
         tensor += communication.head() if mesh.tp > 1 else 0.0
+    backward_ = backward_ + seconds(sharded_copies(training, rank_parameters(training, stage)))
     hop = PassTime(collectives=2 * training.interleave if mesh.pp > 1 else 0)
     return _Pass(
         forward + PassTime(collectives=collectives) + hop,

@@ -79,6 +79,7 @@ def layer_forward(training: Training) -> list[Work]:
     return [
         _memory(2 * rest),
         _product(tokens, shape.hidden, (shape.attention_width + 2 * shape.kv_width) // split),
+        *_turned(training),
         *attention_core(training),
         _product(tokens, shape.attention_width // split, shape.hidden),
         _memory(add),
@@ -86,6 +87,23 @@ def layer_forward(training: Training) -> list[Work]:
         *_feed_forward(training),
         _memory(add),
     ]
+
+
+def _turned(training: Training) -> list[Work]:
+    """Rotary embeddings: queries and keys are read, and written anew for the attention."""
+    shape = training.shape
+    width = (shape.attention_width + shape.kv_width) / training.mesh.tp
+    return [_memory(2 * training.tokens * width * training.element)] if shape.rotary else []
+
+
+def sharded_copies(training: Training, parameters: float) -> list[Work]:
+    """Of one microbatch with sharded parameters: what each gather brought is copied into tensors of its own, in forward
+    and backward, and gradients are laid together for the reduce-scatter, in the type that they are summed in (torch's
+    fully_shard: copy-out of the all-gather, copy-in of the reduce-scatter; its source, read)."""
+    if training.mesh.fsdp == 1:
+        return []
+    moved = parameters * (2 * 2 * training.element + training.element + training.gradient)
+    return [_memory(moved, 3 * training.shape.layers // training.mesh.pp)]
 
 
 def _feed_forward(training: Training) -> list[Work]:

@@ -7,11 +7,13 @@ from dataclasses import dataclass, field
 
 from .candidates import Candidate
 from .problem import JointProblem
+from .token_shares import QUARTERS, Shares
 
 
 @dataclass(frozen=True)
 class Row:
-    """Values of one origin that meet one fate. ``what`` is a source line or an op, ``bytes`` their sum."""
+    """Values of one origin that meet one fate: ``keep``, ``recompute``, ``swap`` or ``swap 1/4 of`` (the tokens).
+    ``what`` is a source line or an op, ``bytes`` their sum."""
 
     fate: str
     what: str
@@ -41,6 +43,8 @@ class ActivationChoice:
     #: Bytes below which no choice could bring the simulated peak.
     floor_bound: int | None = None
     rows: tuple[Row, ...] = field(default=())
+    #: Of ``swapped``, what is swapped for some tokens only, and for how many quarters of them.
+    shares: Shares = frozenset()
     #: Names of the ops that run again in the backward.
     recomputed: frozenset[str] = frozenset()
 
@@ -76,7 +80,8 @@ def describe(
         simulated_peak=chosen.peak,
         plain_peak=plain.peak,
         saved_bytes=sum(size[v].bytes for v in chosen.saved),
-        swapped_bytes=sum(size[v].bytes for v in chosen.swapped),
+        shares=chosen.shares,
+        swapped_bytes=chosen.bytes_away(size),
         plain_saved_bytes=sum(size[v].bytes for v in plain.saved),
         # Torch's choice may itself be slower than need be; keeping it is what costs nothing.
         seconds=max(0.0, chosen.seconds - plain.seconds),
@@ -90,12 +95,13 @@ def describe(
 
 def rows_of(problem: JointProblem, chosen: Candidate, plain: Candidate) -> tuple[Row, ...]:
     """What is recomputed that would have been kept, and what is kept, by source line, layers counted together."""
-    again = chosen.simulation.recomputed
     sums: dict[tuple[str, str, str], list[float]] = {}
     counts: Counter[tuple[str, str, str]] = Counter()
     gone = plain.saved - chosen.saved - chosen.swapped
-    for fate, values in (("recompute", gone), ("swap", chosen.swapped), ("keep", chosen.saved)):
+    parts = {v: f"swap {quarters}/{QUARTERS} of" for v, quarters in chosen.shares}
+    for fate_of_all, values in (("recompute", gone), ("swap", chosen.swapped), ("keep", chosen.saved)):
         for v in values:
+            fate = parts.get(v, fate_of_all)
             entry = problem.values[v]
             if entry.op < 0 or not entry.bytes:
                 continue
@@ -104,7 +110,7 @@ def rows_of(problem: JointProblem, chosen: Candidate, plain: Candidate) -> tuple
             key = (fate, op.source or op.name, module)
             total = sums.setdefault(key, [0.0, 0.0])
             total[0] += entry.bytes
-            total[1] += op.seconds if entry.op in again and fate == "recompute" else 0.0
+            total[1] += op.seconds * chosen.simulation.portion(entry.op) if fate not in ("swap", "keep") else 0.0
             counts[key] += 1
     rows = [
         Row(fate, what, module, int(size), counts[fate, what, module], seconds)

@@ -35,7 +35,7 @@ def reduce_peak(simulator: Simulator, blocks: Sequence[Block], start: Candidate)
             if saved in tried:
                 continue
             tried.add(saved)
-            candidate = evaluate(simulator, saved, best.swapped)
+            candidate = evaluate(simulator, saved, best.swapped, best.shares)
             if candidate.peak < best.peak and (improved is None or candidate.peak < improved.peak):
                 improved = candidate
         if improved is None:

@@ -12,10 +12,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from .blocks import Block
-from .candidates import Candidate
+from .candidates import Candidate, Key, bytes_on_host
 from .host_link import HostLink
 from .problem import JointProblem
 from .simulate import Entry
+from .token_shares import Shares
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,8 @@ class Option:
     swapped_bytes: int
     transient: int
     seconds: float
+    #: Of ``swapped``, what is swapped for some tokens only.
+    shares: Shares = frozenset()
 
 
 @dataclass(frozen=True)
@@ -83,7 +86,7 @@ def options_of(
     size = problem.values
     count = len(blocks)
     start: int | None = None
-    table: list[dict[tuple[frozenset[int], frozenset[int]], Option]] = [{} for _ in blocks]
+    table: list[dict[Key, Option]] = [{} for _ in blocks]
     for candidate in uniform:
         run = candidate.simulation
         saved = [frozenset(candidate.saved & frozenset(block.values)) for block in blocks]
@@ -105,16 +108,18 @@ def options_of(
         again = run.recomputed
         for i, block in enumerate(blocks):
             transient = peaks[i] - earlier[i]
-            seconds = sum(problem.ops[index].seconds for index in block.ops if index in again)
+            seconds = sum(problem.ops[index].seconds * run.portion(index) for index in block.ops if index in again)
             seconds += sum(size[v].keep_seconds for v in saved[i])
             away = candidate.swapped & frozenset(block.values)
             seconds += sum(size[v].keep_seconds for v in away)
             if link is not None and not link.overlapped:
-                seconds += sum(link.both_seconds(size[v].bytes) for v in away)
-            option = Option(saved[i], away, bytes_[i], sum(size[v].bytes for v in away), transient, seconds)
-            known = table[i].get((saved[i], away))
+                seconds += sum(link.both_seconds(bytes_on_host(size[v], candidate.shares)) for v in away)
+            shares = frozenset((v, quarters) for v, quarters in candidate.shares if v in away)
+            moved = sum(bytes_on_host(size[v], shares) for v in away)
+            option = Option(saved[i], away, bytes_[i], moved, transient, seconds, shares)
+            known = table[i].get((saved[i], away, shares))
             if known is None or option.transient < known.transient:
-                table[i][saved[i], away] = option
+                table[i][saved[i], away, shares] = option
     options = [_useful(_with_crossing(list(found.values()), crossing)) for found in table]
     forward = [0.0] * count
     backward = [0.0] * count

@@ -13,8 +13,8 @@ from ...cost_model.tensors import Bindings, TensorTable
 from ...cost_model.workspace import workspace_bytes
 from ...errors import ShapeError
 from ...ir.graph import Graph
+from .phase import Phase
 from .problem import JointProblem, Op, joint_problem
-from .simulate import Phase
 
 
 def ordered_memory(region: Graph, device: Device, bindings: Bindings | None = None) -> RegionMemory | None:

@@ -7,11 +7,13 @@ from dataclasses import dataclass, field
 
 from ...cost_model.devices import Device
 from ...cost_model.op_classes import FUSABLE, SCATTER, kind_of, packet
+from ...cost_model.outside_loss import NAME, outside_loss_bytes
 from ...cost_model.roofline import op_cost
 from ...cost_model.storages import Storage, StorageTable, storage_table
 from ...cost_model.tensors import Bindings, TensorTable
 from ...ir.graph import Argument, Graph, Node, references
 from ..effects import PURE_NAMESPACES, has_effect, split_op
+from .token_shares import TokenRows
 
 #: Ops whose result may differ from run to run on a GPU, because atomic additions come in any order.
 UNORDERED = frozenset(
@@ -52,6 +54,8 @@ class Op:
     banned: bool
     source: str = ""
     module: str = ""
+    #: False for what the caller runs between forward and backward.
+    in_graph: bool = True
 
 
 @dataclass(frozen=True)
@@ -72,6 +76,11 @@ class JointProblem:
     users: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
     #: Values that each node's result lies in.
     of: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    #: Row-wise op -> values that it reads by rows (of tokens); the others it reads whole.
+    row_reads: Mapping[int, frozenset[int]] = field(default_factory=dict)
+    #: Values of which some rows may be swapped and the others computed again; the number of rows.
+    divisible: frozenset[int] = frozenset()
+    tokens: int = 0
 
     @property
     def seconds(self) -> float:
@@ -97,12 +106,18 @@ def joint_problem(
     backward_only: Collection[str] = (),
     pinned: Collection[str] = (),
     outside: int = 0,
+    outside_loss: bool = False,
+    rows: TokenRows | None = None,
 ) -> JointProblem:
     """The problem of a joint graph whose first ``forward_outputs`` outputs are the forward's.
 
     args:
         backward_only: nodes that must run in the backward whatever they read.
         pinned: nodes that may not be recomputed, beside those that draw random numbers, write, or are not known.
+        outside: bytes that are held all along besides.
+        outside_loss: between forward and backward the caller computes a loss of the outputs, and its gradient: an op
+            without a node that makes the gradients of the outputs (see ``cost_model.outside_loss``).
+        rows: which ops are row-wise; None: no value may be split by tokens.
 
     Raises ShapeError for a symbolic size without a binding.
     """
@@ -110,10 +125,13 @@ def joint_problem(
     storages = storage_table(graph, table)
     inputs = {s: node for node in graph.inputs for s in storages.of[node.name]}
     tangents = {s for s, node in inputs.items() if node.role == "tangent"}
-    late = {name for name in backward_only} | {node.name for node in graph.inputs if node.role == "tangent"}
+    gradients = [node for node in graph.inputs if node.role == "tangent"]
+    late = {*backward_only, *(node.name for node in gradients)}
+    lost = outside_loss_bytes(graph, forward_outputs, gradients, bindings) if outside_loss else 0
     ops: list[Op] = []
     maker: dict[int, int] = {}
     overwritten: set[int] = set()
+    loss: int | None = None
     for node in graph.nodes:
         if node.op == "input":
             continue
@@ -125,6 +143,9 @@ def joint_problem(
             for s in own:
                 maker.setdefault(s, -1)
             continue
+        if lost and loss is None and node.name in late:
+            loss = len(ops)
+            ops.append(_loss_op(loss, (*sorted(tangents), len(storages.storages))))
         reads = storages.read(node)
         if not own:  # written in place
             overwritten.update(s for s in storages.of[node.name] if s in inputs)
@@ -149,16 +170,24 @@ def joint_problem(
                 module=node.location.module,
             )
         )
-    values = tuple(_value(s, maker.get(s.id, -1) if s.id not in inputs else -1, ops, device) for s in storages.storages)
+    values = [_value(s, maker.get(s.id, -1) if s.id not in inputs else -1, ops, device) for s in storages.storages]
+    if loss is not None:
+        values.append(Value(len(values), NAME, 0, lost, loss))
     outputs = [_storages_of(output, storages) for output in graph.outputs]
     constant = sum(values[s].bytes for s in inputs if s not in tangents) + outside
     users: dict[int, list[int]] = {}
     for op in ops:
         for value in op.reads:
             users.setdefault(value, []).append(op.index)
+    rows = rows or TokenRows()
+    row_reads = {
+        op.index: frozenset(s for name in rows.reads[op.name] for s in storages.of[name])
+        for op in ops
+        if op.name in rows.reads and op.forward
+    }
     return JointProblem(
         ops=tuple(ops),
-        values=values,
+        values=tuple(values),
         primals=frozenset(inputs) - tangents,
         tangents=frozenset(tangents),
         forward_outputs=tuple(dict.fromkeys(s for ids in outputs[:forward_outputs] for s in ids)),
@@ -167,7 +196,20 @@ def joint_problem(
         constant=constant,
         users={value: tuple(found) for value, found in users.items()},
         of=storages.of,
+        row_reads=row_reads,
+        divisible=frozenset(
+            op.writes[0]
+            for op in ops
+            if op.index in row_reads and op.name in rows.divisible and len(op.writes) == 1 and not op.banned
+        ),
+        tokens=rows.tokens,
     )
+
+
+def _loss_op(index: int, writes: tuple[int, ...]) -> Op:
+    """The caller's loss and its gradient. What it reads, the outputs, is held all along."""
+    return Op(index, NAME, NAME, (), writes, 0.0, forward=False, fused=False, inlined=False, banned=True,
+              in_graph=False)  # fmt: skip
 
 
 def may_run_again(node: Node, graph: Graph, device: Device) -> bool:

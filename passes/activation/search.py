@@ -14,7 +14,7 @@ from collections.abc import Collection
 from ...formatting import bytes_text, seconds_text
 from ...logs import tell_gap
 from .blocks import Block, blocks_of, crossing_values
-from .candidates import Candidate, evaluate, pareto, staircase
+from .candidates import Candidate, Key, evaluate, order, pareto, staircase
 from .cut import Cut, PricedCuts
 from .floor import lower_bound, reduce_peak
 from .host_link import HostLink
@@ -22,13 +22,18 @@ from .master import MasterSolution, solve_master
 from .options import Moments, Option, options_of
 from .problem import JointProblem
 from .simulate import Simulator
+from .token_shares import splits
 
-#: What is saved, and what is swapped.
-Key = tuple[frozenset[int], frozenset[int]]
 #: Number of budgets that the master problem is solved for, between the floor and the peak of keeping all.
 GRID = 96
 #: Prices of the copy engine that cuts are made for.
 SHARES = (0.0, 0.25, 0.5, 1.0)
+#: Number of budgets that choices are made for in any case where copies run beside the ops.
+ANCHORS = 8
+#: How often the master problem is solved where the simulator finds more memory in use than it knows.
+REPAIRS = 2
+#: Number of cuts, from the fastest to the smallest, of which token-wise splits are offered.
+MOST_SPLIT = 12
 
 
 class ActivationSearch:
@@ -82,35 +87,72 @@ class ActivationSearch:
         return self.link.capacity if self.link is not None else math.inf
 
     def _on_host(self, candidate: Candidate) -> int:
-        return sum(self.problem.values[v].bytes for v in candidate.swapped)
+        return candidate.bytes_away(self.problem.values)
 
     @functools.cached_property
-    def offers(self) -> tuple[list[list[Option]], Moments]:
-        return options_of(self.problem, self.blocks, self.cuts_evaluated, self.crossing, self.link)
+    def offers(self) -> list[tuple[list[list[Option]], Moments]]:
+        """What layers may do, with the moments that it is counted in; also with shares of tokens, where values can be
+        split."""
+        wholes = self.cuts_evaluated
+        kinds = [wholes, [*wholes, *self.token_splits]] if self.token_splits else [wholes]
+        return [options_of(self.problem, self.blocks, uniform, self.crossing, self.link) for uniform in kinds]
 
-    def master(self, limit: int | None) -> tuple[Candidate, MasterSolution] | None:
-        """The master problem's choice within ``limit`` bytes (None: the least), with what the simulator says of it."""
-        options, moments = self.offers
-        found = solve_master(self.blocks, options, moments, limit, self.link)
-        if found is None:
-            return None
+    @functools.cached_property
+    def token_splits(self) -> list[Candidate]:
+        """Cuts that swap, with each share of the tokens of what they swap: in the master problem each layer may take
+        another one."""
+        if self.link is None or not self.problem.divisible:
+            return []
+        cuts = {cut.key: cut for cut in self.cuts_evaluated if cut.swapped & self.problem.divisible}
+        spread = [*cuts.values()]
+        chosen = spread[:: max(1, -(-len(spread) // MOST_SPLIT))]
+        return [
+            evaluate(self.simulator, cut.saved, cut.swapped, shares)
+            for cut in chosen
+            for shares in splits(cut.swapped, self.problem.divisible)
+        ]
+
+    def master(self, limit: int | None) -> list[Candidate]:
+        """The master problem's choices within ``limit`` bytes (None: the least), with what the simulator says of them.
+        Where that is more than ``limit``, the problem is solved again with as much less."""
+        found: list[Candidate] = []
+        for options, moments in self.offers:
+            aim = limit
+            for _ in range(REPAIRS):
+                solution = solve_master(self.blocks, options, moments, aim, self.link)
+                if solution is None:
+                    break
+                found.append(self._chosen(options, solution, aim))
+                if limit is None or aim is None or found[-1].peak <= limit:
+                    break
+                aim -= found[-1].peak - limit
+        return found
+
+    def _chosen(self, options: list[list[Option]], found: MasterSolution, limit: int | None) -> Candidate:
         if limit is None:
             tell_gap("least memory for activations", found.value, found.bound, lambda size: bytes_text(int(size)))
         else:
             tell_gap(f"recomputation within {bytes_text(limit)}", found.value, found.bound, seconds_text)
         saved = frozenset(v for i, o in enumerate(found.chosen) for v in options[i][o].saved)
         swapped = frozenset(v for i, o in enumerate(found.chosen) for v in options[i][o].swapped)
-        return evaluate(self.simulator, saved, swapped), found
+        shares = frozenset(s for i, o in enumerate(found.chosen) for s in options[i][o].shares)
+        return evaluate(self.simulator, saved, swapped, shares)
 
     @functools.cached_property
     def least(self) -> Candidate:
         """The candidate with the least peak."""
-        candidates = [min(self.steps, key=lambda c: c.peak)]
-        found = self.master(None)
-        if found is not None:
-            candidates.append(found[0])
+        candidates = [min(self.steps, key=lambda c: c.peak), *self.master(None)]
         start = min(candidates, key=lambda c: (c.peak, c.seconds))
         return reduce_peak(self.simulator, self.blocks, start)
+
+    @functools.cached_property
+    def anchored(self) -> list[Candidate]:
+        """Where copies run beside the ops, what the master problem knows of their time is an estimate: its choices for
+        some budgets are offered for all, so that more memory is not slower."""
+        if self.link is None or not self.link.overlapped:
+            return []
+        low, high = self.least.peak, max(self.plain.peak, self.steps[0].peak)
+        return [c for n in range(ANCHORS) for c in self.master(low + (high - low) * (n + 1) // (ANCHORS + 1))]
 
     @functools.cached_property
     def floor_bound(self) -> int:
@@ -124,11 +166,10 @@ class ActivationSearch:
         step = max(1, (highest - self.least.peak) // GRID)
         if self.least.peak <= limit < highest:
             snapped = highest - step * -(-(highest - limit) // step)
-            found = self.master(max(snapped, self.least.peak))
-            candidates += [found[0]] if found is not None else []
-        candidates.append(self.least)
+            candidates += self.master(max(snapped, self.least.peak))
+        candidates += [self.least, *self.anchored]
         fitting = [c for c in candidates if c.peak <= limit and self._on_host(c) <= self._host and c.key not in refused]
-        return min(fitting, key=lambda c: (c.seconds, c.peak, sorted(c.saved), sorted(c.swapped)), default=None)
+        return min(fitting, key=order, default=None)
 
     def bound(self, limit: int) -> float:
         """No choice within ``limit`` bytes costs less than these seconds: the Lagrangian dual of the memory constraint

@@ -7,14 +7,13 @@ where only generated kernels read them; what they read then lives until those ke
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 
 from .host_link import Copy, HostLink, copy_windows
+from .phase import Phase
 from .problem import JointProblem, Op
-
-#: A result read more than once is stored if computing it reads more than this many tensors (Inductor's threshold).
-MOST_READS = 4
+from .token_shares import Shares, rows_away
 
 
 @dataclass(frozen=True)
@@ -48,6 +47,14 @@ class Simulation:
     stall: float = 0.0
     #: (value, entry at whose beginning its copy from the host begins), by the time of the copies.
     issued: tuple[tuple[int, int], ...] = ()
+    #: Op -> share of its rows that run again, where it is not all of them.
+    portions: Mapping[int, float] = field(default_factory=dict)
+    #: Swapped values of which only some rows are on the host, and the quarters of the rows that are.
+    shares: Shares = frozenset()
+
+    def portion(self, op: int) -> float:
+        """Share of an op that runs again."""
+        return self.portions.get(op, 1.0 if op in self.recomputed else 0.0)
 
     def live_at(self, position: int) -> tuple[int, ...]:
         """Values in memory while ``entries[position]`` runs."""
@@ -71,6 +78,9 @@ class Simulator:
         self.backward_ops = [op for op in problem.ops if not op.forward]
         self.made_forward = {v for op in self.forward_ops for v in op.writes}
         self.outputs = frozenset(problem.forward_outputs) | frozenset(problem.backward_outputs)
+        #: Values of the forward that the backward reads or hands out.
+        read = [v for op in self.backward_ops for v in op.reads]
+        self.asked = [v for v in dict.fromkeys([*read, *problem.backward_outputs]) if v in self.made_forward]
         self.given = problem.primals | problem.tangents | {v.id for v in problem.values if v.op < 0}
 
     def closure(self, saved: frozenset[int]) -> tuple[frozenset[int], frozenset[int]]:
@@ -78,44 +88,54 @@ class Simulator:
 
         A value whose op must not run again is kept whether or not it is in ``saved``.
         """
+        again, used = self.portions(saved, {})
+        return frozenset(again), used
+
+    def portions(self, saved: frozenset[int], split: Mapping[int, float]) -> tuple[dict[int, float], frozenset[int]]:
+        """Share of each op's rows that runs again where of the values in ``split`` that share of the rows is not kept,
+        and the kept values that are read."""
         problem = self.problem
-        again: set[int] = set()
+        again: dict[int, float] = {}
         used: set[int] = set()
-        waiting = [v for op in self.backward_ops for v in op.reads]
-        waiting += [v for v in problem.backward_outputs]
-        seen: set[int] = set()
+        waiting = [(v, 1.0) for v in self.asked]
+        seen: dict[int, float] = {}
         while waiting:
-            value = waiting.pop()
-            if value in seen:
+            value, share = waiting.pop()
+            if seen.get(value, 0.0) >= share:
                 continue
-            seen.add(value)
+            seen[value] = share
             if value not in self.made_forward:
                 continue
             maker = problem.values[value].op
             op = problem.ops[maker]
-            if value in saved or self.fixed(op):
+            if (value in saved and value not in split) or self.fixed(op):
                 used.add(value)
                 continue
-            if maker not in again:
-                again.add(maker)
-                waiting.extend(op.reads)
-        return frozenset(again), frozenset(used)
+            share = split.get(value, share) if maker in problem.row_reads else 1.0
+            if again.get(maker, 0.0) < share:
+                again[maker] = share
+                by_rows = problem.row_reads.get(maker, ())
+                waiting.extend((v, share if v in by_rows else 1.0) for v in op.reads)
+        return again, frozenset(used)
 
     def fixed(self, op: Op) -> bool:
         """Whether the op's results must be kept if they are needed."""
         return op.banned or any(v in self.problem.overwritten for v in op.reads)
 
-    def run(self, saved: frozenset[int], swapped: frozenset[int] = frozenset()) -> Simulation:
-        """The step if ``saved`` is kept, and ``swapped`` spends the time between its uses on the host."""
+    def run(
+        self, saved: frozenset[int], swapped: frozenset[int] = frozenset(), shares: Shares = frozenset()
+    ) -> Simulation:
+        """The step if ``saved`` is kept, and ``swapped`` spends the time between its uses on the host; of those in
+        ``shares`` only some rows do, and the others are computed again."""
         problem = self.problem
-        again, used = self.closure(saved | swapped)
+        again, used, split = self._split(saved | swapped, dict(shares))
         away = used & swapped
-        needed_forward = self._needed(used)
+        needed_forward = self._needed(used | set(split))
         entries: list[Entry] = []
         touched: list[tuple[int, ...]] = []
         written: list[tuple[int, ...]] = []
         # Forward.
-        keep = used | frozenset(problem.forward_outputs)
+        keep = used | frozenset(problem.forward_outputs) | frozenset(split)
         forward = Phase(problem, [op for op in self.forward_ops if op.index in needed_forward], keep, self.given)
         for op in forward.ops:
             if forward.stored(op):
@@ -125,7 +145,8 @@ class Simulator:
         # Backward: the order of its ops, with recomputation at first need.
         ready = set(used - away) | self.given
         order = [op for op in problem.ops if op.index in again]
-        backward = Phase(problem, [*order, *self.backward_ops], frozenset(problem.backward_outputs), self.given | used)
+        kept = frozenset(problem.backward_outputs) | frozenset(split)
+        backward = Phase(problem, [*order, *self.backward_ops], kept, self.given | used)
         done: set[int] = set()
         marks: list[int] = []
         for op in self.backward_ops:
@@ -140,7 +161,23 @@ class Simulator:
             written.append(op.writes)
             ready.update(op.writes)
             marks.append(len(entries) - 1)
-        return self._measure(entries, touched, written, marks, again, used - away, away)
+        found = self._measure(entries, touched, written, marks, again, used - away, away, split)
+        return replace(found, shares=frozenset((v, q) for v, q in shares if v in split)) if shares else found
+
+    def _split(
+        self, kept: frozenset[int], quarters: dict[int, int]
+    ) -> tuple[dict[int, float], frozenset[int], dict[int, int]]:
+        """What runs again, what is read of the kept values, and the bytes of each split value that go to the host. A
+        value is split only where nothing makes its op run again whole."""
+        tokens = self.problem.tokens
+        rows = {v: rows_away(tokens, q) for v, q in quarters.items() if v in kept and v in self.problem.divisible}
+        rest = {v: 1.0 - count / tokens for v, count in rows.items()}
+        again, used = self.portions(kept, rest)
+        while whole := [v for v in rest if again.get(self.problem.values[v].op, 0.0) not in (0.0, rest[v])]:
+            rest = {v: share for v, share in rest.items() if v not in whole}
+            again, used = self.portions(kept, rest)
+        made = {v for v in rest if self.problem.values[v].op in again}
+        return again, used, {v: self.problem.values[v].bytes // tokens * rows[v] for v in made}
 
     def _missing(
         self, sources: Iterable[int], ready: set[int], done: set[int], phase: Phase, away: frozenset[int]
@@ -191,11 +228,19 @@ class Simulator:
         touched: list[tuple[int, ...]],
         written: list[tuple[int, ...]],
         marks: list[int],
-        again: frozenset[int],
+        again: dict[int, float],
         used: frozenset[int],
         away: frozenset[int],
+        split: dict[int, int],
     ) -> Simulation:
         problem, values = self.problem, self.problem.values
+        # Of what runs again for some rows, and is not put together with others, there is only so much.
+        partly = [(op, share) for op, share in again.items() if share < 1.0]
+        sizes = {v: int(values[v].bytes * s) for op, s in partly for v in problem.ops[op].writes if v not in split}
+
+        def size(key: tuple[int, bool]) -> int:
+            return sizes.get(key[0], values[key[0]].bytes) if key[1] else values[key[0]].bytes
+
         count = len(entries)
         first_backward = next((i for i, e in enumerate(entries) if e.backward), count)
         # Each (value, run) has one interval; a recomputed value has one in the forward and one in the backward.
@@ -222,12 +267,18 @@ class Simulator:
                 if key in begin:
                     end[key] = count - 1
                     break
-        stall, issued = self._copies(entries, away, first_backward, begin, end)
+        joined = {v: begin[v, True] for v in split if (v, True) in begin}
+        stall, issued = self._copies(entries, again, away, split, first_backward, begin, end)
         change = [0] * (count + 1)
-        reuse = self._reuse(entries, touched, written, end)
+        reuse = self._reuse(entries, touched, written, end, size)
+        for v, position in joined.items():  # the rows that come back, then the others too, and then both in one
+            change[begin[v, True]] += split[v]
+            begin[v, True] = position
+            change[position] += values[v].bytes - split[v]
+            change[position + 1] -= values[v].bytes
         for key, start in begin.items():
-            change[start] += values[key[0]].bytes
-            change[end[key] + 1] -= values[key[0]].bytes
+            change[start] += size(key)
+            change[end[key] + 1] -= size(key)
         memory: list[int] = []
         live = problem.constant
         for position in range(count):
@@ -245,31 +296,36 @@ class Simulator:
             memory=tuple(memory),
             peak=peak,
             peak_entry=where,
-            extra_seconds=sum(problem.ops[index].seconds for index in again),
-            recomputed=again,
+            extra_seconds=sum(problem.ops[index].seconds * share for index, share in again.items()),
+            recomputed=frozenset(again),
             saved=used,
-            swapped=away,
+            swapped=away | frozenset(split),
             at=tuple(at),
             lives=tuple((key[0], start, end[key]) for key, start in begin.items()),
             stall=stall,
             issued=issued,
+            portions={index: share for index, share in again.items() if share < 1.0},
         )
 
     def _copies(
         self,
         entries: list[Entry],
+        again: dict[int, float],
         away: frozenset[int],
+        split: dict[int, int],
         backward: int,
         begin: dict[tuple[int, bool], int],
         end: dict[tuple[int, bool], int],
     ) -> tuple[float, tuple[tuple[int, int], ...]]:
         """Seconds that copies take from the step, and when values come back. Their lives are set accordingly."""
         values = self.problem.values
-        fetched = {v: begin[v, True] for v in away if (v, True) in begin}
+        fetched = {v: begin[v, True] for v in (*away, *split) if (v, True) in begin}
         if self.link is None or not fetched:
             return 0.0, ()
-        seconds = [0.0 if entry.fetched else self.problem.ops[entry.op].seconds for entry in entries]
-        copies = [Copy(v, values[v].bytes, begin[v, False], used) for v, used in sorted(fetched.items())]
+        share = [0.0 if e.fetched else again.get(e.op, 1.0) if e.again else 1.0 for e in entries]
+        seconds = [self.problem.ops[entry.op].seconds * part for entry, part in zip(entries, share, strict=True)]
+        moved = {v: split.get(v, values[v].bytes) for v in fetched}
+        copies = [Copy(v, moved[v], begin[v, False], used) for v, used in sorted(fetched.items())]
         windows = copy_windows(seconds, backward, copies, self.link)
         for copy in copies:
             begin[copy.value, True] = windows.issued[copy.value]
@@ -282,6 +338,7 @@ class Simulator:
         touched: list[tuple[int, ...]],
         written: list[tuple[int, ...]],
         end: dict[tuple[int, bool], int],
+        size: Callable[[tuple[int, bool]], int],
     ) -> list[int]:
         """Bytes by which each op needs less, because it writes over an equally large value that it is the last to
         read. Generated kernels do that."""
@@ -291,53 +348,15 @@ class Simulator:
             if not problem.ops[entry.op].fused:
                 continue
             dying = [
-                problem.values[v].bytes
+                size((v, entry.backward and (v, True) in end))
                 for v in touched[position]
                 if v not in problem.primals
                 and v not in self.outputs
                 and max(end.get((v, True), -1), end.get((v, False), -1)) == position
             ]
             for v in written[position]:
-                size = problem.values[v].bytes
-                if size in dying:
-                    dying.remove(size)
-                    saving[position] += size
+                room = size((v, entry.backward))
+                if room in dying:
+                    dying.remove(room)
+                    saving[position] += room
         return saving
-
-
-class Phase:
-    """Which results lie in memory in one phase, and what the ops that make them read."""
-
-    def __init__(self, problem: JointProblem, ops: list[Op], kept: frozenset[int], given: frozenset[int]) -> None:
-        self.problem, self.ops, self.kept, self.given = problem, ops, kept, given
-        self.members = {op.index for op in ops}
-        self._sources: dict[int, tuple[int, ...]] = {}
-        self._stored: dict[int, bool] = {}
-        for op in sorted(ops, key=lambda op: op.index):
-            self._sources[op.index] = self._reads(op)
-            self._stored[op.index] = self._is_stored(op)
-
-    def stored(self, op: Op) -> bool:
-        return self._stored[op.index]
-
-    def sources(self, op: Op) -> tuple[int, ...]:
-        """Values in memory that the kernel of ``op`` reads."""
-        return self._sources[op.index]
-
-    def _is_stored(self, op: Op) -> bool:
-        if not op.inlined or op.writes[0] in self.kept:
-            return True
-        users = [u for u in self.problem.users.get(op.writes[0], ()) if u in self.members]
-        if not all(self.problem.ops[u].fused for u in users):
-            return True
-        return len(users) > 1 and len(self._sources[op.index]) > MOST_READS
-
-    def _reads(self, op: Op) -> tuple[int, ...]:
-        found: dict[int, None] = {}
-        for value in op.reads:
-            maker = self.problem.values[value].op
-            if value in self.given or maker not in self.members or self._stored.get(maker, True):
-                found.setdefault(value)
-            else:
-                found.update(dict.fromkeys(self._sources[maker]))
-        return tuple(found)

@@ -14,7 +14,8 @@ class PipelineCosts:
 
     ``forward`` and ``backward`` are per virtual stage; ``weight`` is the part of ``backward`` that W takes where it is
     split (half of it, if empty). ``output`` are (S, T), ``embedding`` (E, D) per rank. ``transfer`` moves an activation
-    or its gradient to another rank. ``collective`` is one collective of the vocabulary layers. ``exchange`` is what a
+    or its gradient to another rank; ``transfers`` where it is not the same between all stages: one a pair of
+    neighbouring virtual stages. ``collective`` is one collective of the vocabulary layers. ``exchange`` is what a
     rank loses around each pass that receives and sends: issuing, waiting, waking up. ``finish`` follows the last pass,
     per rank: the optimizer.
 
@@ -36,6 +37,7 @@ class PipelineCosts:
     output: tuple[tuple[float, float], ...] = ()
     embedding: tuple[tuple[float, float], ...] = ()
     transfer: float = 0.0
+    transfers: tuple[float, ...] = ()
     collective: float = 0.0
     exchange: float = 0.0
     finish: tuple[float, ...] = ()
@@ -60,6 +62,10 @@ class PipelineCosts:
             return self.output[stage][kind == "T"]
         return self.embedding[stage][kind == "D"]
 
+    def transfer_after(self, stage: int) -> float:
+        """Seconds between a virtual stage and the next one, in either direction."""
+        return self.transfers[stage] if self.transfers else self.transfer
+
     def collectives(self, each: Pass) -> list[tuple[str, float]]:
         """(stream, seconds) of what runs beside a pass. A backward's belong to I where it is split."""
         if not self.beside or each.kind not in ("F", "B", "I"):
@@ -80,7 +86,8 @@ class PipelineCosts:
         wanted: dict[str, tuple[int, bool]] = {
             "forward": (stages, True), "backward": (stages, True), "weight": (stages, False),
             "output": (ranks, bool(schedule.vocabulary)), "embedding": (ranks, schedule.embedding),
-            "finish": (ranks, False), "gradient": (stages, False), "beside": (stages, False),
+            "finish": (ranks, False), "transfers": (stages - 1, False), "gradient": (stages, False),
+            "beside": (stages, False),
             "activation": (stages, False), "output_activation": (ranks, False), "held": (ranks, False),
         }  # fmt: skip
         for name, (count, required) in wanted.items():

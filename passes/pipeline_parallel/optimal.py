@@ -111,7 +111,7 @@ def _unit(problem: Problem, horizon: float) -> float:
     """The unit of time: the greatest that all lengths and lags are multiples of, if there is one that is not far too
     small; else a fraction of the horizon. The coarser, the more the solver can conclude."""
     lengths = {problem.costs.seconds(each) for each in passes_by_microbatch(problem) if each.microbatch == 0}
-    lengths |= {problem.costs.transfer, problem.costs.collective}
+    lengths |= {problem.costs.transfer, *problem.costs.transfers, problem.costs.collective}
     found = 0.0
     for length in lengths:
         low, high = sorted((found, length))

@@ -38,7 +38,9 @@ class Problem:
             return collective
         if need.kind == "E" or each.kind == "D":
             return costs.collective
-        return costs.transfer if schedule.rank_of(need) != schedule.rank_of(each) else 0.0
+        if schedule.rank_of(need) == schedule.rank_of(each):
+            return 0.0
+        return costs.transfer_after(min(need.stage, each.stage))
 
     def live_limit(self, rank: int) -> int | None:
         """Most microbatches that the rank may hold, where it has one stage; None with several stages or no limit."""

@@ -139,7 +139,8 @@ class _Builder:
         identity = self.ids[each]
         if source != target:
             name = f"{each} to rank {target}"
-            identity = self._step(name, source, f"to rank {target}", self.costs.transfer, (identity,))
+            seconds = self.costs.transfer_after(min(each.stage, consumer.stage))
+            identity = self._step(name, source, f"to rank {target}", seconds, (identity,))
         self.arrivals[consumer, target] = identity
 
     def _meet(self, kind: str, stream: str, microbatch: int) -> list[int]:

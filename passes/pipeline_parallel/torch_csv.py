@@ -11,6 +11,7 @@ from __future__ import annotations
 import csv
 import io
 import re
+from dataclasses import replace
 
 from ...errors import ScheduleError
 from .schedule import Pass, Schedule
@@ -20,12 +21,18 @@ _SLOT = {"S": "UNSHARD", "T": "RESHARD"}
 _PASS = {slot: kind for kind, slot in _SLOT.items()}
 
 
+def without_embedding(schedule: Schedule) -> Schedule:
+    """The schedule without passes of the embedding, for which torch's actions have no place."""
+    orders = tuple(tuple(each for each in order if each.kind not in "ED") for order in schedule.orders)
+    return replace(schedule, orders=orders, embedding=False)
+
+
 def to_csv(schedule: Schedule) -> str:
     """The schedule as text. Raises ScheduleError for one with embedding passes."""
     if schedule.embedding:
         raise ScheduleError(
             f"{schedule.name} has embedding passes, for which torch's actions have no place",
-            remedy="make the schedule with embedding=False",
+            remedy="give without_embedding(schedule), or make it with embedding=False",
         )
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")

@@ -9,7 +9,7 @@ refused is reported with the reason.
 
 from __future__ import annotations
 
-import math
+import os
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -19,6 +19,7 @@ import sympy
 from ...cost_model.devices import Device
 from ...ir.cascade import Cascade, rank
 from ...ir.graph import Graph, Location
+from ...ir.plan import Decision
 from ...logs import logger
 from ..cascade_analysis import group_of, rank_passes
 from ..rewrite_cascade import Rewriting
@@ -26,7 +27,9 @@ from .candidates import Candidate, Candidates, NotFused, rewritten, value_name
 from .chunked import Chunked, chunked
 from .components import Component, components
 from .emit import Tensor
+from .fusion_choice import Offer, Offers, choose_offers, left_as_written, once_each
 from .group import Group, Rest
+from .own_copies import with_own_copies
 from .raise_graph import Raised
 from .stages import Stage
 from .traffic import element_bytes, is_contraction, traffic
@@ -91,8 +94,11 @@ class Refused:
 
 @dataclass(frozen=True)
 class Chosen:
+    """``decisions``: what was chosen among what, and by how much."""
+
     groups: tuple[Group, ...]
     refused: tuple[Refused, ...]
+    decisions: tuple[Decision, ...] = ()
 
 
 def choose(raised: Raised, choice: Choice | None = None) -> Chosen:
@@ -102,41 +108,43 @@ def choose(raised: Raised, choice: Choice | None = None) -> Chosen:
 
 class _Chooser:
     def __init__(self, raised: Raised, choice: Choice) -> None:
-        self.raised, self.choice = raised, choice
+        self.raised, self.choice = with_own_copies(raised), choice
         self.graph: Graph = raised.graph
-        self.candidates = Candidates(raised)
+        self.candidates = Candidates(self.raised)
         self.space = self.candidates.space
         self.refused: list[Refused] = []
+        #: Components of which no way is worth it.
+        self.left: list[Decision] = []
 
     def run(self) -> Chosen:
-        """What saves most is taken first; what shares ops with it is not taken any more."""
-        found: list[tuple[float, Component, list[Stage], list[Group]]] = []
+        """What takes least time, all components together."""
+        found: list[Offers] = []
+        owners: list[Component] = []
         for component in components(self.space):
             try:
                 self._hopeless(component)
-                saved, stages, own = self._best(self.candidates.work_out(component))
-                found.append((saved, component, stages, own))
+                found.append(self._offers(self.candidates.work_out(component)))
+                owners.append(component)
             except NotFused as refusal:
                 self._refuse(component, str(refusal))
-        taken: set[str] = set()
+        made = choose_offers(found, lambda groups: _acyclic(self.graph, groups))
         groups: list[Group] = []
-        for _, component, stages, made in sorted(found, key=lambda item: -item[0]):
-            einsums = {einsum.output for stage in stages for einsum in stage.einsums}
-            if einsums & taken:
-                self._refuse(component, "another group has a part of its ops, and saves more")
-            elif not _acyclic(self.graph, [*groups, *made]):
-                self._refuse(component, "another group needs a part of its results and gives it another")
+        for component, offer, why in zip(owners, made.taken, made.why, strict=True):
+            if offer is None:
+                self._refuse(component, why)
             else:
-                groups += made
-                taken |= einsums
+                groups += offer.groups
         position = self.candidates.position
         groups.sort(key=lambda group: min(position.get(name, 0) for name in group.nodes))
-        return Chosen(tuple(groups), tuple(self.refused))
+        return Chosen(tuple(groups), tuple(self.refused), (*made.decisions, *once_each(self.left)))
 
     def _refuse(self, component: Component, why: str) -> None:
-        name = max(component.wide, key=lambda each: (self.space.tensor_elements(each), each))
+        name = self._largest(component)
         line = self.space.writer[name].line
         self.refused.append(Refused(name, why, self.graph.nodes[line].location))
+
+    def _largest(self, component: Component) -> str:
+        return max(component.wide, key=lambda each: (self.space.tensor_elements(each), each))
 
     def _hopeless(self, component: Component) -> None:
         """Refuse at once what cannot gain enough even if it were one kernel that moves nothing twice."""
@@ -161,25 +169,42 @@ class _Chooser:
                 "the time"
             )
 
-    def _best(self, candidate: Candidate) -> tuple[float, list[Stage], list[Group]]:
-        """Seconds saved, and the groups: kernels of their own or one in chunks. Raises ``NotFused``."""
+    def _offers(self, candidate: Candidate) -> Offers:
+        """As kernels of its own, and in chunks of several sizes. Raises ``NotFused`` where neither is worth it."""
         refusal: NotFused | None = None
-        saved = -math.inf
+        ways: list[Offer] = []
+        total = candidate.traffic
+        rates = self.choice.rates
+        before = sum(t.flops_written / rates.library + rates.moving(t.written, t.largest) for t in total)
         try:
-            saved = self._decide(candidate)
+            saved, wanted = self._decide(candidate)
+            groups = tuple(self._groups(candidate))
+            ways.append(Offer(_as_kernels(groups), before - saved, groups, _einsums(candidate.stages), wanted))
         except NotFused as error:
             refusal = error
-        if self.choice.chunk_bytes:
+        for size in (self.choice.chunk_bytes, 2 * self.choice.chunk_bytes) if self.choice.chunk_bytes else ():
             try:
-                cut = chunked(self.candidates, candidate, self.choice.chunk_bytes)
-                gain = self._decide_chunked(candidate, cut)
-                if gain > saved:
-                    return gain, [cut.stage], [self._chunked_group(candidate, cut)]
+                cut = chunked(self.candidates, candidate, size)
+                saved = self._decide_chunked(candidate, cut)
             except NotFused as error:
                 _log.debug("%s not in chunks: %s", candidate.component.core[0], error)
-        if refusal is not None:
+                break
+            rows = ", ".join(f"{size} {rank}" for rank, size in cut.extracted.fused.chunks.items())
+            groups = (self._chunked_group(candidate, cut),)
+            if not any(way.what == f"in chunks of {rows}" for way in ways):
+                ways.append(
+                    Offer(f"in chunks of {rows}", before - saved, groups, _einsums([cut.stage]), True, cut.chunk_bytes)
+                )
+        lines = [einsum.line for stage in candidate.stages for einsum in stage.einsums]
+        name = self._largest(candidate.component)
+        place = self._location(lines)
+        where = f"{os.path.basename(place.file)}:{place.line}" if place.file else ""
+        if not ways:
+            assert refusal is not None
+            after = sum(t.flops_fused / rates.fused + rates.moving(t.fused, t.fused) for t in total)
+            self.left.append(left_as_written(name, where, before, after))
             raise refusal
-        return saved, candidate.stages, self._groups(candidate)
+        return Offers(name, where, before, self._wide_bytes(candidate), min(lines), max(lines), tuple(ways))
 
     def _decide_chunked(self, candidate: Candidate, cut: Chunked) -> float:
         """Seconds that it saves. A library's products stay what they were; what lies between them stays in a cache."""
@@ -191,8 +216,9 @@ class _Chooser:
             return before - total.flops_written / rates.library - rates.moving(total.written, cut.chunk_bytes)
         raise NotFused("no product of a library makes its wide tensors")
 
-    def _decide(self, candidate: Candidate) -> float:
-        """Seconds that the component saves, by the rates. Raises ``NotFused`` if it is not worth it."""
+    def _decide(self, candidate: Candidate) -> tuple[float, bool]:
+        """Seconds that the component saves, by the rates, and whether it is taken for its memory. Raises ``NotFused``
+        if it is not worth it."""
         rates, choice = self.choice.rates, self.choice
         total = candidate.traffic
         saved = sum(t.written - t.fused for t in total)
@@ -201,7 +227,8 @@ class _Chooser:
         if saved < choice.saved_bytes:
             raise NotFused(f"it would save {saved} bytes only")
         if before >= choice.gain * after:
-            return before - after
+            # A gain below 1 asks for it although it is no faster.
+            return before - after, before <= after
         wide = self._wide_bytes(candidate)
         core = [self.space.writer[name] for name in candidate.component.core if name in self.space.writer]
         if (
@@ -209,7 +236,7 @@ class _Chooser:
             and wide >= choice.wide_bytes
             and wide >= choice.memory_ratio * sum(t.compulsory for t in total)
         ):
-            return before - after
+            return before - after, True
         raise NotFused(f"predicted {before * 1e3:.3g} ms as written, {after * 1e3:.3g} ms fused")
 
     def _wide_bytes(self, candidate: Candidate) -> int:
@@ -293,6 +320,14 @@ class _Chooser:
                 )
             )
         return groups
+
+
+def _as_kernels(groups: Sequence[Group]) -> str:
+    return "one kernel" if len(groups) == 1 else f"{len(groups)} kernels"
+
+
+def _einsums(stages: Sequence[Stage]) -> frozenset[str]:
+    return frozenset(einsum.output for stage in stages for einsum in stage.einsums)
 
 
 def _acyclic(graph: Graph, groups: Sequence[Group]) -> bool:

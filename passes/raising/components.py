@@ -8,7 +8,7 @@ What the core writes beyond wide tensors is narrow: maxima, sums, outputs, gradi
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -57,7 +57,7 @@ class Space:
 def outer_ranks(einsum: Einsum, sizes: Mapping[str, Size]) -> tuple[sympy.Symbol, sympy.Symbol] | None:
     """The largest two ranks that no operand of the Einsum has together, but its result has; None if there are none."""
     kept = set(einsum.kept)
-    picked = _picked(einsum)
+    picked = picked_ranks(einsum)
     operands = [kept & ranks.union(*(picked.get(symbol, ()) for symbol in ranks)) for _, ranks in einsum.read_ranks]
     if not operands or any(own == kept for own in operands):
         return None
@@ -75,7 +75,7 @@ def outer_ranks(einsum: Einsum, sizes: Mapping[str, Size]) -> tuple[sympy.Symbol
     return best[1] if best else None
 
 
-def _picked(einsum: Einsum) -> dict[sympy.Symbol, frozenset[sympy.Symbol]]:
+def picked_ranks(einsum: Einsum) -> dict[sympy.Symbol, frozenset[sympy.Symbol]]:
     """Reduced ranks of which an index tensor picks one element, ``sum[v] where(v == I[t], W[v,d], 0)``, with the
     index's ranks: ``W`` is then read at ``I[t]``, and is no operand of a product."""
     found = {}
@@ -86,8 +86,9 @@ def _picked(einsum: Einsum) -> dict[sympy.Symbol, frozenset[sympy.Symbol]]:
     return found
 
 
-def components(space: Space) -> Iterator[Component]:
-    """Every component, the one with the largest tensors first. They may overlap."""
+def components(space: Space, apart: Container[str] = ()) -> Iterator[Component]:
+    """Every component, the one with the largest tensors first. They may overlap. Tensors in ``apart`` do not connect
+    the Einsums that read them."""
     seeds = []
     for einsum in space.einsums:
         pair = outer_ranks(einsum, space.sizes)
@@ -97,7 +98,7 @@ def components(space: Space) -> Iterator[Component]:
     for _, einsum, pair in sorted(seeds, key=lambda seed: -seed[0]):
         if (frozenset(pair), einsum.output) in seen:
             continue
-        found = _grow(space, einsum, pair)
+        found = _grow(space, einsum, pair, apart)
         seen |= {(frozenset(pair), name) for name in found.wide}
         if any(not _is_wide(space.writer[name], pair) for name in found.core):
             yield found
@@ -107,14 +108,15 @@ def _is_wide(einsum: Einsum, pair: tuple[sympy.Symbol, sympy.Symbol]) -> bool:
     return pair[0] in einsum.kept and pair[1] in einsum.kept
 
 
-def _grow(space: Space, seed: Einsum, pair: tuple[sympy.Symbol, sympy.Symbol]) -> Component:
+def _grow(space: Space, seed: Einsum, pair: tuple[sympy.Symbol, sympy.Symbol], apart: Container[str]) -> Component:
     """All wide tensors that are connected with the seed's."""
     wide = {seed.output}
     core: set[str] = set()
     waiting = [seed]
     while waiting:
         einsum = waiting.pop()
-        for member in (einsum, *space.readers.get(einsum.output, ())):
+        readers = space.readers.get(einsum.output, ()) if einsum.output not in apart else ()
+        for member in (einsum, *readers):
             if member.output in core:
                 continue
             core.add(member.output)

@@ -35,7 +35,9 @@ class SequenceGroup:
         self.sent = 0
 
     def _waiting(self, what: str) -> contextlib.AbstractContextManager[None]:
-        return self.watch.waiting(what) if self.watch is not None else contextlib.nullcontext()
+        if self.watch is None:
+            return contextlib.nullcontext()
+        return self.watch.waiting(f"{self.watch.state.place}, {what}")
 
     def pass_on(self, tensors: Sequence[torch.Tensor]) -> Passing:
         """Send the tensors to the next rank and receive those of the one before, which are alike."""
@@ -48,7 +50,7 @@ class SequenceGroup:
             operations.append(dist.P2POp(dist.isend, out, after, self.group, tag=number))
             operations.append(dist.P2POp(dist.irecv, into, before, self.group, tag=number))
             self.sent += out.numel() * out.element_size()
-        with self._waiting("passing keys on"):
+        with self._waiting("handing keys on"):
             works = dist.batch_isend_irecv(operations) if operations else []
         return Passing(self, works, sends, received)
 
@@ -56,14 +58,14 @@ class SequenceGroup:
         """All ranks' parts, one behind the other along a dimension."""
         own = tensor.contiguous()
         parts = [torch.empty_like(own) for _ in range(self.ranks)]
-        with self._waiting("gathering queries"):
+        with self._waiting("at gathering queries"):
             dist.all_gather(parts, own, group=self.group)
         self.sent += own.numel() * own.element_size() * (self.ranks - 1)
         return torch.cat(parts, dimension)
 
     def all_reduce(self, tensor: torch.Tensor, operation: str) -> torch.Tensor:
         """The tensor, reduced over the ranks in place."""
-        with self._waiting("merging states"):
+        with self._waiting("at merging states"):
             dist.all_reduce(tensor, getattr(dist.ReduceOp, _OPERATIONS[operation]), group=self.group)
         self.sent += 2 * tensor.numel() * tensor.element_size() * (self.ranks - 1) // self.ranks
         return tensor
@@ -78,7 +80,7 @@ class Passing:
         self._ring, self._works, self._held, self._received = ring, works, held, received
 
     def wait(self) -> list[torch.Tensor]:
-        with self._ring._waiting("keys that are passed on"):
+        with self._ring._waiting("at keys that are handed on"):
             for work in self._works:
                 work.wait()
         return self._received

@@ -29,6 +29,8 @@ from .stages import Stages, cut
 from .step_graph import StepGraph, export_step, input_head, output_head
 
 SCHEDULES = ("gpipe", "1f1b", "interleaved", "zb-h1", "zb-v", "v-half")
+#: Those that are tried where nothing is said.
+USUAL = ("1f1b", "interleaved")
 #: Kernels that S, and T, are made of: products, and what is done element by element.
 _OUTPUT_KERNELS = 8
 
@@ -58,7 +60,7 @@ def plan_pipeline(
     ranks: int,
     microbatches: int,
     device: Device,
-    schedules: Sequence[str] = ("1f1b", "interleaved"),
+    schedules: Sequence[str] = USUAL,
     vocabularies: Sequence[str] = ("", "one-barrier", "two-barriers"),
     memory: int | None = None,
     mesh: Mesh | None = None,
@@ -150,14 +152,11 @@ def stage_costs(
     """Predicted costs of the cut step. ``sizes``: bytes of each parameter by path. Replicas of a rank are neighbours;
     its neighbours in the pipeline may be on another node as soon as the mesh is larger than one."""
     shared = [mesh.stage(stage) for stage in stages.stages]
-    message = max(
-        (sum(_value_bytes(value.shape, value.dtype) for value in stage.sends) for stage in stages.stages[:-1]),
-        default=0,
-    )
     axes, replicas = mesh.mesh, mesh.replicas
-    between = 0.0
-    if schedule.ranks > 1:
-        between = collective_cost("send", message / axes.tp, axes.ranks, device).seconds
+    between: list[float] = []
+    for stage in stages.stages[:-1] if schedule.ranks > 1 else ():
+        message = sum(_value_bytes(value.shape, value.dtype) for value in stage.sends)
+        between.append(collective_cost("send", message / axes.tp, axes.ranks, device).seconds)
     held = [0] * schedule.ranks
     for stage, costs in zip(stages.stages, shared, strict=True):
         held[schedule.placement[stage.index]] += costs.held
@@ -206,7 +205,7 @@ def stage_costs(
         else (),
         output=output,
         embedding=embedding,
-        transfer=between,
+        transfers=tuple(between),
         collective=collective,
         activation=tuple(costs.activation for costs in shared),
         output_activation=kept,

@@ -1,8 +1,8 @@
 """A step's graph cut into stages: what each computes, receives and sends.
 
 Nodes that depend on no parameter (masks, positions, rotary tables) are computed by every stage that reads them; so
-between stages goes what the layers pass on. A value that skips stages is handed through them. Cuts lie where least is
-handed over; among these they balance the stages' work.
+between stages goes what the layers pass on. A value that skips stages is handed through them. Cuts balance the stages'
+work, as far as that is worth what is handed over.
 """
 
 from __future__ import annotations
@@ -22,8 +22,9 @@ from ...errors import PipelineError
 from ...passes.pipeline_parallel.schedule import Schedule
 from .step_graph import InputHead, LossHead, OutputHead, StepGraph, aten, free_nodes
 
-#: How much more than its share of the work the fullest stage may have before more is handed over instead.
-_UNEVEN = 1.25
+#: Work that takes about as long as to hand a byte to another device, in FLOP: from some tens (CPU cores, through
+#: sockets) to some thousands (GPUs, over a network).
+_FLOP_PER_BYTE = 100.0
 
 
 @dataclass(frozen=True)
@@ -134,15 +135,16 @@ def _bounds(work: list[Node], result: Node, count: int, outside: Node | None) ->
         raise PipelineError(f"the step has {len(work)} ops for {count} stages", remedy="take fewer stages")
     share = flop[-1] / count
     best: list[int] | None = None
+    least = float("inf")
     for most in sorted({crossing[index] for index in range(1, len(work))}):
+        if share + _FLOP_PER_BYTE * most >= least:
+            break
         places = [index for index in range(1, len(work)) if crossing[index] <= most]
         if len(places) < count - 1:
             continue
         found, fullest = _balance(flop, places, count)
-        if best is None or fullest < _fullest(flop, best):
-            best = found
-        if fullest <= _UNEVEN * share:
-            break
+        if fullest + _FLOP_PER_BYTE * most < least:
+            best, least = found, fullest + _FLOP_PER_BYTE * most
     if best is None:
         raise PipelineError(f"the step cannot be cut into {count} stages", remedy="take fewer stages")
     return best

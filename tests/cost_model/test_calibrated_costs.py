@@ -6,18 +6,23 @@ import math
 
 import msgspec
 import pytest
+from effcc.calibrating import cascade_share
 from effcc.cost_model import cpu_kernels
+from effcc.cost_model.calibrate import calibrate
+from effcc.cost_model.cascade_cost import map_seconds
 from effcc.cost_model.devices import Cache, Device, Figure, GemmMeasurement, load_device, parse_device
 from effcc.cost_model.op_additions import added_seconds
 from effcc.cost_model.product_cost import ProductLaw, chosen_library, fit
 from effcc.cost_model.roofline import bandwidth, op_cost
 from effcc.cost_model.step_bounds import step_bounds, stream_loads
 from effcc.cost_model.tensors import TensorTable
+from effcc.ir.cascade_parser import parse_cascade
 from effcc.ir.graph import Graph, Node, Ref
 from effcc.ir.plan import Buffer, Step
 from effcc.ir.types import TensorType
 from fresh_seed import fresh_random
 from sample_plan import MIB, make_sample
+from sympy import count_ops
 
 LAW = ProductLaw(call=2e-6, per_flop=1e-11, left=1e-10, right=2e-10, result=3e-10)
 
@@ -169,3 +174,21 @@ def test_buffers_that_nothing_uses_count_from_the_start() -> None:
     unused = Buffer(id=9, name="z", bytes=MIB, lower=0, upper=2, role="buffer")
     plan = msgspec.structs.replace(make_sample(), buffers=(*make_sample().buffers, unused))
     assert step_bounds(plan).peak_bound == 5 * MIB
+
+
+def test_a_cascade_costs_its_maps_beside_its_products() -> None:
+    """exp(S - M) and the sum of it: two and one operations on vectors of eight, and an exponential, for each point."""
+    cascade = parse_cascade("S[m,n] = sum[d] Q[m,d] * K[n,d]\nE[m,n] = exp(S[m,n] - 2)\nD[m] = sum[n] E[m,n]\n")
+    added = {"statement": Figure(value=8e-9, source="test"), "exp": Figure(value=3e-9, source="test")}
+    points = 6 * 10
+    operations = count_ops(cascade.einsums[1].body) + 1 + 1  # of exp(S - 2), of D's own element, of its addition
+    found = map_seconds(cascade, {"m": 6, "n": 10, "d": 4}, added, lanes=8)
+    assert found == pytest.approx(points * (operations * 1e-9 + 3e-9))
+    assert map_seconds(cascade, {"m": 6, "n": 10, "d": 4}, {}, lanes=8) == 0.0
+
+
+@pytest.mark.slow
+def test_products_in_cascades_are_measured() -> None:
+    share = cascade_share(calibrate(0.5, save=False, generated=False))
+    assert share is not None
+    assert 0 < share < 3

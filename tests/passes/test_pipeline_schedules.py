@@ -53,6 +53,7 @@ def random_costs(schedule: Schedule) -> PipelineCosts:
         output=tuple(zip(some(schedule.ranks), some(schedule.ranks), strict=True)) if schedule.vocabulary else (),
         embedding=tuple(zip(some(schedule.ranks), some(schedule.ranks), strict=True)) if schedule.embedding else (),
         transfer=draw.uniform(0, 0.3),
+        transfers=draw.choice([(), tuple(draw.uniform(0, 0.3) for _ in range(schedule.stages - 1))]),
         collective=draw.uniform(0, 0.3),
         activation=(1,) * schedule.stages,
     )

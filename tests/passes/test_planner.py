@@ -62,6 +62,40 @@ def lifetimes(plan: Plan) -> dict[str, tuple[str, int, int, int]]:
     return {b.name: (b.role, b.bytes, b.lower, b.upper) for b in plan.buffers}
 
 
+LOGITS = parse_graph("""
+graph @net phase=forward saved=1 {
+  %w: f32[16,16] = input() role(parameter)
+  %x: f32[16,16] = input() role(input)
+  %y: f32[16,16] = aten.mm.default(%x, %w)
+  return (%y, %x)
+}
+""")
+
+BACKWARD_OF_LOGITS = parse_graph("""
+graph @net phase=backward {
+  %x: f32[16,16] = input() role(saved)
+  %t: f32[16,16] = input() role(tangent)
+  %xt: f32[16,16]{1,16} = aten.t.default(%x)
+  %g: f32[16,16] = aten.mm.default(%xt, %t)
+  alias %xt of %x
+  return (%g, None)
+}
+""")
+
+
+def test_a_loss_outside_has_its_memory_between_forward_and_backward() -> None:
+    plain = plan_of(LOGITS, BACKWARD_OF_LOGITS)
+    plan = plan_of(LOGITS, BACKWARD_OF_LOGITS, outside_loss=True)
+    assert [(s.kind, s.phase, s.seconds) for s in plan.steps if s not in plain.steps][:1] == [("outside", "loss", 0.0)]
+    assert [s.phase for s in plan.steps] == ["forward", "loss", "backward"]
+    assert plan.seconds == plain.seconds
+    # w, x, the outputs, their gradients, and three times the outputs; without the loss: the gradient of w at the end.
+    assert plan.peak["device"] == 7 * KIB and plain.peak["device"] == 5 * KIB
+    assert ("workspace", 3 * KIB, 1, 2) in lifetimes(plan).values()
+    inside = plan_of(FORWARD, BACKWARD, outside_loss=True)
+    assert inside == plan_of(FORWARD, BACKWARD)
+
+
 def test_training_step_by_hand() -> None:
     plan = plan_of(FORWARD, BACKWARD, state=STATE, optimizer="adamw")
     assert [(s.kind, s.name, s.phase) for s in plan.steps] == [

@@ -36,6 +36,22 @@ def test_attention_over_many_keys_is_taken() -> None:
     assert group.traffic.fused < group.traffic.written / 5
 
 
+def test_what_is_fused_was_chosen_among_ways_with_a_bound() -> None:
+    def layers(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        return attention(attention(q, k, v), k, v)
+
+    chosen = choose(raise_graph(graph_of(layers, 2200, 64)), CPU)
+    assert len(chosen.groups) == 2
+    one, together = (each for each in chosen.decisions if len(each.alternatives) > 1 and each.chosen != "as written")
+    assert one.subject.endswith("and 1 like it")
+    seconds = {each.what: each.value for each in one.alternatives}
+    assert seconds["one kernel"] == min(seconds.values())
+    whole = {each.what: each.value for each in together.alternatives}
+    assert whole["as written"] == pytest.approx(2 * seconds["as written"])
+    assert together.bound == pytest.approx(whole["together"])
+    assert whole["together"] == pytest.approx(2 * seconds["one kernel"])
+
+
 @pytest.mark.parametrize(("rows", "width"), [(20, 8), (48, 64)])
 def test_a_graph_of_small_tensors_is_not_even_raised(rows: int, width: int) -> None:
     graph = graph_of(attention, rows, width)

@@ -1,0 +1,182 @@
+"""What a generated C++ kernel really does: its loop nests, with the bytes and the statements of each.
+
+One kernel of Inductor's is often many nests one after another, which hand values on through memory; rows that are
+shorter than a vector leave lanes empty, and what it cannot vectorize walks element by element. Read from the code's
+text: ``for`` headers say how often a block runs, ``tmp`` assignments and stores are its statements.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+
+import msgspec
+
+from .devices import Figure
+
+_CODE = re.compile(r"^(\w+) = async_compile\.cpp\w*\(.*?r?'''\n(.*?)'''", re.MULTILINE | re.DOTALL)
+_CAST = re.compile(r"static_cast<int64_t>\((-?\d+)L?\)")
+_FOR = re.compile(r"for\s*\(int64_t (\w+)\s*=\s*(-?\d+);\s*\1\s*<\s*(-?\d+);\s*\1(?:\+=(\d+)|\+\+)\)")
+_BRANCH = re.compile(r"if\(C10_(?:UN)?LIKELY\((\w+) >= (-?\d+) && \1 < (-?\d+)\)\)")
+_POINTER = re.compile(r"\b((?:in_out|in|out)_ptr\d+)\b")
+_DECLARED = re.compile(r"(\w[\w:]*)\s*\*\s*((?:in_out|in|out)_ptr\d+)")
+_TEMPORARY = re.compile(r"\btmp\d+(?:_\w+)?\b")
+_ASSIGNED = re.compile(r"auto (tmp\d+\w*) = (.*)")
+_CONSTANT = re.compile(
+    r"(?:static_cast<[\w: ]+>\()?-?[\d.eEx+]+[fL]?\)?;$|\[&\]"
+    r"|at::vec::Vectorized<\w+>\((?:tmp\d+|static_cast<\w+>\([^)]*\))\);$"
+)
+_CALLED = re.compile(r"(?:std::|\.)(exp|exp2|expm1|log|log2|log1p|tanh|erf|rsqrt|sqrt|pow|sin|cos|sigmoid)\b")
+#: A vector's lanes from booleans in memory, and to them.
+_MASK_READ = re.compile(r"VecMask<[^>]*>::from\(\w*ptr")
+_WELFORD = re.compile(r"= welford_combine\(\w+, tmp\d+")
+#: Function -> the measured one that it is priced as.
+MEASURED = {
+    "exp2": "exp", "expm1": "exp", "log2": "log", "log1p": "log", "sqrt": "rsqrt", "cos": "sin", "welford": "var_mean",
+}  # fmt: skip
+#: Bytes of an element of a pointer's type, where it is not four.
+_BYTES = {"double": 8, "int64_t": 8, "bfloat16": 2, "half": 2, "int16_t": 2, "bool": 1, "int8_t": 1, "uint8_t": 1}
+
+
+class Nest(msgspec.Struct, frozen=True):
+    """One loop nest. ``bytes``: what it reads and writes, each place once. ``vectors``, ``scalars``: statements that it
+    executes, on vectors and on single elements; ``calls``: elements for which functions are called as well, by name: a
+    call for a single element takes as long as one for all lanes of a vector."""
+
+    bytes: int
+    vectors: int
+    scalars: int
+    calls: dict[str, int] = {}
+
+
+def issued_seconds(nest: Nest, added: Mapping[str, Figure]) -> float:
+    """Seconds that a nest's statements and calls take beside its bytes; ``added`` are a calibrated device's figures."""
+    calls = ((MEASURED.get(name, name), elements) for name, elements in nest.calls.items())
+    called = sum(elements * added[name].value for name, elements in calls if name in added)
+    return (nest.vectors + nest.scalars) * added["statement"].value + called
+
+
+@dataclass
+class _Block:
+    """``times``: how often it runs in all. ``trips``: steps of each loop around it, of ``steps``; ``extents``: values
+    that its variable walks over."""
+
+    times: float
+    trips: dict[str, float]
+    steps: dict[str, int]
+    extents: dict[str, int]
+    vectors: set[str] = field(default_factory=set)
+
+
+def loops_of(source: str) -> dict[str, tuple[Nest, ...]]:
+    """The nests of each C++ kernel of a generated wrapper, by the kernel's name."""
+    return {match[1]: nests(match[2]) for match in _CODE.finditer(source)}
+
+
+def nests(code: str) -> tuple[Nest, ...]:
+    """The loop nests of a kernel, in order. Loops whose bounds are not numbers count as if they ran once."""
+    plain = _CAST.sub(r"\1", code)
+    sizes = {name: _BYTES.get(kind.rpartition("::")[2], 4) for kind, name in _DECLARED.findall(code)}
+    booleans = {name for kind, name in _DECLARED.findall(code) if kind == "bool"}
+    lanes = max((int(header[4] or 1) for header in map(_FOR.search, plain.splitlines()) if header), default=1)
+    return tuple(_Reader(sizes, booleans, lanes).read(text) for text in _top_level(plain))
+
+
+def _top_level(code: str) -> Iterator[list[str]]:
+    """Lines of each outermost loop of the kernel's body."""
+    lines: list[str] = []
+    depth = 0
+    for line in code.splitlines():
+        if not lines and not _FOR.search(line):
+            continue
+        lines.append(line)
+        depth += line.count("{") - line.count("}")
+        if depth == 0 and "}" in line:
+            yield lines
+            lines = []
+
+
+class _Reader:
+    def __init__(self, sizes: dict[str, int], booleans: set[str], lanes: int) -> None:
+        self.sizes, self.booleans, self.lanes = sizes, booleans, lanes
+        self.moved: dict[tuple[str, bool], float] = {}
+        self.vectors = self.scalars = 0.0
+        self.calls: dict[str, float] = {}
+
+    def read(self, lines: list[str]) -> Nest:
+        stack = [_Block(1.0, {}, {}, {})]
+        pending: _Block | None = None
+        for line in lines:
+            top = pending or stack[-1]
+            if header := _FOR.search(line):
+                begin, end, step = int(header[2]), int(header[3]), int(header[4] or 1)
+                # Single elements of what would be a vector: the C++ compiler makes vectors of them.
+                wide = self.lanes if header[1].endswith(("_tail", "_inner")) else 1
+                trips = max(0.0, -(-(end - begin) // (step * wide)))
+                pending = replace(
+                    top,
+                    times=top.times * trips,
+                    trips={**top.trips, header[1]: trips},
+                    steps={**top.steps, header[1]: step},
+                    extents={**top.extents, header[1]: max(0, end - begin)},
+                    vectors=set(top.vectors),
+                )
+            elif branch := _BRANCH.search(line):
+                pending = _part(top, branch[1], int(branch[2]), int(branch[3]))
+            elif "tmp" in line or "_ptr" in line:
+                self.statement(line, stack[-1])
+            for character in line:
+                if character == "{":
+                    stack.append(pending or stack[-1])
+                    pending = None
+                elif character == "}" and len(stack) > 1:
+                    stack.pop()
+        counts = {name: round(count) for name, count in self.calls.items()}
+        return Nest(round(sum(self.moved.values())), round(self.vectors), round(self.scalars), counts)
+
+    def statement(self, line: str, block: _Block) -> None:
+        text = line.strip()
+        assigned = _ASSIGNED.match(text)
+        value = assigned[2] if assigned else text
+        known = any(name in block.vectors for name in _TEMPORARY.findall(value))
+        vector = "at::vec" in value or known
+        if assigned and vector:
+            block.vectors.add(assigned[1])
+        if value.startswith("[&]") or text.startswith("return") or _CONSTANT.match(value):
+            return
+        for pointer in _POINTER.findall(value):
+            self.touch(pointer, value, block, written=assigned is None)
+        if not assigned and "_ptr" not in text and "acc" not in text:
+            return
+        if vector:
+            self.vectors += block.times
+        else:
+            self.scalars += block.times
+        called = _CALLED.findall(value) + ["welford"] * bool(_WELFORD.search(text))
+        called += ["mask_read"] * bool(_MASK_READ.search(value))
+        called += ["mask_write"] * (vector and ".store(" in text and bool(self.booleans & set(_POINTER.findall(text))))
+        for function in called:
+            self.calls[function] = self.calls.get(function, 0.0) + block.times * self.lanes
+
+    def touch(self, pointer: str, value: str, block: _Block, written: bool) -> None:
+        """Places are told apart by the loops whose variable the index names."""
+        places = 1.0
+        picked = bool(_TEMPORARY.search(value[value.index(pointer) :].partition(")")[0]))  # an index read from memory
+        for name, trips in block.trips.items():
+            if not picked and not re.search(rf"\b{name}\b", value):
+                continue
+            inside = any(f"{name}_{part}" in value for part in ("inner", "tail"))
+            divided = re.search(rf"div_floor_integer\(static_cast<int64_t>\([^,]*\b{name}\b[^,]*\), (\d+)\)", value)
+            places *= max(1.0, (trips if inside else block.extents[name]) / (int(divided[1]) if divided else 1))
+        key = (pointer, written)
+        self.moved[key] = max(self.moved.get(key, 0.0), places * self.sizes.get(pointer, 4))
+
+
+def _part(block: _Block, name: str, low: int, high: int) -> _Block:
+    """The block of a branch that is taken for ``low <= name < high`` only."""
+    trips = block.trips.get(name)
+    if not trips:
+        return replace(block, vectors=set(block.vectors))
+    taken = min(trips, max(1.0, -(-(high - low) // block.steps[name])))
+    return replace(block, times=block.times * taken / trips, vectors=set(block.vectors))

@@ -1,0 +1,103 @@
+"""The choice among ways as one model: against all combinations of small problems, with overlaps, circles and limits."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Collection, Sequence
+
+import pytest
+from effcc.cost_model.schedule_model import (
+    TICK,
+    Choice,
+    ScheduleProblem,
+    Span,
+    Way,
+    choose_ways,
+    greedy,
+    overlapping,
+    peak_of,
+    seconds_of,
+    size_of_model,
+)
+from fresh_seed import fresh_random
+
+
+def random_problem(rng: random.Random, limited: bool) -> ScheduleProblem:
+    """Times of whole microseconds; ways share ops, and hold bytes for a while."""
+    choices = []
+    for number in range(rng.randint(2, 6)):
+        written = rng.randint(5, 60)
+        begin = rng.randint(0, 6)
+        ways = [Way("as written", written * 1e-6, held=(Span(begin, begin + 3, rng.randint(0, 50)),))]
+        for index in range(rng.randint(1, 3)):
+            takes = frozenset(rng.sample("abcdefgh", rng.randint(1, 3)))
+            held = (Span(begin, begin + rng.randint(0, 3), rng.randint(0, 30)),)
+            ways.append(Way(f"way {index}", rng.randint(1, 70) * 1e-6, takes, held))
+        choices.append(Choice(f"choice {number}", tuple(ways)))
+    held = tuple(rng.randint(0, 40) for _ in range(10))
+    return ScheduleProblem(tuple(choices), held, rng.randint(60, 140) if limited else None)
+
+
+def every(problem: ScheduleProblem, circle: object = None) -> float | None:
+    """Least seconds of the combinations that are allowed."""
+    best = None
+    for taken in itertools.product(*(range(len(choice.ways)) for choice in problem.choices)):
+        if overlapping(problem, taken) or (problem.limit is not None and peak_of(problem, taken) > problem.limit):
+            continue
+        if circle is not None and circle(taken):  # type: ignore[operator]
+            continue
+        seconds = seconds_of(problem, taken)
+        best = seconds if best is None else min(best, seconds)
+    return best
+
+
+@pytest.mark.parametrize("limited", [False, True])
+def test_nothing_is_better_than_what_is_chosen(limited: bool) -> None:
+    rng = fresh_random()
+    gained = 0
+    for _ in range(40):
+        problem = random_problem(rng, limited)
+        best, found = every(problem), choose_ways(problem)
+        if best is None:
+            assert not found.fits
+            continue
+        assert found.fits
+        assert not overlapping(problem, found.taken)
+        assert found.seconds == pytest.approx(best, abs=TICK)
+        assert found.bound == pytest.approx(best, abs=2 * TICK), "small problems are solved to the end"
+        assert problem.limit is None or peak_of(problem, found.taken) <= problem.limit
+        gained += found.seconds < seconds_of(problem, greedy(problem)) - TICK
+    assert limited or gained, "the model is never better than taking what saves most first"
+
+
+def test_ways_that_wait_for_each_other_are_not_taken_together() -> None:
+    rng = fresh_random()
+    for _ in range(20):
+        problem = random_problem(rng, False)
+        pair = rng.sample(range(len(problem.choices)), 2)
+
+        def circle(taken: Sequence[int], pair: list[int] = pair) -> Collection[int]:
+            return pair if all(taken[number] for number in pair) else ()
+
+        found = choose_ways(problem, circle)
+        assert not circle(found.taken)
+        assert found.seconds == pytest.approx(every(problem, circle), abs=TICK)
+
+
+def test_what_is_alike_is_done_alike() -> None:
+    """Two layers that could both be fused but for one op that they share with a third component."""
+    layer = (Way("as written", 10e-6), Way("one kernel", 4e-6))
+    layers = [Choice(f"layer {number}", layer, like="layer") for number in range(3)]
+    found = choose_ways(ScheduleProblem((*layers, Choice("loss", (Way("as written", 3e-6), Way("chunks", 2e-6))))))
+    assert found.taken == (1, 1, 1, 1)
+    assert found.seconds == pytest.approx(14e-6)
+    assert size_of_model(ScheduleProblem(tuple(layers)))["variables"] == 3
+    rivals = [Choice(each.subject, (layer[0], Way("one kernel", 4e-6, frozenset("x"))), "layer") for each in layers]
+    assert sum(choose_ways(ScheduleProblem(tuple(rivals))).taken) <= 1, "all of them would take op x"
+
+
+def test_aversion_decides_but_is_no_time() -> None:
+    slower = Choice("wide", (Way("as written", 5e-6, aversion=2e-6), Way("one kernel", 6e-6)))
+    found = choose_ways(ScheduleProblem((slower,)))
+    assert found.taken == (1,)
