@@ -10,13 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..errors import CompileError
+from ..errors import EffccError
 from ..ir.fused_cascade import FusedCascade
 from ..logs import logger
 from ..passes.rewrite_cascade import Rewriting
 from .eager_cascade import EagerCascade
 from .fused_kernel import Kernel, PlacedKernel
-from .tiles.errors import NotLowerable
 
 if TYPE_CHECKING:
     from .triton_tiles.target import Target
@@ -38,7 +37,7 @@ class GpuCascade:
 
         try:
             self.placed = placed(fused, rewriting, target, wide=frozenset(fused.wide))
-        except (CompileError, NotLowerable) as error:
+        except EffccError as error:
             self.placed = self._eager()
             self._give_up(error.message)
 
@@ -47,7 +46,7 @@ class GpuCascade:
             return self.placed(operands)
         try:
             found = self.placed(operands)
-        except (CompileError, RuntimeError) as error:
+        except (EffccError, RuntimeError) as error:
             if isinstance(error, torch.OutOfMemoryError):
                 raise
             return self._instead(operands, str(error))

@@ -28,7 +28,7 @@ def test_calibrate_writes_a_device_that_plans_can_use(
     effcc: Effcc, linear: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The measurement itself has its own tests; here it is the packaged device with another capacity."""
-    from effcc.cost_model import calibrate
+    from effcc import calibrating
     from effcc.cost_model.devices import load_device
 
     measured = {}
@@ -37,7 +37,7 @@ def test_calibrate_writes_a_device_that_plans_can_use(
         measured.update(seconds=seconds, save=save)
         return load_device("cpu")
 
-    monkeypatch.setattr(calibrate, "calibrate", fake)
+    monkeypatch.setattr(calibrating, "calibrate_machine", fake)
     target = tmp_path / "mine.json"
     assert effcc("calibrate", "--seconds", 2, "--no-save", "-o", target).code == 0
     assert measured == {"seconds": 2.0, "save": False}

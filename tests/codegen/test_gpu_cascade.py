@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 from fresh_seed import fresh_random
 
+pytest.importorskip("triton")
+
 WORKER = Path(__file__).parent.parent / "gpu_cascade_worker.py"
 
 
