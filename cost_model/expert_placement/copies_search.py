@@ -25,6 +25,8 @@ class CopiesSearch:
 
     def __init__(self, problem: Problem, deadline: float, seed: int) -> None:
         self.problem, self.deadline, self.seed = problem, deadline, seed
+        self.goal = -np.inf
+        self._stop = False
         self.incoming = np.ascontiguousarray(problem.transitions.transpose(0, 2, 1))
         greedy = eplb_hierarchical(problem) if problem.grouped else eplb_global(problem)
         self.home = self._homes(greedy)
@@ -34,8 +36,6 @@ class CopiesSearch:
             if problem.grouped and problem.weights.migration:
                 self.home = self._homes(problem.current)
                 self.slots, self.objective = problem.current, self._objective(problem.current)
-        self.goal = -np.inf
-        self._stop = False
         between = max(problem.layers - 1, 1)
         self.unit = float(problem.transitions.sum()) * problem.weight_of_hops[0] / between / problem.experts
         self.unit += problem.weights.load * float(problem.loads.sum()) / problem.layers / problem.experts / 8
