@@ -13,7 +13,7 @@ from ..ir.graph import Graph, Node
 from .devices import Device
 from .fusion import Kernel, group_kernels
 from .generated_loops import Nest
-from .op_classes import FUSABLE, packet
+from .op_classes import ATTENTION_BACKWARD, ATTENTION_FORWARD, FUSABLE, packet
 from .storages import StorageTable
 from .tensors import TensorTable
 from .workspace import workspace_bytes
@@ -126,6 +126,20 @@ def estimate(
         for kernel in kernels
     )
     return RegionMemory(kernels=launches, buffers=buffers), kernels
+
+
+def with_attention_workspaces(
+    memory: RegionMemory, nodes: Sequence[Node], table: TensorTable, device: Device
+) -> RegionMemory:
+    """Memory read from generated code, and what a library's attention holds for itself, which the code does not say."""
+    by_name = {node.name: node for node in nodes}
+    found = []
+    for position, kernel in enumerate(memory.kernels):
+        node = by_name.get(kernel.ops[-1]) if kernel.kind == "library" and kernel.ops else None
+        if node is not None and packet(node.op) in ATTENTION_FORWARD | ATTENTION_BACKWARD:
+            size = workspace_bytes(node, table, device)
+            found.append(RegionBuffer(name=f"{node.name} workspace", bytes=size, first=position, last=position))
+    return msgspec.structs.replace(memory, buffers=(*memory.buffers, *found)) if found else memory
 
 
 def _taken_over(
