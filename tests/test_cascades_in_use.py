@@ -188,3 +188,12 @@ def test_an_offline_plan_has_the_kernels_and_the_peak_of_what_runs(tmp_path: Pat
     peak = planned.plan.peak["device"]
     assert abs(peak - measured) <= 0.03 * measured
     assert any("one kernel: 2" in note for note in planned.plan.notes)
+
+
+def test_an_offline_plan_for_a_gpu_has_the_kernels(tmp_path: Path) -> None:
+    file = tmp_path / "attention.py"
+    file.write_text(MODEL_FILE.replace("LENGTH", str(fresh_random().randrange(3000, 4000))))
+    planned = effcc.plan(str(file), train=True, device="h100")
+    assert sum("cascade" in step.name for step in planned.plan.steps) == 2
+    scores = max(buffer.bytes for buffer in planned.plan.buffers)
+    assert scores < 3000 * 3000 * 4
