@@ -37,7 +37,8 @@ def verify_program(program: Program) -> None:
     """Check names, dimensions, scopes and the shapes of matrix products.
 
     A value is known from where it is made to the end of the block that it is made in. Every rank of a statement is
-    walked by a loop around it, or a whole dimension of what the statement makes, stores or reduces.
+    walked by a loop around it, or a whole dimension of what the statement makes, stores or reduces. What is reduced over
+    a grid's rank is kept outside of the grid.
     """
     _Checker(program).check()
 
@@ -47,6 +48,8 @@ class _Checker:
         self.program = program
         self.tensors: dict[str, Tensor] = {}
         self.steps: dict[sympy.Symbol, int] = {}
+        #: Rank of a grid loop around -> the values made outside of it.
+        self.before: dict[sympy.Symbol, frozenset[str]] = {}
 
     def check(self) -> None:
         for tensor in self.program.tensors:
@@ -104,8 +107,11 @@ class _Checker:
         if item.part is not None and (not self.is_point(item.part) or item.length < 1):
             raise self.fail(item, f"{item.part} is not walked point by point around its part of {item.rank}")
         self.steps[item.rank] = item.step
+        if item.kind == GRID:
+            self.before[item.rank] = frozenset(known)
         self.block(item.body, known, [*loops, item])
         del self.steps[item.rank]
+        self.before.pop(item.rank, None)
 
     def is_point(self, rank: sympy.Symbol) -> bool:
         return self.steps.get(rank) == 1
@@ -132,6 +138,9 @@ class _Checker:
                 raise self.fail(item, f"rank {min(s.name for s in loose)} is neither kept, reduced nor one number here")
         if set(reduced) & ranks_of(item.target):
             raise self.fail(item, "a rank is both kept and reduced")
+        for s in reduced:
+            if s in self.before and not (item.accumulate and name in self.before[s]):
+                raise self.fail(item, f"only tiles of {s}, which are independent here, are summed up")
         if isinstance(item, Dot):
             self.product(item)
         if isinstance(item, Load) and tensor_name(item.source) not in self.tensors:

@@ -19,6 +19,9 @@ from raised_graphs import EVERYTHING, assert_close, record
 
 #: T5 computes its buckets from float32 logarithms, whatever the model's type.
 LOOSE = {"t5_relative": 1e-6}
+#: Variants whose joint graph has no tensor that one kernel could spare: norms, one query alone, and distances summed
+#: over a third rank, which would be computed again.
+WITHOUT_GROUPS = {"decode", "kernel_density", "layer_norm", "rms_norm"}
 
 
 def operand(array: Any, kind: TensorType) -> torch.Tensor:

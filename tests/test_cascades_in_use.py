@@ -121,6 +121,27 @@ def test_a_bias_that_layers_share_stays_whole_where_nothing_is_fused() -> None:
     assert not any(report.cascades for report in effcc.reports())
 
 
+def test_a_decoding_step_reads_a_shared_cache_once() -> None:
+    """One token's queries over a long cache, of which eager copies each head for the queries that share it."""
+
+    def step(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, length: torch.Tensor) -> torch.Tensor:
+        k, v = k.repeat_interleave(4, 1), v.repeat_interleave(4, 1)
+        past = torch.arange(k.shape[-2]) < length
+        return torch.softmax(scores(q, k).masked_fill(~past, float("-inf")), -1) @ v
+
+    generator = fresh_random()
+    torch.manual_seed(generator.randrange(1 << 30))
+    cached, held = generator.randrange(4000, 5000), 3000
+    inputs = [torch.randn(2, *size, dtype=torch.float64) for size in ((8, 1, 32), (2, cached, 32), (2, cached, 32))]
+    compiled = torch.compile(step, backend="effcc", dynamic=False)
+    with torch.no_grad():
+        found = compiled(*inputs, torch.tensor(held))
+        assert_close(found, step(*inputs, torch.tensor(held)), rtol=1e-10, atol=1e-10)
+        assert len(effcc.reports()[-1].cascades) == 1
+        _, growth = peak_growth(lambda: compiled(*inputs, torch.tensor(held)))
+        assert growth is not None and growth < inputs[1].nbytes
+
+
 def test_nothing_is_fused_where_that_is_not_wanted(case: tuple[torch.Tensor, ...]) -> None:
     torch.compile(causal, backend="effcc", options={"cascades": False})(*case)
     assert all("effcc.cascade" not in region.source for report in effcc.reports() for region in report.regions)

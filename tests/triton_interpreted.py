@@ -25,7 +25,7 @@ from effcc.codegen.triton_tiles.kernel import TritonKernel, prepare_triton
 from effcc.codegen.triton_tiles.schedule import Launch, Shape
 from effcc.codegen.triton_tiles.target import Target
 from fresh_seed import fresh_random
-from group_checks import LOOSE, check_groups
+from group_checks import LOOSE, WITHOUT_GROUPS, check_groups
 from kernel_checks import TEXTS, Case, attention_case, case, known_case
 
 #: A GPU with so few multiprocessors that nothing is cut into parts, and one with so many that single rows are.
@@ -139,7 +139,6 @@ _PARTS = {
     "entropy": TEXTS["entropy"],
 }
 #: Variants that raising leaves as they are: nothing in them is wide, or what is wide needs all passes.
-_WITHOUT_GROUPS = {"decode", "kernel_density", "layer_norm", "rms_norm"}
 _ALL = {**FORWARD, "grouped": GROUPED, **{f"backward, {name}": text for name, text in BACKWARD.items()}}
 CHECKS: dict[str, Callable[[], float]] = {
     **{f"f64, {name}": functools.partial(attention, text, "f64") for name, text in _ALL.items()},
@@ -150,12 +149,12 @@ CHECKS: dict[str, Callable[[], float]] = {
         for name in ("vanilla", "causal", "softcap", "backward, causal")
     },
     **{f"known, {name}": functools.partial(known, name) for name in TEXTS},
-    **{f"group, {name}": functools.partial(group, name) for name in VARIANTS if name not in _WITHOUT_GROUPS},
+    **{f"group, {name}": functools.partial(group, name) for name in VARIANTS if name not in WITHOUT_GROUPS},
     # Eager rounds every op's result to bfloat16, 2**-9 of it; here only operands of products are.
     **{
         f"bf16, group, {name}": functools.partial(group, name, torch.bfloat16, 5e-2)
         for name in VARIANTS
-        if name not in _WITHOUT_GROUPS
+        if name not in WITHOUT_GROUPS
     },
     **{f"in parts, {name}": functools.partial(in_parts, text) for name, text in _PARTS.items()},
     **{

@@ -53,7 +53,7 @@ class Kernel:
 
 @dataclass(frozen=True)
 class _Unit:
-    values: tuple[Value, ...]
+    roots: tuple[Value, ...]
     streamed: tuple[sympy.Symbol, ...]
     level: int
     inner: frozenset[str]
@@ -97,7 +97,7 @@ class Launches:
         for early in sorted(self._kernels, key=lambda kernel: kernel.level):
             readers = [k for k in found if k is not early and k.reads & early.stored]
             for late in found:
-                fits = late.level > early.level and early.roots and set(late.streamed) == set(early.streamed)
+                fits = late.level > early.level and early.roots and _one_loop(early, late)
                 if fits and early.inner & late.inner and all(k.level > late.level for k in readers):
                     late.roots = self.ordered([*early.roots, *(r for r in late.roots if r.name not in early.names)])
                     late.finals = [*early.finals, *late.finals]
@@ -139,13 +139,13 @@ class Launches:
         if value.name in self._units:
             return self._kernel_of_root(value.name)
         unit = self._unit(value)
-        for each in unit.values:
+        for each in unit.roots:
             self._units[each.name] = unit
         kernel = next((k for k in self._kernels if k.roots and _fits(k, unit)), None)
         if kernel is None:
             kernel = Kernel(unit.streamed, unit.level, anchor=unit.anchor)
             self._kernels.append(kernel)
-        kernel.roots = self.ordered([*kernel.roots, *(v for v in unit.values if v.name not in kernel.names)])
+        kernel.roots = self.ordered([*kernel.roots, *(v for v in unit.roots if v.name not in kernel.names)])
         kernel.inner |= unit.inner
         kernel.reads |= unit.reads
         kernel.anchor = kernel.anchor | unit.anchor if kernel.inner else kernel.anchor & unit.anchor
@@ -362,8 +362,21 @@ class Launches:
 
 def _fits(kernel: Kernel, unit: _Unit) -> bool:
     """Whether a unit can share a kernel: same level, same loop, and tiles in common."""
-    if kernel.level != unit.level or set(kernel.streamed) != set(unit.streamed):
+    if kernel.level != unit.level or not _one_loop(kernel, unit):
         return False
     if kernel.inner & unit.inner:
         return True
     return kernel.anchor <= unit.anchor or unit.anchor <= kernel.anchor
+
+
+def _one_loop(first: Kernel | _Unit, second: Kernel | _Unit) -> bool:
+    """Whether both stream the same ranks, and neither keeps a rank that the other one sums over within a step: tiles of
+    the kept rank would each hold a part of that sum."""
+    if set(first.streamed) != set(second.streamed):
+        return False
+    return not any(
+        (set(own.reduced) - set(a.streamed)) & set(other.indices)
+        for a, b in ((first, second), (second, first))
+        for own in a.roots
+        for other in b.roots
+    )

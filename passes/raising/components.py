@@ -1,9 +1,10 @@
 """Where a cascade makes wide tensors: candidates for fusion.
 
 An Einsum is an *outer* one if it combines ranks that none of its operands has together: ``S[m,n]`` from ``Q[m,d]`` and
-``K[n,d]``. Its result is *wide*, and so is every tensor with both of these ranks that is computed from it, or together
-with it. A component is a set of wide tensors that Einsums connect; its *core* are the Einsums that write or read them.
-What the core writes beyond wide tensors is narrow: maxima, sums, outputs, gradients.
+``K[n,d]``. (With a single query, ``S[h,n]`` from ``Q[h,d]`` and ``K[h,n,d]`` is the same thing, but for a rank of size
+1.) Its result is *wide*, and so is every tensor with both of these ranks that is computed from it, or together with it.
+A component is a set of wide tensors that Einsums connect; its *core* are the Einsums that write or read them. What the
+core writes beyond wide tensors is narrow: maxima, sums, outputs, gradients.
 """
 
 from __future__ import annotations
@@ -56,10 +57,8 @@ class Space:
 
 def outer_ranks(einsum: Einsum, sizes: Mapping[str, Size]) -> tuple[sympy.Symbol, sympy.Symbol] | None:
     """The largest two ranks that no operand of the Einsum has together, but its result has; None if there are none."""
-    kept = set(einsum.kept)
-    picked = picked_ranks(einsum)
-    operands = [kept & ranks.union(*(picked.get(symbol, ()) for symbol in ranks)) for _, ranks in einsum.read_ranks]
-    if not operands or any(own == kept for own in operands):
+    operands = _kept_of_operands(einsum)
+    if not operands or any(own == set(einsum.kept) for own in operands):
         return None
     best: tuple[int, tuple[sympy.Symbol, sympy.Symbol]] | None = None
     order = list(einsum.kept)
@@ -73,6 +72,32 @@ def outer_ranks(einsum: Einsum, sizes: Mapping[str, Size]) -> tuple[sympy.Symbol
             if best is None or points > best[0]:
                 best = (points, (first, second))
     return best[1] if best else None
+
+
+def shared_ranks(einsum: Einsum, sizes: Mapping[str, Size]) -> tuple[sympy.Symbol, sympy.Symbol] | None:
+    """A rank that both operands of a contraction share, and the largest one that only one of them has, where that
+    operand has them all: scores of a single query, ``S[h,n] = sum[d] Q[h,d] * K[h,n,d]``. None if it is no such."""
+    operands = _kept_of_operands(einsum)
+    if einsum.reduction != "sum" or len(operands) != 2 or set(einsum.kept) not in operands:
+        return None
+    short = min(operands, key=len)
+    lacking = [symbol for symbol in einsum.kept if symbol not in short]
+    common = [symbol for symbol in einsum.kept if symbol in short]
+    if not lacking or not common:
+        return None
+
+    def size(symbol: sympy.Symbol) -> int:
+        return numeric(sizes[symbol.name])
+
+    return max(common, key=size), max(lacking, key=size)
+
+
+def _kept_of_operands(einsum: Einsum) -> list[set[sympy.Symbol]]:
+    """The ranks of its result that each operand has."""
+    picked = picked_ranks(einsum)
+    return [
+        set(einsum.kept) & ranks.union(*(picked.get(symbol, ()) for symbol in ranks)) for _, ranks in einsum.read_ranks
+    ]
 
 
 def picked_ranks(einsum: Einsum) -> dict[sympy.Symbol, frozenset[sympy.Symbol]]:
@@ -91,7 +116,7 @@ def components(space: Space, apart: Container[str] = ()) -> Iterator[Component]:
     the Einsums that read them."""
     seeds = []
     for einsum in space.einsums:
-        pair = outer_ranks(einsum, space.sizes)
+        pair = outer_ranks(einsum, space.sizes) or shared_ranks(einsum, space.sizes)
         if pair is not None:
             seeds.append((space.size(einsum.kept), einsum, pair))
     seen: set[tuple[frozenset[sympy.Symbol], str]] = set()

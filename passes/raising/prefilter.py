@@ -2,8 +2,9 @@
 takes milliseconds an op.
 
 What fusion saves is the traffic of wide tensors: results of matrix products, and of ops that combine operands which are
-smaller than what comes out. A product over a long rank costs more than its result's traffic ever can, so it counts only
-where its result is large enough to be kept out of memory for its own sake.
+smaller than what comes out, be it one that is repeated (keys and values that several heads of queries share). A product
+over a long rank costs more than its result's traffic ever can, so it counts only where its result is large enough to be
+kept out of memory for its own sake.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from ...cost_model.roofline import gemm_shape
 from ...cost_model.tensors import TensorTable
 from ...errors import ShapeError
 from ...ir.graph import Graph, Node
+from ...ir.types import DTYPES
 from .choose import Choice
 
 #: Times that a wide tensor is written and read at most, by the kernels that fusion replaces.
@@ -37,7 +39,8 @@ def _is_wide(node: Node, table: TensorTable, choice: Choice) -> bool:
         return False
     if kind == "pointwise":
         read = table.read(node)
-        return len(read) > 1 and all(tensor.elements < made.elements for tensor in read)
+        distinct = [tensor.bytes // DTYPES[tensor.dtype][1] for tensor in read]
+        return bool(read) and all(elements < made.elements for elements in distinct)
     _, _, k, _ = gemm_shape(node, table)
     flops, moved = 2 * made.elements * k, _MOVES * made.bytes
     rates = choice.rates

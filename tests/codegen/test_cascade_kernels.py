@@ -56,6 +56,23 @@ def test_random_cascades() -> None:
         assert each.worst() < 1e-9
 
 
+def test_sums_over_a_rank_that_others_keep() -> None:
+    """``T2`` is re-based from step to step and sums over ``m`` within a step; ``T5`` keeps ``m``, in tiles."""
+    text = "\n".join(
+        [
+            "T0[] = sum[n] Y[n]",
+            "T2[f] = sum[n,m] (S[m,n] - T0[])*X[n]*G[f]",
+            "T3[] = sum[n,f] Y[n]*T2[f]",
+            "T5[m] = min[n] S[m,n] + T3[]",
+        ]
+    )
+    generator = np.random.default_rng(fresh_random().randrange(2**32))
+    found = [case(text, {"m": m, "n": n, "f": 2}, generator) for m, n in ((200, 3), (70, 90))]
+    build([each.kernel for each in found])
+    for each in found:
+        assert each.worst() < 1e-9
+
+
 @pytest.mark.slow
 def test_many_random_cascades() -> None:
     source = fresh_random()

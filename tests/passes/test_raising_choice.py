@@ -36,6 +36,19 @@ def test_attention_over_many_keys_is_taken() -> None:
     assert group.traffic.fused < group.traffic.written / 5
 
 
+def test_one_query_over_keys_that_heads_share_is_taken() -> None:
+    """A decoding step: nothing is wide but the keys and values, which eager copies for each head of queries."""
+
+    def step(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        return attention(q, k.repeat_interleave(4, 1), v.repeat_interleave(4, 1))
+
+    caches = [torch.randn(1, 2, 3000, 64) for _ in range(2)]
+    (run,) = record(step, (torch.randn(1, 8, 1, 64), *caches))
+    assert may_fuse(run.graph, CPU)
+    (group,) = choose(raise_graph(run.graph), CPU).groups
+    assert group.traffic.fused < group.traffic.written / 5
+
+
 def test_what_is_fused_was_chosen_among_ways_with_a_bound() -> None:
     def layers(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         return attention(attention(q, k, v), k, v)

@@ -26,7 +26,7 @@ def _some(variants: Iterable[Variant]) -> list[Any]:
 
 
 _ALL = _some(VARIANTS.values())
-_ONE_PASS = _some(v for v in (*ATTENTION, *LOSSES) if v.one_pass and v.name != "decode")
+_ONE_PASS = _some(v for v in (*ATTENTION, *LOSSES) if v.one_pass)
 
 
 @functools.cache
