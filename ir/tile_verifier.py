@@ -37,8 +37,8 @@ def verify_program(program: Program) -> None:
     """Check names, dimensions, scopes and the shapes of matrix products.
 
     A value is known from where it is made to the end of the block that it is made in. Every rank of a statement is
-    walked by a loop around it, or a whole dimension of what the statement makes, stores or reduces. What is reduced over
-    a grid's rank is kept outside of the grid.
+    walked by a loop around it, or a whole dimension of what the statement makes, stores or reduces. What is reduced
+    over a grid's rank is kept outside of the grid.
     """
     _Checker(program).check()
 
