@@ -62,6 +62,8 @@ class ActivationPlanner:
     frugal: bool = False
     #: The least that a compiled step needed so far.
     least: int | None = None
+    #: Where nothing fits: bytes that no choice can be below.
+    proven: int = 0
 
     def partition(
         self,
@@ -108,7 +110,8 @@ class ActivationPlanner:
         if chosen is None:
             # Nothing is said to fit: the compiled code of the smallest has the last word, and says what the floor is.
             self.exhausted = True
-            chosen = search.least
+            chosen = search.smallest
+            self.proven = max(self.proven, search.prove_floor())
         self.choice = describe(problem, chosen, plain, "planned", self.budget, search.bound(limit), search.floor_bound)
         return split_saving(
             gm,

@@ -10,8 +10,6 @@ import torch
 
 from . import torch_internals
 from .activation_planner import MOST_ATTEMPTS, ActivationPlanner, OverBudgetError
-from .errors import BudgetError
-from .formatting import bytes_text
 from .graph_compiler import Compilation, cost_device
 from .held_elsewhere import held_elsewhere, note_graph, real_inputs
 from .runtime.reports import GraphReport, forget
@@ -31,14 +29,10 @@ def compile_within_budget(
     device = device_named(name)
     inputs = real_inputs(gm)
     elsewhere = held_elsewhere(inputs, device)
-    if elsewhere.optimizer_step > budget:
-        raise BudgetError(
-            f"the optimizer's step needs {bytes_text(elsewhere.optimizer_step)} ({elsewhere.optimizer_step} bytes), "
-            f"more than the budget of {bytes_text(budget)}: parameters, gradients, {elsewhere.words}",
-            where="option 'memory_budget'",
-            remedy=f"Give it at least {elsewhere.optimizer_step} bytes, or an optimizer with less state.",
-        )
     planner = ActivationPlanner(budget, lambda: device, compilation.roles, elsewhere, options.swap)
+    if elsewhere.optimizer_step > budget:
+        # Refused whatever is kept; the least that the graph itself can do with says what budget would work.
+        planner.exhausted = planner.frugal = True
     if options.swap:
         from .runtime.host_tier import set_directory
 

@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 ROUNDS = 12
 #: How often more is kept where there is room left, and the share of the budget that makes it worthwhile.
 LOOSENINGS, WORTHWHILE = 3, 0.01
+#: Seconds for the proof that nothing is much smaller than the least budget that a refusal names.
+PROOF_SECONDS = 10.0
 #: Points of a Pareto curve.
 POINTS = 16
 
@@ -123,8 +125,7 @@ class BudgetPlanner:
 
         ``make`` plans a capture. Raises BudgetError with the least budget that works and a bound below which none can.
         """
-        made = make(captured)
-        least: tuple[int, Plan] = (made.peak.get("device", 0), made)
+        least = made = make(captured)
         for _ in range(ROUNDS):
             over = made.peak.get("device", 0) - budget
             if over <= 0:
@@ -133,8 +134,10 @@ class BudgetPlanner:
                 break
             captured = self._split_again(captured)
             made = make(captured)
-            least = min(least, (made.peak.get("device", 0), made), key=lambda item: item[0])
-        raise floor_error(least[1], budget, self._bound(least[1]))
+            least = min(least, made, key=_peak)
+        if self._choose_least():
+            least = min(least, make(self._split_again(captured)), key=_peak)
+        raise floor_error(least, budget, self._bound(least))
 
     def _loosen(
         self, captured: Captured, made: Plan, budget: int, make: Callable[[Captured], Plan]
@@ -178,6 +181,15 @@ class BudgetPlanner:
             return True
         return False
 
+    def _choose_least(self) -> bool:
+        """Let every graph do with as little as it can. Returns whether any did not yet."""
+        changed = False
+        for graph in filter(None, self.graphs):
+            smallest = graph.search.smallest
+            if (graph.chosen or graph.search.plain).key != smallest.key:
+                graph.limit, graph.chosen, changed = smallest.peak, smallest, True
+        return changed
+
     def _split_again(self, captured: Captured) -> Captured:
         training = [i for i, frame in enumerate(captured.frames) if frame.backward is not None]
         frames: list[CapturedFrame] = list(captured.frames)
@@ -188,18 +200,21 @@ class BudgetPlanner:
         return replace(captured, frames=tuple(frames))
 
     def _bound(self, plan: Plan) -> int:
-        """A peak that no choice can be below: the simulation's bound, with what the plan holds all along in place of
-        what the joint graph does."""
+        """A peak that no choice can be below: what the optimizer's step needs, or the simulation's bound, with what the
+        plan holds all along in place of what the joint graph does."""
+        beside = _beside_graphs(plan)
         graphs = [graph for graph in self.graphs if graph is not None]
         if len(graphs) != 1:
-            return 0
+            return beside
         last = len(plan.steps)
         held = sum(
             buffer.bytes
             for buffer in plan.buffers
             if buffer.tier == "device" and buffer.lower == 0 and buffer.upper >= last and buffer.role != "output"
         )
-        return graphs[0].search.floor_bound - graphs[0].search.problem.constant + held
+        search = graphs[0].search
+        proven = search.floor_bound if beside >= _peak(plan) else search.prove_floor(PROOF_SECONDS)
+        return max(beside, proven - search.problem.constant + held)
 
     def choices(self, budget: int | None) -> list[ActivationChoice]:
         """What was chosen for each joint graph."""
@@ -213,6 +228,10 @@ class BudgetPlanner:
         return found
 
 
+def _peak(plan: Plan) -> int:
+    return plan.peak.get("device", 0)
+
+
 def _beside_graphs(plan: Plan) -> int:
     """Most bytes in use while neither a forward nor a backward runs: what is saved changes nothing there."""
     from .summary import live_use
@@ -222,17 +241,21 @@ def _beside_graphs(plan: Plan) -> int:
 
 
 def floor_error(plan: Plan, budget: int, bound: int) -> BudgetError:
+    """``plan`` is the smallest that was found; no choice of what is kept has a peak below ``bound``."""
     from .summary import summarize
 
-    peak = plan.peak.get("device", 0)
+    peak = _peak(plan)
     held = "; ".join(f"{bytes_text(h.bytes)} {h.role} {h.what}" for h in summarize(plan).holders[:3])
+    optimizer = _beside_graphs(plan) >= peak
+    what = "the optimizer's step needs" if optimizer else "the step needs"
     proven = f" No choice of what is kept gets below {bytes_text(bound)}." if bound else ""
+    less = "An optimizer with less state" if optimizer else "A smaller batch"
     return BudgetError(
-        f"the step needs {bytes_text(peak)} whatever is recomputed, more than the memory budget of "
+        f"{what} {bytes_text(peak)} whatever is recomputed, more than the memory budget of "
         f"{bytes_text(budget)}.{proven}",
         where=f"the peak on {plan.device}, where most is held by: {held}",
-        remedy=f"The least budget that works is {peak} bytes ({bytes_text(peak)}). A smaller batch or a narrower dtype "
-        "needs less.",
+        remedy=f"The least budget that works is {peak} bytes ({bytes_text(peak)}). {less} or a narrower dtype needs "
+        "less.",
     )
 
 

@@ -16,8 +16,10 @@ from .cascade_decisions import Decisions, Fused, decide
 from .codegen.cascade_kernel import CascadeKernel, begin
 from .codegen.cascade_op import give_up_kernel, gpu_source, kernel_of
 from .codegen.chunked_cascade import ChunkedCascade
+from .codegen.kernel_variants import KernelVariants
 from .codegen.triton_tiles.target import Target
 from .cost_model.devices import Device, device_titled, load_device
+from .cost_model.tile_cost import TileRates
 from .errors import CompileError, EffccError
 from .frontend.fx_import import from_fx
 from .ir.plan import Decision
@@ -125,7 +127,11 @@ class CascadeFusion:
 def choice_for(device: Device, short_of_memory: bool) -> Choice:
     """What is fused for a device. Where memory is short, a kernel that is somewhat slower is still the cheapest way to
     do without a wide tensor."""
-    choice = Choice(Rates.of(device), chunk_bytes=CHUNK_BYTES if device.kind == "cpu" else 0)
+    choice = Choice(Rates.of(device))
+    if device.kind == "cpu":
+        rates = TileRates.of(device)
+        variants = KernelVariants(rates) if rates is not None else None
+        choice = replace(choice, chunk_bytes=CHUNK_BYTES, variants=variants)
     return replace(choice, memory_ratio=choice.memory_ratio / 2) if short_of_memory else choice
 
 

@@ -259,20 +259,34 @@ class Compilation:
             )
         elsewhere = self.activation.elsewhere if self.activation is not None else Elsewhere()
         peak = plan.peak.get("device", 0) + elsewhere.bytes
-        if peak > budget:
-            if self.activation is not None and self.activation.exceeded(peak):
+        if max(peak, elsewhere.optimizer_step) > budget:
+            if peak > budget and self.activation is not None and self.activation.exceeded(peak):
                 raise OverBudgetError(peak)
+            least = min(peak, self.activation.least or peak) if self.activation is not None else peak
+            if elsewhere.optimizer_step > least:
+                raise _optimizer_does_not_fit(elsewhere, budget)
             held = ", ".join(
-                f"{holder.role} {holder.what} {bytes_text(holder.bytes)}" for holder in summarize(plan).holders[:3]
+                f"{holder.role} {holder.what} {bytes_text(holder.bytes)}" for holder in summarize(plan).holders[:5]
             )
             held += f", {elsewhere.words}" if elsewhere.words else ""
-            least = min(peak, self.activation.least or peak) if self.activation is not None else peak
+            proven = self.activation.proven if self.activation is not None else 0
+            below = f". No choice of what is kept gets below {bytes_text(proven)}" if proven else ""
             raise BudgetError(
                 f"the step needs {bytes_text(least)} ({least} bytes), more than the budget of "
-                f"{bytes_text(budget)}; most of it is {held}",
+                f"{bytes_text(budget)}; most of it is {held}{below}",
                 where="option 'memory_budget'",
                 remedy=f"Give it at least {least} bytes, or a smaller batch.",
             )
+
+
+def _optimizer_does_not_fit(elsewhere: Elsewhere, budget: int) -> BudgetError:
+    least = elsewhere.optimizer_step
+    return BudgetError(
+        f"the optimizer's step needs {bytes_text(least)} ({least} bytes), more than the budget of "
+        f"{bytes_text(budget)}: parameters, gradients, {elsewhere.words}",
+        where="option 'memory_budget'",
+        remedy=f"Give it at least {least} bytes, or an optimizer with less state.",
+    )
 
 
 def wants_dumps(options: Options) -> bool:

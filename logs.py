@@ -23,7 +23,7 @@ from .errors import OptionError
 TOPICS = {
     "capture": "models captured, graph breaks, repeated modules",
     "passes": "each pass: time, ops before and after; +passes: what did not change too",
-    "plan": "plans made: steps, peak, time",
+    "plan": "plans made: steps, peak, time; processor time of each stage of planning",
     "solver": "solvers: value, bound and gap as they fall",
     "compile": "graphs compiled in torch.compile, and compiled again; regions, one of how many",
     "cascades": "cascades fused, and why others were not",

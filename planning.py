@@ -24,6 +24,7 @@ from .options import parse_bytes
 from .passes.dump import PassRecord
 from .plan_copies import with_copies
 from .plan_streams import MOST_STREAMS, with_streams
+from .stage_times import StageTimes
 from .summary import Summary, device_named, summarize
 
 if TYPE_CHECKING:
@@ -218,6 +219,7 @@ def plan_model(
     planner = _budget_planner(device, request.swap) if budgeted else None
     watch = _cascade_watch() if request.cascades else None
     fusion = _fusion(device, budgeted) if request.fuse else None
+    progress = times = StageTimes(progress)
     with progress("capture"):
         if captured is None:
             spec = spec or _load(request.model)
@@ -262,9 +264,10 @@ def plan_model(
                 curve = tuple(pareto_curve(planner, made))
         if request.memory_budget is not None:
             first: list[Plan] = [made]
-            captured, made = planner.plan(
-                captured, request.memory_budget, lambda each: first.pop() if first else make(each)
-            )
+            with progress("choice of activations"):
+                captured, made = planner.plan(
+                    captured, request.memory_budget, lambda each: first.pop() if first else make(each)
+                )
     _check_budget(made, request.memory_budget)
     made = msgspec.structs.replace(
         made,
@@ -287,6 +290,7 @@ def plan_model(
     made = with_choices(made, choices)
     with progress("validate"):
         validate(made)
+    logger("plan").info("%s: processor time of %s", made.model, times.words)
     texts = {entry.name: print_graph(graph) for entry, graph in zip(made.graphs, graphs, strict=True)}
     return Planned(made, texts, tuple(manager.records), captured, choices, curve)
 

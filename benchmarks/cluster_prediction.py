@@ -7,6 +7,7 @@
   what vTrain reports of itself on all of its rows.
 - Megatron-LM's published cases (Korthikanti et al., Reducing activation recomputation in large transformer models,
   2022): nothing was fitted to them. Beside them the errors that the simulator Calculon reports (Isaev et al., 2023).
+- FSDP on H100 (``published_h100.py``): nothing was fitted to it either.
 
 Nothing is timed but the predictions themselves. Results go to ``benchmarks/results/cluster_prediction.json``.
 """
@@ -21,6 +22,7 @@ from typing import Any
 
 import common
 import numpy as np
+import published_h100
 from effcc.cost_model.devices import load_device
 from effcc.cost_model.parallel_training import fitting
 from effcc.cost_model.parallel_training.constants import packaged
@@ -124,9 +126,11 @@ def main() -> None:
         "seconds for eight predictions": round(seconds, 3),
     }  # fmt: skip
     common.show("Published cases, together", [summary])
+    h100 = published_h100.rows()
+    common.show("FSDP on H100, older kernels than are predicted", h100)
     if measured:
         about |= {"calibration": dict(packaged().provenance), "summary": summary}
-        common.keep("cluster_prediction", [*measured, *published], about)
+        common.keep("cluster_prediction", [*measured, *published, *h100], about)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ for each rank and an offset, which is all that a kernel needs of it.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Generic, Protocol, TypeAlias, TypeVar
 
 import sympy
@@ -20,6 +20,7 @@ from ..ir.types import Size, TensorType, contiguous_stride
 from ..passes.rewrite_cascade import Rewriting, rewrite
 from .cascade_kernel import TORCH_DTYPES, CascadeKernel, prepare_cascade
 from .tiles.errors import NotLowerable
+from .tiles.roles import Caches
 
 
 class Kernel(Protocol):
@@ -112,7 +113,21 @@ def prepare_fused(
 
     ``rewriting`` is ``rewrite(fused.cascade)`` if it is at hand; ``wide`` names tensors that must not be stored;
     ``bindings`` gives size symbols their values. Raises ``NotLowerable``."""
-    return prepare_with(prepare_cascade, fused, rewriting, wide=wide, bindings=bindings)
+    settings = schedule_settings(fused.schedule)
+    return prepare_with(prepare_cascade, fused, rewriting, wide=wide, bindings=bindings, **settings)
+
+
+def schedule_settings(schedule: Mapping[str, int]) -> dict[str, Any]:
+    """A chosen schedule as settings of ``prepare_cascade``; what it leaves open stays with the generator's rules."""
+    if not schedule:
+        return {}
+    tile = (schedule["rows"], schedule["streamed"]) if {"rows", "streamed"} <= schedule.keys() else None
+    parts = schedule.get("parts", 0)
+    return {
+        "caches": replace(Caches.of_this_machine(), tile=tile, parts=parts if parts > 1 else 0),
+        "crossing": bool(schedule.get("crossing", 1)),
+        "splitting": parts != 1,
+    }
 
 
 def prepare_with(

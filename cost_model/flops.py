@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from ..ir.graph import Argument, Node
+from .grouped_products import BACKWARD, GROUPED
 from .op_classes import ATTENTION_BACKWARD, ATTENTION_FORWARD, packet
 from .tensors import Tensor, TensorTable, evaluate
 
@@ -112,8 +113,10 @@ def _linear(call: Call) -> int:
 
 
 def _grouped(call: Call) -> int:
-    """``_grouped_mm``: each row of a ragged operand meets one group's matrix."""
+    """Each row of a ragged operand meets one group's matrix: of all groups together, whatever rows each has."""
     left, right = call.shape(0), call.shape(1)
+    if packet(call.node.op) in BACKWARD:  # of the rows and of the matrices
+        return 4 * left[0] * left[1] * right[2] if len(right) == 3 else 0
     if len(left) == 2 and len(right) == 3:
         return 2 * left[0] * left[1] * right[2]
     if len(left) == 3 and len(right) == 2:
@@ -218,7 +221,7 @@ FORMULAS: dict[str, Callable[[Call], int]] = {
     ),
     **dict.fromkeys(("aten.addmm", "aten.baddbmm", "aten.addbmm", "aten.addmv", "aten._addmm_activation"), _pair(1, 2)),
     **dict.fromkeys(("aten.linear", "mkldnn._linear_pointwise", "mkl._mkl_linear"), _linear),
-    **dict.fromkeys(("aten._grouped_mm", "aten._scaled_grouped_mm"), _grouped),
+    **dict.fromkeys(GROUPED, _grouped),
     **dict.fromkeys(("aten.addr", "aten.ger", "aten.outer"), _outer),
     **dict.fromkeys(
         (

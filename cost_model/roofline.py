@@ -21,10 +21,11 @@ from .devices import Device, GemmMeasurement
 from .flops import Call, contraction_flop, executed_fraction
 from .fusion import Kernel, group_kernels
 from .generated_loops import Nest, issued_seconds
+from .grouped_products import GROUPED, LOOPS, grouped_shapes
 from .kernel_seconds import learned_seconds
 from .op_additions import added_seconds
 from .op_classes import kind_of, packet
-from .product_cost import chosen_library, timed_product
+from .product_cost import chosen_library, laws_of, timed_product
 from .storages import StorageTable, storage_table
 from .tensors import Bindings, Tensor, TensorTable, called, evaluate
 
@@ -47,6 +48,8 @@ FREE = Cost()
 _FLOP_PER_ELEMENT = {**dict.fromkeys(op_classes.SOFTMAX, 5), **dict.fromkeys(op_classes.NORM, 7)}
 #: Buffers of so many bytes come fresh from the system each time: the C library gives them back when they are freed.
 FRESH = 8 << 20
+#: Calls of a group's turn in a loop of products: its rows, its matrix, its place in the result, the product, the loop.
+TURN = 5
 #: Tile of a GPU matrix product and the least depth worth splitting over idle units.
 _TILE_ROWS, _TILE_COLUMNS, _SPLIT_DEPTH = 128, 128, 256
 
@@ -167,12 +170,14 @@ def _kernel_cost(
     if kind == "gemm" and len(nodes) == 1:
         compute = gemm_seconds(*shape, dtype, device, executed)
     elif matmul:
-        compute = executed / (device.matrix_rate(dtype) * device.efficiency_of(kind))
+        grouped = packet(nodes[0].op) in GROUPED
+        compute = executed / (device.matrix_rate(dtype) * device.efficiency_of("gemm" if grouped else kind))
     else:
         compute = 0.0
     compute += other / device.vector_rate(dtype)
     memory = moved / bandwidth(moved, kind, device)
-    launch = device.launch.value
+    calls = sum(shape[0] for shape in grouped_shapes(nodes[0], table)) if packet(nodes[0].op) in LOOPS else 1
+    launch = device.launch.value * max(1, calls)
     bound = "launch" if launch >= max(compute, memory) else "compute" if compute >= memory else "memory"
     learned = learned_seconds(nodes[0], shape, table, device) if len(nodes) == 1 else None
     seconds = learned.seconds if learned is not None else max(compute, memory)
@@ -192,7 +197,9 @@ def _calibrated_cost(
         matmul += contraction
         other += _vector_flop(node, table)
         compute += added_seconds(node, table, device.added)
-        if contraction and kind_of(node.op) == "gemm":
+        if shapes := grouped_shapes(node, table):
+            product += grouped_seconds(shapes, dtype, device)
+        elif contraction and kind_of(node.op) == "gemm":
             product += product_seconds(node, dtype, table, device)
         elif contraction:
             work = contraction * executed_fraction(node, table)
@@ -245,6 +252,18 @@ def product_seconds(node: Node, dtype: str, table: TensorTable, device: Device) 
     if packet(node.op) in ("aten.addmm", "aten.baddbmm") and library == "blas":
         result = sum(tensor.bytes for tensor in table.of(node.name))
         seconds += 3 * result / bandwidth(3 * result, "memory", device)
+    return seconds
+
+
+def grouped_seconds(shapes: Sequence[tuple[int, int, int, int]], dtype: str, device: Device) -> float:
+    """Grouped products on a calibrated CPU: a loop of calls, for each result is filled with zeros first."""
+    seconds = 0.0
+    for groups, m, k, n in shapes:
+        law = laws_of(device, dtype).get("blas")
+        one = law.seconds(1, m, k, n) if law is not None else gemm_seconds(1, m, k, n, dtype, device)
+        zeros = groups * m * n * 4
+        seconds += groups * (one + TURN * (device.library_call or device.launch).value)
+        seconds += zeros / bandwidth(zeros, "", device)
     return seconds
 
 

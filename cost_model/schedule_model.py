@@ -8,6 +8,7 @@ Variables
     peak >= 0        bytes held at once
 Constraints
     sum of x[w] over the ways of c = 1                          each choice is made
+    x[first way of c] = 1 - sum of x[w] over the ways of another choice that c is a part of      c is not made without
     sum of x[w] over the ways that take op o <= 1               no op is in two kernels: where kernels begin and end
     sum of x[w] over a set of ways that wait for each other in a circle <= its size - 1    added when such a set is met
     held[t] + sum of bytes[w] x[w] over the ways that hold them at t <= peak;  peak <= limit
@@ -60,13 +61,23 @@ class Way:
 
 
 @dataclass(frozen=True)
+class Part:
+    """A choice is made only if choice number ``choice`` takes way ``way``."""
+
+    choice: int
+    way: int
+
+
+@dataclass(frozen=True)
 class Choice:
     """``ways``: the first is what is done if nothing is decided. ``like``: choices with the same name and as many ways
-    are made alike."""
+    are made alike. ``part``: of an earlier choice's way; then the first way stands for the choice not being made, and
+    the others' seconds, which may be below zero, are what they change of that way's."""
 
     subject: str
     ways: tuple[Way, ...]
     like: str = ""
+    part: Part | None = None
 
 
 @dataclass(frozen=True)
@@ -160,7 +171,7 @@ def greedy(problem: ScheduleProblem, circle: Circle = no_circles) -> list[int]:
         (choice.ways[0].price - way.price, number, index)
         for number, choice in enumerate(problem.choices)
         for index, way in enumerate(choice.ways)
-        if index and way.price < choice.ways[0].price
+        if index and choice.part is None and way.price < choice.ways[0].price
     ]
     used: dict[int, frozenset[str]] = {}
     for _, number, index in sorted(offers, key=lambda offer: (-offer[0], offer[1], offer[2])):
@@ -172,7 +183,27 @@ def greedy(problem: ScheduleProblem, circle: Circle = no_circles) -> list[int]:
             taken[number] = 0
         else:
             used[number] = takes
+    taken = with_parts(problem, taken)
     return taken if problem.limit is None else _within(problem, taken, circle)
+
+
+def made(problem: ScheduleProblem, taken: Sequence[int], number: int) -> bool:
+    """Whether a choice is to be made: always, but for a part of a way that is not taken."""
+    part = problem.choices[number].part
+    return part is None or taken[part.choice] == part.way
+
+
+def with_parts(problem: ScheduleProblem, taken: Sequence[int]) -> list[int]:
+    """Choices that are parts, made where they are to be: as they were, else at the least price."""
+    found = list(taken)
+    for number, choice in enumerate(problem.choices):
+        if choice.part is None:
+            continue
+        if not made(problem, found, number):
+            found[number] = 0
+        elif not found[number]:
+            found[number] = min(range(1, len(choice.ways)), key=lambda index: choice.ways[index].price)
+    return found
 
 
 def _within(problem: ScheduleProblem, taken: list[int], circle: Circle) -> list[int]:
@@ -183,14 +214,16 @@ def _within(problem: ScheduleProblem, taken: list[int], circle: Circle) -> list[
         best: tuple[float, int, int] | None = None
         for number, choice in enumerate(problem.choices):
             for index in range(len(choice.ways)):
-                tried = [*taken[:number], index, *taken[number + 1 :]]
+                if choice.part is not None and (not index or not made(problem, taken, number)):
+                    continue
+                tried = with_parts(problem, [*taken[:number], index, *taken[number + 1 :]])
                 less = peak - peak_of(problem, tried)
                 if less > 0 and not overlapping(problem, tried) and not circle(tried):
                     price = (seconds_of(problem, tried) - seconds) / less
                     best = min(best or (price, number, index), (price, number, index))
         if best is None:
             return taken
-        taken = [*taken[: best[1]], best[2], *taken[best[1] + 1 :]]
+        taken = with_parts(problem, [*taken[: best[1]], best[2], *taken[best[1] + 1 :]])
         peak, seconds = peak_of(problem, taken), seconds_of(problem, taken)
     return taken
 
@@ -208,6 +241,8 @@ def _solved(problem: ScheduleProblem, circle: Circle, given: ScheduleAnswer) -> 
             continue
         row = [model.new_bool_var(f"x[{number},{index}]") for index in range(len(choice.ways))]
         model.add_exactly_one(row)
+        if choice.part is not None:
+            model.add(row[0] + x[choice.part.choice][choice.part.way] == 1)
         x.append(row)
         if choice.like:
             alike[key] = row
@@ -249,9 +284,9 @@ def _solved(problem: ScheduleProblem, circle: Circle, given: ScheduleAnswer) -> 
         closed = circle(taken)
         if not closed:
             found = answer_of(problem, taken, max(bound, given.bound), circles)
-            if (not found.fits, found.seconds if given.fits else found.peak) <= (
-                not best.fits, best.seconds if given.fits else best.peak,
-            ):  # fmt: skip
+            value, known = (found.seconds, best.seconds) if given.fits else (found.peak, best.peak)
+            # Sums of the same seconds in another order differ in their last digits.
+            if (not found.fits, value - TICK) <= (not best.fits, known):
                 best = found
             if best.fits and not given.fits:  # something fits after all: now the fastest of it
                 return _solved(problem, circle, replace(best, bound=given.bound))

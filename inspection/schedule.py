@@ -16,6 +16,7 @@ CHOICES = (
     "minimize sum of seconds[w] x[w]",
     "sum of x[w] over the ways of one choice = 1         as written, one kernel, in chunks, beside others",
     "sum of x[w] over the ways that take one op <= 1     where kernels begin and end",
+    "x[not made] + x[w] = 1 for a kernel's variants      tiles, parts, one or two: chosen where way w makes the kernel",
     "no ways that wait for each other in a circle",
     "held[t] + sum of bytes[w] x[w] held at t <= peak <= limit",
 )
@@ -31,7 +32,7 @@ MODEL = (
 
 
 #: Kinds of decisions that it makes.
-CHOSEN = ("fusion", "candidates", "streams")
+CHOSEN = ("fusion", "kernel", "candidates", "streams")
 
 
 def figures(plan: Plan) -> dict[str, Any]:

@@ -48,7 +48,9 @@ class FusedCascade:
     writes; a kernel computes in float32 or better whatever they are. ``wide`` are tensors that a kernel never stores.
     ``thread_bytes`` and ``shared_bytes``: what its kernel holds while it runs, for each thread and once; 0 where it has
     not been generated. ``chunks``: rank -> coordinates at a time, where a library computes the cascade as it is
-    written, in chunks of independent rows; then the wide tensors are stored for one chunk.
+    written, in chunks of independent rows; then the wide tensors are stored for one chunk. ``schedule``: what was
+    chosen of the kernel on a CPU where its generator has rules of its own: ``rows`` and ``streamed``, the tile's
+    lengths; ``parts`` of the streamed rank, 1 for one loop; ``crossing`` 0 for a kernel for each direction.
     """
 
     cascade: Cascade
@@ -62,3 +64,4 @@ class FusedCascade:
     thread_bytes: int = 0
     shared_bytes: int = 0
     chunks: Mapping[str, int] = field(default_factory=dict)
+    schedule: Mapping[str, int] = field(default_factory=dict)

@@ -15,7 +15,7 @@
 
 ``input 0`` says which element of operand 0 (written ``X``) a tensor's element is, after the sizes of its ranks.
 ``workspace`` has the bytes that the kernel holds for each thread, and once. ``chunk m 4`` says that a library computes
-the cascade as written, 4 coordinates of m at a time.
+the cascade as written, 4 coordinates of m at a time. ``schedule rows 64`` is a figure that was chosen for the kernel.
 """
 
 from __future__ import annotations
@@ -56,6 +56,8 @@ def fused_cascade_lines(name: str, fused: FusedCascade) -> Iterator[str]:
         yield f"  workspace {fused.thread_bytes} {fused.shared_bytes}"
     for rank, size in fused.chunks.items():
         yield f"  chunk {rank} {size}"
+    for name, number in fused.schedule.items():
+        yield f"  schedule {name} {number}"
     for einsum in fused.cascade.einsums:
         yield f"  {quote(print_einsum(einsum))}"
     yield "}"
@@ -85,6 +87,7 @@ def read_fused_cascade(
     wide: list[str] = []
     workspace = (0, 0)
     chunks: dict[str, int] = {}
+    schedule: dict[str, int] = {}
     lines: list[str] = []
     while not scanner.take("}"):
         start = scanner.skip()
@@ -106,14 +109,28 @@ def read_fused_cascade(
         elif scanner.word("chunk"):
             rank = word()
             chunks[rank] = count()
+        elif scanner.word("schedule"):
+            figure = word()
+            schedule[figure] = count()
         elif (line := scanner.string()) is not None:
             lines.append(line)
         else:
-            expected = "'size', 'input', 'output', 'type', 'wide', 'workspace', 'chunk', an Einsum in quotes or '}'"
+            words = "'size', 'input', 'output', 'type', 'wide', 'workspace', 'chunk', 'schedule'"
+            expected = f"{words}, an Einsum in quotes or '}}'"
             scanner.fail(f"expected {expected}", start)
     cascade = _parsed(scanner, "\n".join(lines))
     return FusedCascade(
-        cascade, sizes, operands, results, tuple(inputs), tuple(outputs), dtypes, tuple(wide), *workspace, chunks
+        cascade,
+        sizes,
+        operands,
+        results,
+        tuple(inputs),
+        tuple(outputs),
+        dtypes,
+        tuple(wide),
+        *workspace,
+        chunks,
+        schedule,
     )
 
 

@@ -6,6 +6,7 @@ not verified here; ``verifier.verify`` does that.
 
 from __future__ import annotations
 
+import functools
 import re
 from dataclasses import replace
 from typing import Any
@@ -41,8 +42,10 @@ def parse_graph(text: str, source: str = "") -> Graph:
     return graph
 
 
+@functools.lru_cache(maxsize=512)
 def parse_fused_cascade(text: str) -> FusedCascade:
-    """A fused cascade by itself, as ``fused_cascade_lines`` writes it. Raises ``ParseError``."""
+    """A fused cascade by itself, as ``fused_cascade_lines`` writes it: one object for one text, for equal layers and
+    all graphs that are made of a model name the same texts. Raises ``ParseError``."""
     parser = _Parser(text)
     if not parser.scanner.word("cascade"):
         parser.scanner.fail("expected 'cascade @name'")

@@ -136,17 +136,21 @@ class _Checker:
             loose = {s for s in outside if not self.is_point(s)}
             if loose:
                 raise self.fail(item, f"rank {min(s.name for s in loose)} is neither kept, reduced nor one number here")
-        if set(reduced) & ranks_of(item.target):
-            raise self.fail(item, "a rank is both kept and reduced")
-        for s in reduced:
-            if s in self.before and not (item.accumulate and name in self.before[s]):
-                raise self.fail(item, f"only tiles of {s}, which are independent here, are summed up")
+        if isinstance(item, Reduce | Dot):
+            self.reduction(item, name)
         if isinstance(item, Dot):
             self.product(item)
         if isinstance(item, Load) and tensor_name(item.source) not in self.tensors:
             raise self.fail(item, f"{tensor_name(item.source)} is no tensor in memory")
         if isinstance(item, MAKERS):
             known[name] = tuple(item.target.args)
+
+    def reduction(self, item: Reduce | Dot, name: str) -> None:
+        if set(item.reduced) & ranks_of(item.target):
+            raise self.fail(item, "a rank is both kept and reduced")
+        for s in item.reduced:
+            if s in self.before and not (item.accumulate and name in self.before[s]):
+                raise self.fail(item, f"only tiles of {s}, which are independent here, are reduced")
 
     def target(self, item: Statement, name: str, known: dict[str, tuple[sympy.Symbol, ...]]) -> None:
         assert isinstance(item, MAKERS)

@@ -8,9 +8,11 @@ import effcc
 import pytest
 import torch
 from effcc.errors import BudgetError
+from effcc.formatting import bytes_text
 from effcc.ir.plan_validator import problems
 from effcc.passes.activation.host_link import HostLink
 from effcc.planning import Planned, PlanRequest, plan_model
+from effcc.summary import live_use
 from models import Tower
 
 INPUTS = (torch.ones(512, 32),)
@@ -56,6 +58,24 @@ def test_an_impossible_budget_names_a_floor_that_works() -> None:
     floor = int(text.split("The least budget that works is ")[1].split()[0])
     assert "No choice of what is kept gets below" in text
     assert planned("h200", floor).plan.peak["device"] <= floor
+
+
+def test_where_the_optimizer_needs_most_its_step_is_the_least() -> None:
+    # Keeping all needs more than the optimizer's step, and the smallest choice needs less.
+    def planned_wide(budget: int) -> Planned:
+        model, given = Tower(width=128, depth=4), (torch.ones(256, 128),)
+        return effcc.plan(model, given, train=True, optimizer="adamw", device="h200", memory_budget=budget)
+
+    plain = planned_wide(1 << 40).plan
+    step = [step.id for step in plain.steps if step.phase == "optimizer"]
+    use = live_use(plain)[step[0]]
+    assert use < plain.peak["device"]
+    with pytest.raises(BudgetError, match="the optimizer's step needs") as caught:
+        planned_wide(use // 2)
+    floor = int(str(caught.value).split("The least budget that works is ")[1].split()[0])
+    assert floor == use
+    assert f"gets below {bytes_text(use)}" in str(caught.value)
+    assert planned_wide(floor).plan.peak["device"] == floor
 
 
 def test_time_against_memory_falls() -> None:

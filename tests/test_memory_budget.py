@@ -177,6 +177,23 @@ def test_an_optimizer_that_does_not_fit_is_named() -> None:
     with pytest.raises(Exception, match="the optimizer's step needs") as caught:
         step_of(model, inputs, state, optimizer)()
     assert "optimizer state" in str(caught.value)
+    # What is named works, and nothing less does.
+    least = floor_in(caught.value)
+    assert least > state
+    step_of(model, inputs, least, optimizer)()
+
+
+def test_the_least_counts_the_graph_where_the_optimizer_alone_is_too_much() -> None:
+    model, inputs = tower()
+    graph = floor_in(refused(model, inputs, 1 << 14))
+    optimizer = torch.optim.AdamW(model.parameters())
+    state = 2 * sum(p.nbytes for p in model.parameters())
+    with pytest.raises(Exception, match="the step needs") as caught:
+        step_of(model, inputs, 1 << 14, optimizer)()
+    least = floor_in(caught.value)
+    assert least >= graph + state
+    assert "No choice of what is kept gets below" in str(caught.value)
+    step_of(model, inputs, least, optimizer)()
 
 
 def test_the_error_names_what_holds_the_floor() -> None:

@@ -8,16 +8,19 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import effcc
 import pytest
 import torch
-from effcc import torch_internals
+from effcc import activation_planner, torch_internals
 from effcc.budget_planning import BudgetPlanner
 from effcc.joint_split import prefetches, split_saving
 from effcc.passes.activation.candidates import Candidate, evaluate
+from effcc.passes.activation.host_link import HostLink
 from effcc.passes.activation.search import ActivationSearch
 from effcc.runtime import host_tier
 from effcc.summary import device_named
 from models import Tower
+from test_memory_budget import measured_peak
 from torch import nn
 from torch.testing import assert_close
 
@@ -203,3 +206,54 @@ def test_chains_with_products_and_norms(quarters: int) -> None:
     names = {node.name for node in backward.graph.find_nodes(op="placeholder")}
     assert chosen.simulation.portions, "rows of the chains run again"
     assert len(names) > len(chosen.shares)
+
+
+def step_with_options(
+    model: nn.Module, inputs: dict[str, torch.Tensor], options: dict[str, Any]
+) -> Callable[[], torch.Tensor]:
+    torch._dynamo.reset()
+    effcc.reset_reports()
+    compiled = torch.compile(model, backend="effcc", options={"cascades": False, **options})
+
+    def step() -> torch.Tensor:
+        model.zero_grad(set_to_none=True)
+        loss = compiled(**inputs).square().mean()
+        loss.backward()
+        return loss.detach()
+
+    return step
+
+
+def test_the_planner_splits_by_itself_where_the_host_has_little_room(
+    monkeypatch: pytest.MonkeyPatch, swap_directory: Path
+) -> None:
+    """A disk so fast that all would be swapped, with room for a part, and products that are dear to compute again: the
+    master problem takes shares of tokens."""
+    torch.manual_seed(0)
+    model, inputs = Tower(width=256, depth=4), {"x": torch.randn(512, 256)}
+    exact = copy.deepcopy(model).double()
+    exact(inputs["x"].double()).square().mean().backward()
+    wanted = {name: p.grad for name, p in exact.named_parameters()}
+
+    def step_with(room: int, budget: int | None) -> Callable[[], torch.Tensor]:
+        fast = HostLink(out=1e15, back=1e15, latency=1e-12, capacity=room, overlapped=False)
+        monkeypatch.setattr(activation_planner, "host_link", lambda device: fast)
+        options = {} if budget is None else {"memory_budget": budget, "swap": True, "swap_dir": str(swap_directory)}
+        return step_with_options(model, inputs, options)
+
+    plain = measured_peak(model, inputs, step_with(0, None))
+    budget = int(0.7 * plain)
+    room = 3 << 20
+    step = step_with(room, budget)
+    step()
+    choice = effcc.reports()[-1].activation
+    assert choice is not None and choice.shares, "nothing was split"
+    assert 0 < choice.swapped_bytes <= room
+    assert any("/4 of" in row.fate for row in choice.rows)
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None
+        assert_close(
+            parameter.grad.double(), wanted[name], rtol=1e-4, atol=1e-6, msg=lambda text, n=name: f"{n}: {text}"
+        )
+    assert measured_peak(model, inputs, step) <= budget
+    assert list(swap_directory.iterdir()) == []

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import sympy
 from sympy.core.function import AppliedUndef
@@ -21,7 +21,8 @@ from ...ir.cascade import (
     tensor_name,
 )
 from .frame import Frame
-from .names import inside, integer, pointer, size_name, stride, tensor
+from .lookups import Found, LookedUp
+from .names import inside, integer, origin, pointer, size_name, stride, tensor
 
 _COMPARISON_TEXT = {cls: text for text, cls in COMPARISONS.items()}
 _FUNCTIONS = {
@@ -36,6 +37,9 @@ _FUNCTIONS = {
     Minimum: "at::vec::minimum({0}, {1})",
 }
 
+#: Tables up to this size are looked up in registers.
+_SHORT_TABLE = 32
+
 
 class Emitter:
     """``before[k]`` are the lines at the start of the body inside k loops; values are written there once and named."""
@@ -45,6 +49,8 @@ class Emitter:
     ) -> None:
         self.frame, self.loops, self.vector, self.before = frame, tuple(loops), vector, before
         self.known: dict[tuple[sympy.Expr, bool], str] = {}
+        #: (what is looked up, at which rank) -> the short table that holds it.
+        self.tables: dict[tuple[sympy.Expr, sympy.Symbol], str] = {}
 
     # Places -----------------------------------------------------------------------------------------------------------
 
@@ -86,6 +92,8 @@ class Emitter:
         if type(e) in _COMPARISON_TEXT:
             left, right = (self.value(side) for side in e.args)
             text = f"{left} {_COMPARISON_TEXT[type(e)]} {right}"
+        elif isinstance(e, Found):
+            text = f"within({self.value(e.args[1])}, {', '.join(self.stretch(e.args[0]))})"
         elif e.is_Mul and all(_is_condition(part) for part in e.args):
             text = " & ".join(self.condition(part) for part in e.args)
         elif isinstance(e, Maximum) and all(_is_condition(part) for part in e.args):
@@ -97,6 +105,8 @@ class Emitter:
     def _text(self, e: sympy.Expr) -> str:
         if isinstance(e, AppliedUndef):
             return self.read(e)
+        if isinstance(e, LookedUp):
+            return self._looked_up(*e.args)
         if e.is_Symbol:
             return self._symbol(e)
         if e.is_Add:
@@ -107,7 +117,7 @@ class Emitter:
             return self._power(*e.args)
         if isinstance(e, Where):
             return f"choose({self.condition(e.args[0])}, {self.value(e.args[1])}, {self.value(e.args[2])})"
-        if type(e) in _COMPARISON_TEXT:
+        if type(e) in _COMPARISON_TEXT or isinstance(e, Found):
             return f"number({self.condition(e)})"
         return _FUNCTIONS[e.func].format(*(self.value(argument) for argument in e.args))
 
@@ -173,25 +183,76 @@ class Emitter:
 
     def address(self, item: AppliedUndef, in_memory: bool) -> tuple[str, str]:
         """(pointer to the element at the start of a vector, elements between its lanes)."""
-        name = tensor_name(item)
         coordinates = {s: self.frame.coordinate(s) for s in ranks_of(item)}
+        return self._pointer(item, in_memory, coordinates, {}), self._along(item, in_memory, self.vector)
+
+    def place(self, item: AppliedUndef, rank: sympy.Symbol, in_memory: bool) -> tuple[str, str, str]:
+        """(pointer to the element at the tile's first coordinate of a rank, elements between lanes, elements between
+        the rank's coordinates)."""
+        first, _ = self.stretch(rank)
+        coordinates = {s: self.frame.coordinate(s) for s in ranks_of(item)} | {rank: first}
+        within = {rank: first if self.frame.is_part(tensor_name(item), rank) else "0"} if not in_memory else {}
+        lanes = self._along(item, in_memory, self.vector) if self.vector != rank else "0"
+        return self._pointer(item, in_memory, coordinates, within), lanes, self._along(item, in_memory, rank)
+
+    def stretch(self, rank: sympy.Symbol) -> tuple[str, str]:
+        """(first coordinate, number of coordinates) of a rank's tile."""
+        return origin(rank) if rank in self.frame.walked else "0", self.frame.length(rank)
+
+    def _pointer(
+        self,
+        item: AppliedUndef,
+        in_memory: bool,
+        coordinates: Mapping[sympy.Symbol, str],
+        within: Mapping[sympy.Symbol, str],
+    ) -> str:
+        """``within``: coordinates in a value, where they are not those of the loops."""
+        name = tensor_name(item)
+        terms = []
         if not in_memory and name in self.frame.values:
-            terms = []
             for rank, step in zip(self.frame.values[name], self.frame.strides(name), strict=True):
                 i = self.frame.coordinate(rank) if self.frame.is_part(name, rank) else inside(rank)
+                i = within.get(rank, i)
                 terms.append(i if step == "1" else f"{i} * ({step})")
-            along = dict(zip(self.frame.values[name], self.frame.strides(name), strict=True)).get(self.vector, "0")
-            return " + ".join([pointer(name), *terms]), f"({along})" if along not in ("0", "1") else along
-        terms, along = [], []
-        unit = self.frame.tensors[name].unit
+            return " + ".join([pointer(name), *terms])
         for position, index in enumerate(item.args):
-            step = "1" if position == unit else stride(name, position)
+            step = self._step(name, position)
             at = integer(index, coordinates)
             terms.append(at if step == "1" else f"{at} * {step}")
-            if self.vector is not None and self.vector in ranks_of(index):
-                slope = integer(sympy.expand(index).coeff(self.vector), coordinates)
-                along.append(step if slope == "1" else slope if step == "1" else f"{slope} * {step}")
-        return " + ".join([tensor(name), *terms]), f"({' + '.join(along)})" if len(along) != 1 else along[0]
+        return " + ".join([tensor(name), *terms])
+
+    def _along(self, item: AppliedUndef, in_memory: bool, rank: sympy.Symbol | None) -> str:
+        """Elements between neighbouring coordinates of a rank."""
+        name = tensor_name(item)
+        if not in_memory and name in self.frame.values:
+            along = dict(zip(self.frame.values[name], self.frame.strides(name), strict=True)).get(rank, "0")
+            return f"({along})" if along not in ("0", "1") else along
+        found = []
+        for position, index in enumerate(item.args):
+            if rank is not None and rank in ranks_of(index):
+                step, slope = self._step(name, position), integer(sympy.expand(index).coeff(rank), {})
+                found.append(step if slope == "1" else slope if step == "1" else f"{slope} * {step}")
+        return found[0] if len(found) == 1 else f"({' + '.join(found) or '0'})"
+
+    def _step(self, name: str, position: int) -> str:
+        return "1" if position == self.frame.tensors[name].unit else stride(name, position)
+
+    def _looked_up(self, item: AppliedUndef, rank: sympy.Symbol, index: sympy.Expr) -> str:
+        at, along, step = self.place(item, rank, not self.frame.is_value(item))
+        stretch = ", ".join(self.stretch(rank))
+        where = f"{self.value(index)}, {stretch}"
+        others = ranks_of(item) - {rank}
+        if self.vector not in others and (self.frame.steps.get(rank) or self.frame.size(rank)) <= _SHORT_TABLE:
+            if (item, rank) not in self.tables:
+                name = self.tables[item, rank] = f"table_{len(self.tables)}"
+                depth = max([self.loops.index(s) + 1 for s in others if s in self.loops], default=0)
+                self.before[depth].append(f"const ShortTable {name}({at}, {step}, {self.stretch(rank)[1]});")
+            return f"{self.tables[item, rank]}.at({where})"
+        if self.vector is None or self.vector not in ranks_of(index) | others:
+            return f"looked_up<true>({at}, {step}, 0, {where}, VL)"
+        if self.vector not in ranks_of(index) and along == "1":
+            return f"looked_up_row<full>({at}, {step}, {where}, w)"
+        return f"looked_up<full>({at}, {step}, {along}, {where}, w)"
 
     def read(self, item: AppliedUndef) -> str:
         name = tensor_name(item)
@@ -202,8 +263,15 @@ class Emitter:
         if self.vector is None or self.vector not in ranks_of(item):
             return f"Vec(static_cast<scalar_t>(*({at})))"
         if step == "1":
-            return f"load<full>({at}, w)"
+            ahead = self._along(item, not value, self._row) if not value and self._row is not None else "0"
+            return f"load<full>({at}, w)" if ahead == "(0)" or ahead == "0" else f"load_ahead<full>({at}, {ahead}, w)"
         return f"lanes_of<full>(w, [&](int64_t k) {{ return ({at})[k * {step}]; }})"
+
+    @property
+    def _row(self) -> sympy.Symbol | None:
+        """The loop around the one along vectors."""
+        at = self.loops.index(self.vector) if self.vector in self.loops else 0
+        return self.loops[at - 1] if at else None
 
     def _checked(self, item: AppliedUndef) -> str:
         """Reading outside the tensor gives NaN."""
@@ -225,7 +293,7 @@ class Emitter:
 
 
 def _is_condition(e: sympy.Expr) -> bool:
-    if type(e) in _COMPARISON_TEXT:
+    if type(e) in _COMPARISON_TEXT or isinstance(e, Found):
         return True
     return (e.is_Mul or isinstance(e, Maximum)) and all(_is_condition(part) for part in e.args)
 

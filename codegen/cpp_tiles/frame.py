@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import sympy
 
 from ...ir.cascade import accesses, tensor_name
-from ...ir.tile import MAKERS, Cases, Loop, Map, Statement
+from ...ir.tile import MAKERS, Cases, Loop, Map, Statement, expressions, walk
 from ..tiles.facts import Facts, read_by
 from .names import count, inside, origin, pointer, size_name
 
@@ -25,10 +26,17 @@ class Frame(Facts):
     #: of it.
     walked: set[sympy.Symbol] = field(default_factory=set)
     made_in: dict[str, frozenset[sympy.Symbol]] = field(default_factory=dict)
+    #: Value -> statements that make or change it, and that read it.
+    makers: Counter[str] = field(default_factory=Counter)
+    readers: Counter[str] = field(default_factory=Counter)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self._note_scopes(self.program.body, frozenset())
+        for item in walk(self.program.body):
+            if isinstance(item, MAKERS):
+                self.makers[tensor_name(item.target)] += 1
+            self.readers.update({tensor_name(each) for e in expressions(item) for each in accesses(e)})
 
     def _note_scopes(self, body: Sequence[Statement], walked: frozenset[sympy.Symbol]) -> None:
         for item in body:

@@ -75,6 +75,14 @@ inline Vec load(const T* from, int64_t width) {
   }
 }
 
+// The same of a row of a tile, the next of which is so many elements on: the fourth from here is fetched meanwhile.
+template <bool full, typename T>
+inline Vec load_ahead(const T* from, int64_t next, int64_t width) {
+  const char* ahead = reinterpret_cast<const char*>(from + 4 * next);
+  for (size_t line = 0; line < VL * sizeof(T); line += 64) __builtin_prefetch(ahead + line);
+  return load<full>(from, width);
+}
+
 template <bool full, typename T>
 inline void store(T* to, Vec value, int64_t width) {
   if constexpr (std::is_same_v<T, scalar_t>) {

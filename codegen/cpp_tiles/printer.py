@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import sympy
 from sympy.core.function import AppliedUndef
@@ -23,6 +23,7 @@ from ...ir.tile import (
     Loop,
     Map,
     Program,
+    Reduce,
     Skip,
     State,
     Statement,
@@ -31,9 +32,12 @@ from ...ir.tile import (
 from ..tiles.facts import around_the_grid, changed_by, comparison_text, sizes_of
 from .bounds import Ends, base, bound, loop_ends
 from .frame import Frame, reused
+from .lookups import without_search
 from .names import CPP_TYPES, count, indented, inside, origin, pointer, size_name, stride, tensor
-from .nest import NestWriter, groups
+from .nest import Elementwise, NestWriter, groups
+from .order import products_first
 from .prelude import INCLUDES, PRELUDE
+from .table_prelude import TABLES
 
 #: Stands for the function's name, which its text decides.
 _NAME = "KERNEL_NAME"
@@ -75,6 +79,7 @@ def print_source(functions: Iterable[Function], brgemm: bool = True) -> str:
             f"namespace effcc_{compute} {{",
             f"namespace {{\nusing scalar_t = {CPP_TYPES[compute]};",
             PRELUDE,
+            TABLES,
             "}  // namespace",
             *(function.text for function in members.values()),
             f"}}  // namespace effcc_{compute}",
@@ -84,8 +89,8 @@ def print_source(functions: Iterable[Function], brgemm: bool = True) -> str:
 
 class _ProgramWriter:
     def __init__(self, program: Program, sizes: Mapping[str, int], shapes: Mapping[str, Sequence[int]]) -> None:
-        self.program = program
         self.frame = Frame(program, sizes, shapes)
+        self.program = self.frame.program = replace(program, body=products_first(program.body, self._is_turned))
         self.item_bytes = 8 if program.compute == "f64" else 4
         self.scratch = 0
         self.sizes = sizes_of(program)
@@ -201,10 +206,10 @@ class _ProgramWriter:
 
     def _body(self, body: Sequence[Statement]) -> list[str]:
         lines: list[str] = []
-        waiting: list[Statement] = []
+        waiting: list[Elementwise] = []
 
         def flush() -> None:
-            for shape, items in groups(waiting, self.frame):  # type: ignore[arg-type]
+            for shape, items in groups(waiting, self.frame):
                 lines.extend(["{", *indented(NestWriter(self.frame, shape, items).lines()), "}"])
             waiting.clear()
 
@@ -218,6 +223,8 @@ class _ProgramWriter:
             elif isinstance(item, Loop | Cases | Skip | Dot):
                 flush()
                 lines += self._compound(item)
+            elif isinstance(item, Reduce):
+                waiting += without_search(item, self.frame)
             else:
                 waiting.append(item)
         flush()

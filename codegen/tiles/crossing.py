@@ -2,12 +2,14 @@
 
 Attention's gradients walk the same scores twice, once along the keys for the queries and once along the queries for the
 keys; a linear layer's walk the same logits. One kernel that goes through all tiles computes both, and each tile once.
+What sums over both ranks, such as the gradient of a bias that scores look up, is summed up in the same tiles.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import sympy
 
@@ -31,8 +33,41 @@ def cross(launches: Launches, kernels: list[Kernel], item_bytes: int) -> None:
                 continue
             both = crossed(launches, kernels, first, second)
             if both is not None and crossing_pays(both, launches.sizes, item_bytes):
-                kernels[max(kernels.index(first), kernels.index(second))] = both
-                kernels.remove(first if first in kernels else second)
+                _replace(kernels, first, second, both)
+    for kernel in list(kernels):
+        alone = over_both(launches, kernel)
+        if alone is None:
+            continue
+        for other in [each for each in kernels if each.crossed]:
+            whole = joined(kernels, other, alone, launches)
+            if whole is not None and crossing_pays(whole, launches.sizes, item_bytes):
+                _replace(kernels, kernel, other, whole)
+                break
+        else:
+            if crossing_pays(alone, launches.sizes, item_bytes):
+                kernels[kernels.index(kernel)] = alone
+
+
+def _replace(kernels: list[Kernel], first: Kernel, second: Kernel, both: Kernel) -> None:
+    kernels[max(kernels.index(first), kernels.index(second))] = both
+    kernels.remove(first if first in kernels else second)
+
+
+def over_both(launches: Launches, kernel: Kernel) -> Kernel | None:
+    """A kernel that sums over two ranks and keeps neither, as one that walks tiles of both."""
+    plain = all(
+        r.reduction == "sum" and not r.is_state and set(r.reduced) == set(kernel.streamed) for r in kernel.roots
+    )
+    if kernel.crossed or len(kernel.streamed) != 2 or kernel.finals or not plain or not kernel.inner:
+        return None
+    return replace(kernel, crossed=True)
+
+
+def joined(kernels: Sequence[Kernel], crossed: Kernel, alone: Kernel, launches: Launches) -> Kernel | None:
+    """One kernel for two that walk the same tiles of two ranks."""
+    if set(crossed.streamed) != set(alone.streamed) or not crossed.inner & alone.inner:
+        return None
+    return _both(kernels, crossed, alone, launches, crossed.streamed)
 
 
 def crossed(launches: Launches, kernels: Sequence[Kernel], first: Kernel, second: Kernel) -> Kernel | None:
@@ -50,16 +85,24 @@ def crossed(launches: Launches, kernels: Sequence[Kernel], first: Kernel, second
     ready = all(_is_ready(launches, launches.flow.values[name], both) for name in first.reads | second.reads)
     if first.finals or second.finals or not plain or not kept or not ready or not first.inner & second.inner:
         return None
+    return _both(kernels, first, second, launches, (outer, inner))
+
+
+def _both(
+    kernels: Sequence[Kernel], first: Kernel, second: Kernel, launches: Launches, streamed: tuple[sympy.Symbol, ...]
+) -> Kernel | None:
+    """Two kernels as one; None if one of them, or one between them, reads what the other stores."""
+    level, stored = max(first.level, second.level), first.stored | second.stored
     if first.reads & second.stored or second.reads & first.stored:
         return None
-    if any(k.level <= max(first.level, second.level) and k.reads & (first.stored | second.stored) for k in kernels):
+    if any(k.level <= level and k.reads & stored for k in kernels):
         return None
     return Kernel(
-        (outer, inner),
-        max(first.level, second.level),
+        streamed,
+        level,
         launches.ordered([*first.roots, *second.roots]),
         [],
-        first.stored | second.stored,
+        stored,
         first.inner | second.inner,
         first.anchor & second.anchor,
         first.reads | second.reads,
@@ -78,9 +121,9 @@ def crossing_pays(kernel: Kernel, sizes: Mapping[str, int], item_bytes: int) -> 
     """Whether the independent coordinates keep all threads busy, and what is kept whole is no burden."""
     roles = crossed_roles(kernel, sizes, Caches(), item_bytes)
     blocks = math.prod(sizes[s.name] for s in roles.grid)
-    inner = kernel.streamed[1]
+    outer = kernel.streamed[0]
     whole = sum(
-        math.prod(sizes[s.name] for s in r.indices if s not in roles.grid) for r in kernel.roots if inner in r.indices
+        math.prod(sizes[s.name] for s in r.indices if s not in roles.grid) for r in kernel.roots if outer in r.reduced
     )
     if roles.workers:
         blocks = -(-sizes[kernel.streamed[0].name] // roles.steps[kernel.streamed[0]])

@@ -185,9 +185,9 @@ class _Lowering:
     def streaming(self) -> list[Statement]:
         streamed = frozenset(self.roles.streamed)
         raw = {root.name: self.launches.inline(root.body, streamed) for root in self.kernel.roots}
-        masks = [c for c in conditions(raw.values()) if self.is_known(c)]
+        masks = [c for c in conditions(raw.values()) if self.is_known(self.walked(c))]
         steps = self.version(raw)
-        certain = sympy.Mul(*(certain_part(c, self.roles.ranges, self.scans) for c in masks))
+        certain = sympy.Mul(*(certain_part(self.walked(c), self.roles.ranges, self.scans) for c in masks))
         if certain != 1:
             known = frozenset(sympy.Mul.make_args(certain))
             full = self.version({name: where_true(e, known) for name, e in raw.items()})
@@ -208,7 +208,7 @@ class _Lowering:
         throughout."""
         outer, inner = self.roles.streamed
         whole = [root for root in self.kernel.roots if outer in root.reduced]
-        short = [root for root in self.kernel.roots if inner in root.reduced]
+        short = [root for root in self.kernel.roots if outer not in root.reduced]
         body = (Loop(SEQUENTIAL, inner, self.roles.steps[inner], body),)
         body = (*state_statements(short, self.layout), *self.shared.outer, *body, *self.stores(short))
         body = (Loop(GRID if self.roles.workers else SEQUENTIAL, outer, self.roles.steps[outer], body),)
@@ -220,6 +220,12 @@ class _Lowering:
             for root in roots
             if root.name in self.kernel.stored
         ]
+
+    def walked(self, condition: sympy.Expr) -> sympy.Expr:
+        """The factors of a condition that say something of the ranks that loops walk, and of no others."""
+        parts = sympy.Mul.make_args(condition)
+        own = [part for part in parts if ranks_of(part) <= self.roles.steps.keys()]
+        return condition if len(own) == len(parts) else sympy.Mul(*own)
 
     def is_known(self, condition: sympy.Expr) -> bool:
         """Whether tile bounds can decide a condition; what it reads besides ranks must be in memory."""
@@ -237,7 +243,7 @@ class _Lowering:
         """What leaves out the tiles where the condition holds nowhere; None if they change something."""
         outside = {name: where_false(e, condition) for name, e in raw.items()}
         if all(self.vanishes(name, e) for name, e in outside.items()):
-            return Skip(condition)
+            return Skip(self.walked(condition))
         if not self.scans or (len(self.roles.streamed) > 1 and not self.kernel.crossed):
             return None
         exclusion = Exclusion(ranks_of(condition) | frozenset(self.roles.streamed))
@@ -247,7 +253,7 @@ class _Lowering:
             lowered = exclusion.of_maximum(e, own) if root.reduction == "max" else exclusion.of(e)
             if not self.vanishes(name, lowered):
                 return None
-        return self.unless_masked(condition, exclusion.above)
+        return self.unless_masked(self.walked(condition), exclusion.above)
 
     def unless_masked(self, condition: sympy.Expr, above: Mapping[AppliedUndef, sympy.Expr]) -> Skip | None:
         """A skip for a finite mask. A row's statistic that lies in memory says at once whether the row has anything

@@ -15,6 +15,7 @@ from sympy.core.function import AppliedUndef
 
 from ...ir.cascade import (
     COMPARISONS,
+    Equal,
     Maximum,
     Relu,
     Sigmoid,
@@ -73,8 +74,10 @@ def decidable(condition: sympy.Expr, ranges: frozenset[sympy.Symbol], scans: boo
 
 
 def certain_part(condition: sympy.Expr, ranges: frozenset[sympy.Symbol], scans: bool = False) -> sympy.Expr:
-    """The factors of a condition that bounds can prove true everywhere; 1 if there is none."""
+    """The factors of a condition that bounds can prove true everywhere; 1 if there is none. An equality with a rank's
+    coordinate never holds for a range of them."""
     parts = [part for part in sympy.Mul.make_args(condition) if decidable(part, ranges, scans)]
+    parts = [part for part in parts if not (isinstance(part, Equal) and ranges & set(part.args))]
     return sympy.Mul(*parts, evaluate=False) if len(parts) > 1 else (parts[0] if parts else sympy.Integer(1))
 
 

@@ -48,10 +48,13 @@ class Machine(Protocol):
 
 @dataclass(frozen=True)
 class Caches:
-    """Bytes of data cache of one core: first and second level."""
+    """Bytes of data cache of one core: first and second level. ``tile``: (rows, streamed) that were chosen otherwise;
+    ``parts``: of the streamed rank, likewise."""
 
     first: int = 32 << 10
     second: int = 1 << 20
+    tile: tuple[int, int] | None = None
+    parts: int = 0
 
     @staticmethod
     @functools.cache
@@ -77,7 +80,7 @@ class Caches:
 
     @property
     def shortest(self) -> int:
-        return 16
+        return 16 if self.tile is None else self.tile[0]
 
     @property
     def scans(self) -> bool:
@@ -85,6 +88,8 @@ class Caches:
 
     def lengths(self, kernel: Kernel, held: Sequence[int], depth: int, item_bytes: int) -> tuple[int, int]:
         """Scores, a packed and a plain operand and the state within the second-level cache."""
+        if self.tile is not None:
+            return self.tile
         room, most = self.second * 3 // 4 // item_bytes, max(held, default=1)
         for row in (128, 64, 32, 16):
             for column in (512, 256, 128, 64):
@@ -160,7 +165,9 @@ def crossed_roles(kernel: Kernel, sizes: Mapping[str, int], caches: Caches, item
     """Tiles of both streamed ranks; four of them and two operands in the second-level cache."""
     grid = [s for s in _kept(kernel) if s in kernel.anchor and s not in kernel.streamed]
     room = caches.second * 3 // 4 // item_bytes
-    row, column = next(((r, c) for r, c in ((128, 256), (64, 256), (64, 128), (32, 64)) if 4 * r * c <= room), (16, 64))
+    row, column = caches.tile or next(
+        ((r, c) for r, c in ((128, 256), (64, 256), (64, 128), (32, 64)) if 4 * r * c <= room), (16, 64)
+    )
     steps = {s: 1 for s in grid}
     first, second = kernel.streamed
     steps[first], steps[second] = _step(row, sizes[first.name]), _step(column, sizes[second.name])

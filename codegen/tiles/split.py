@@ -20,7 +20,7 @@ from ...ir.tile import SEQUENTIAL, Carry, Loop, Map, Statement
 from .body import Layout
 from .dataflow import Value, following
 from .launches import Kernel, Launches
-from .roles import Machine, Roles, blocks_of
+from .roles import Caches, Machine, Roles, blocks_of
 
 #: Parts are no shorter than this many tiles of the streamed rank.
 _SHORTEST = 2
@@ -51,9 +51,12 @@ def choose_parts(
     step, size = roles.steps[streamed], sizes[streamed.name]
     rows = math.prod(roles.steps[s] for s in roles.grid)
     workers = machine.readers if rows < _MANY else machine.workers
-    if blocks_of(roles, sizes) >= workers or any(root.reduction == "prod" for root in kernel.roots):
+    if any(root.reduction == "prod" for root in kernel.roots):
         return None
-    wanted = -(-workers // blocks_of(roles, sizes))
+    chosen = machine.parts if isinstance(machine, Caches) else 0
+    if blocks_of(roles, sizes) >= workers and not chosen:
+        return None
+    wanted = chosen or -(-workers // blocks_of(roles, sizes))
     length = max(-(-size // wanted), _SHORTEST * step)
     length = -(-length // step) * step
     count = -(-size // length)

@@ -139,12 +139,17 @@ def bandwidth_share(gpu: Gpu, shares: dict[str, float]) -> float:
 
 @dataclass(frozen=True)
 class KernelModel:
-    """All families, the deviations of their features (for adaptation), and where all of it comes from."""
+    """All families, the deviations of their features and the scales (for adaptation; of a family, where it has its
+    own), and where all of it comes from."""
 
     families: dict[str, FamilyModel]
     deviations: dict[str, list[float]]
     scales: Scales
     provenance: dict[str, Any] = field(default_factory=dict)
+    family_scales: dict[str, Scales] = field(default_factory=dict)
+
+    def scales_of(self, family: str) -> Scales:
+        return self.family_scales.get(family, self.scales)
 
 
 @dataclass(frozen=True)
@@ -217,14 +222,15 @@ def adapt(asked: Rows, gpu: Gpu, measured: Sequence[Rows], model: KernelModel) -
         return predict(asked, gpu, model)
     points = Points(np.concatenate([p.family for p in seen]), np.concatenate([p.features for p in seen]))
     made = predict_family(asked, gpu, family_model(model, asked.family))
+    scales = model.scales_of(asked.family)
     mean, deviation = posterior(
-        model.scales, points, np.concatenate(residuals), points_of(asked.family, made.features, model)
+        scales, points, np.concatenate(residuals), points_of(asked.family, made.features, model)
     )
     seconds = made.seconds * np.exp(mean)
-    width = np.exp(model.scales.band * deviation)
+    width = np.exp(scales.band * deviation)
     own = _measurements(asked, measured)
     seconds = np.where(np.isnan(own), seconds, own)
-    width = np.where(np.isnan(own), width, np.exp(model.scales.band * model.scales.noise))
+    width = np.where(np.isnan(own), width, np.exp(scales.band * scales.noise))
     return Banded(seconds, seconds / width, seconds * width)
 
 

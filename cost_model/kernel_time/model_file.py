@@ -38,6 +38,7 @@ def encode(model: KernelModel) -> bytes:
         "format": FORMAT,
         "provenance": model.provenance,
         "scales": asdict(model.scales),
+        "family_scales": {name: asdict(scales) for name, scales in model.family_scales.items()},
         "deviations": model.deviations,
         "families": {name: _family(family) for name, family in model.families.items()},
     }
@@ -86,13 +87,18 @@ def decode(data: bytes, where: str) -> KernelModel:
                 remedy="make it again with this version: effcc calibrate --from-data",
             )
         families = {name: _read_family(name, each, where) for name, each in value["families"].items()}
-        scales = Scales(**{key: float(number) for key, number in value["scales"].items()})
+        scales = _read_scales(value["scales"])
+        own = {name: _read_scales(each) for name, each in value.get("family_scales", {}).items()}
         deviations = {name: [float(number) for number in numbers] for name, numbers in value["deviations"].items()}
     except (zlib.error, ValueError, KeyError, TypeError, AttributeError, msgspec.ValidationError) as error:
         raise KernelDataError(
             f"not a kernel-time model: {error}", where=where, remedy="make it again: effcc calibrate --from-data"
         ) from error
-    return KernelModel(families, deviations, scales, dict(value.get("provenance", {})))
+    return KernelModel(families, deviations, scales, dict(value.get("provenance", {})), own)
+
+
+def _read_scales(value: dict[str, Any]) -> Scales:
+    return Scales(**{key: float(number) for key, number in value.items()})
 
 
 def _read_family(name: str, value: dict[str, Any], where: str) -> FamilyModel:

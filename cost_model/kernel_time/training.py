@@ -135,7 +135,12 @@ def train(groups: Sequence[Group], seed: int = 0, log: Log = lambda text: None) 
     model = KernelModel(families, deviations, Scales())
     scales = _few_shot_scales(model, left_out, seed)
     log(f"few-shot: {scales}")
-    return replace(model, scales=scales, provenance={"set_aside": aside, "seed": seed})
+    by_family = {
+        family: _few_shot_scales(model, {family: runs}, seed) for family, runs in left_out.items() if len(runs) >= 3
+    }
+    for family, each in by_family.items():
+        log(f"few-shot, {family}: {each}")
+    return replace(model, scales=scales, provenance={"set_aside": aside, "seed": seed}, family_scales=by_family)
 
 
 def set_aside(groups: Sequence[Group], related: Sequence[Group], shares: dict[str, float], seed: int) -> list[str]:
@@ -310,7 +315,7 @@ def _few_shot_scales(model: KernelModel, left_out: dict[str, list[_LeftOut]], se
             noise=round(noise * spread["smooth"], 4),
             reach=reach,
         )
-        for share, noise, reach in itertools.product((0.6, 1.0), (0.15, 0.3, 0.6), (1.0, 2.0, 4.0))
+        for share, noise, reach in itertools.product((0.6, 1.0), (0.08, 0.15, 0.3, 0.6), (1.0, 2.0, 4.0, 8.0))
     ]
     best = min(grid, key=error)
     ratios = np.concatenate([np.abs(left) / deviation for left, deviation in outcome(best)])

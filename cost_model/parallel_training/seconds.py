@@ -11,6 +11,10 @@ from .constants import Constants
 from .setup import DTYPES
 from .work import Work
 
+#: 16-bit operations a second of a unit of the devices that ``Constants.depth`` was calibrated on (A100: 312 TFLOP/s by
+#: 108 units).
+UNIT_RATE = 312e12 / 108
+
 
 @dataclass(frozen=True)
 class PassTime:
@@ -61,10 +65,19 @@ def _product_seconds(work: Work, dtype: str, device: Device, constants: Constant
         return work.flop / rate, 0.0
     share = constants.product if work.kind == "product" else constants.attention_product
     flop = gemm_seconds(work.batch, work.rows, work.depth, work.columns, dtype, device)
-    compute = flop * (1 + constants.depth / work.depth) / share
+    compute = flop * (1 + constants.depth * latency_ratio(dtype, device) / work.depth) / share
     elements = work.rows * work.depth + work.depth * work.columns + work.rows * work.columns
     moved = work.batch * elements * DTYPES[dtype]
     return compute, moved / (bandwidth(moved, "pointwise", device) * constants.memory)
+
+
+def latency_ratio(dtype: str, device: Device) -> float:
+    """By what the depth at which a product reaches half its rate exceeds that of the device it was calibrated on. The
+    begin and the end of a tile take the time of memory's latency, which has stayed the same, while a unit's rate has
+    grown: the same time is a greater depth."""
+    if device.kind not in ("cuda", "rocm") or dtype == "f32":
+        return 1.0
+    return device.matrix_rate(dtype) / max(1.0, device.units.value) / UNIT_RATE
 
 
 def wall(device: float, host: float, constants: Constants) -> float:

@@ -54,11 +54,12 @@ class PricedCuts:
         # Only what the backward can reach by recomputation takes part.
         reached = simulator.closure(frozenset())
         self.ops = sorted(self._reachable())
-        self.values = sorted({v for index in self.ops for v in problem.ops[index].writes})
+        made = {v for index in self.ops for v in problem.ops[index].writes}
+        self.values = sorted(made - simulator.handed_out)
         self.always = reached[1] - set(self.values)
 
     def _reachable(self) -> set[int]:
-        problem, made = self.problem, self.simulator.made_forward
+        problem, made = self.problem, self.simulator.made_forward - self.simulator.handed_out
         waiting = [v for op in self.simulator.backward_ops for v in op.reads] + list(problem.backward_outputs)
         found: set[int] = set()
         while waiting:
@@ -90,7 +91,6 @@ class PricedCuts:
         solver = SimpleMaxFlow()
         number = {("op", index): 2 + n for n, index in enumerate(self.ops)}
         number |= {("value", v): 2 + len(self.ops) + n for n, v in enumerate(self.values)}
-        members = set(self.ops)
         direct = {v for op in simulator.backward_ops for v in op.reads} | set(problem.backward_outputs)
 
         def arc(start: int, end: int, seconds: float | None) -> None:
@@ -104,9 +104,11 @@ class PricedCuts:
             arc(0, node, None if simulator.fixed(op) else max(op.seconds, 1e-12))
             if not simulator.fixed(op):
                 for v in op.reads:
-                    if v in simulator.made_forward and problem.values[v].op in members:
+                    if ("value", v) in number:
                         arc(number["value", v], node, None)
             for v in op.writes:
+                if ("value", v) not in number:
+                    continue
                 entry = problem.values[v]
                 weight = float(entry.bytes) if weights is None else weights.get(v, 0.0)
                 held = min(price * weight, self.swap_cost(v))

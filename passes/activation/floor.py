@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import random
 from collections.abc import Sequence
 
 from .blocks import Block
@@ -11,29 +13,28 @@ from .simulate import Simulator
 
 #: Rounds of dropping or keeping values at the peak.
 ROUNDS = 12
+#: Moves that are tried in a round, those of the largest values.
+MOVES = 32
+#: Choices that ``wander`` simulates at most, and ops in all; the share of values at the peak among those it changes;
+#: how much higher than the least so far a peak may be at first, as a share of it; and the least that counts, too.
+STEPS, WANDERED, FOCUS, HOT, SMALL = 1500, 250_000, 0.5, 0.02, 1e-3
 
 
 def reduce_peak(simulator: Simulator, blocks: Sequence[Block], start: Candidate) -> Candidate:
-    """Bring the peak down by no longer keeping, or by keeping, what is live at it: one value at a time and, where
-    layers are equal, the same value of all of them at once. Stops where nothing helps."""
+    """Bring the peak down by no longer keeping, or by keeping, what is live at it. Stops where nothing helps."""
     problem = simulator.problem
     alike = _alike(blocks)
     best = start
     tried: set[frozenset[int]] = {start.saved}
     for _ in range(ROUNDS):
-        run = best.simulation
-        live = sorted(set(run.live_at_peak), key=lambda v: (-problem.values[v].bytes, v))
-        moves: dict[frozenset[int], None] = {}
+        live = sorted(set(best.simulation.live_at_peak), key=lambda v: (-problem.values[v].bytes, v))
+        choices: dict[frozenset[int], None] = {}
         for v in live:
-            if v not in simulator.made_forward:
-                continue
-            for group in (alike.get(v, frozenset((v,))), frozenset((v,))):
-                moves.setdefault(group)
+            if v in simulator.made_forward and v not in simulator.handed_out:
+                for saved in _moves(best, v, alike.get(v, (v,))):
+                    choices.setdefault(saved)
         improved = None
-        for group in list(moves)[:24]:
-            saved = best.saved - group if group & best.saved else best.saved | (group - best.swapped)
-            if saved in tried:
-                continue
+        for saved in [saved for saved in choices if saved not in tried][:MOVES]:
             tried.add(saved)
             candidate = evaluate(simulator, saved, best.swapped, best.shares)
             if candidate.peak < best.peak and (improved is None or candidate.peak < improved.peak):
@@ -44,13 +45,47 @@ def reduce_peak(simulator: Simulator, blocks: Sequence[Block], start: Candidate)
     return best
 
 
-def _alike(blocks: Sequence[Block]) -> dict[int, frozenset[int]]:
-    """Value -> the values at the same place in all blocks of its kind."""
+def wander(simulator: Simulator, start: Candidate) -> Candidate:
+    """Simulated annealing from ``start`` on: for graphs that are simulated within a millisecond or so. The same graph
+    gets the same answer."""
+    problem, rng = simulator.problem, random.Random(0)
+    small = SMALL * start.peak
+    able = [v for v in sorted(simulator.made_forward - simulator.handed_out) if problem.values[v].bytes >= small]
+    able = [v for v in able if v not in start.swapped]
+    best = current = start
+    steps = min(STEPS, WANDERED // max(1, len(problem.ops))) if able else 0
+    for step in range(steps):
+        heat = HOT * best.peak * (1 - step / steps) ** 2 + 1
+        live = [v for v in dict.fromkeys(current.simulation.live_at_peak) if v in able]
+        kept = [v for v in able if v in current.saved]
+        saved = set(current.saved)
+        for _ in range(rng.choice((1, 1, 2, 3))):
+            among = live if rng.random() < FOCUS else kept if rng.random() < 0.5 else able
+            saved ^= {rng.choice(among or able)}
+        candidate = evaluate(simulator, frozenset(saved), start.swapped, start.shares)
+        if candidate.peak <= current.peak or rng.random() < math.exp((current.peak - candidate.peak) / heat):
+            current = candidate
+            best = min(best, current, key=lambda c: (c.peak, c.seconds))
+    return best
+
+
+def _moves(best: Candidate, value: int, alike: tuple[int, ...]) -> list[frozenset[int]]:
+    """What to keep instead: without ``value`` or with it, and where layers are equal the same of all of them, or of
+    those whose backward is still to come, when more gradients are held; or of those and of no others."""
+    saved = best.saved
+    earlier = frozenset(alike[: alike.index(value) + 1])
+    groups = (frozenset(alike), frozenset((value,)), earlier)
+    found = [saved - group if group & saved else saved | (group - best.swapped) for group in groups]
+    return [*found, (saved - frozenset(alike)) | (earlier - best.swapped)]
+
+
+def _alike(blocks: Sequence[Block]) -> dict[int, tuple[int, ...]]:
+    """Value -> the values at the same place in all blocks of its kind, in the forward's order."""
     groups: dict[tuple[str, int], list[int]] = {}
     for block in blocks:
         for place, v in enumerate(block.values):
             groups.setdefault((block.kind, place), []).append(v)
-    return {v: frozenset(group) for group in groups.values() for v in group}
+    return {v: tuple(group) for group in groups.values() for v in group}
 
 
 def lower_bound(simulator: Simulator, candidate: Candidate) -> int:
@@ -107,17 +142,29 @@ def _without_choice(
     entry = run.entries[position]
     if entry.again:
         return problem.constant
-    op = problem.ops[entry.op]
+    op, values = problem.ops[entry.op], problem.values
     made = [v for v in op.reads if v in simulator.made_forward and v not in simulator.outputs]
-    direct = {v for v in made if not problem.ops[problem.values[v].op].inlined}
+    direct = {v for v in made if not problem.ops[values[v].op].inlined}
     direct |= {v for v, (first, last) in between.items() if first <= position <= last}
-    least = max([sum(problem.values[v].bytes for v in direct), *(_at_least(simulator, v) for v in made)], default=0)
-    removable = sum(
-        problem.values[v].bytes
-        for v in set(run.live_at(position))
-        if v in simulator.made_forward and v not in simulator.outputs and v not in op.writes
-    )
-    return run.memory[position] - removable + least
+    ends = {v: end for v, begin, end in run.lives if begin <= position <= end}
+    held = [v for v in ends if v not in simulator.made_forward or v in simulator.outputs or v in op.writes]
+    # A generated kernel writes over what it is the last to read, if that is there whatever is chosen.
+    rooms = [values[v].bytes for v in direct]
+    rooms += [values[v].bytes for v in held if ends[v] == position and v not in simulator.given | simulator.outputs]
+    written = [values[v].bytes for v in op.writes] if op.fused else []
+    others = problem.constant + sum(values[v].bytes for v in held)
+    least = sum(values[v].bytes for v in direct) - _matched(written, rooms)
+    return others + max([least, *(_at_least(simulator, v) - sum(written) for v in made)])
+
+
+def _matched(sizes: Sequence[int], rooms: list[int]) -> int:
+    """Bytes of the ``sizes`` that find a room of just their size."""
+    found = 0
+    for size in sizes:
+        if size in rooms:
+            rooms.remove(size)
+            found += size
+    return found
 
 
 def _at_least(simulator: Simulator, value: int) -> int:

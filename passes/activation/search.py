@@ -16,7 +16,8 @@ from ...logs import tell_gap
 from .blocks import Block, blocks_of, crossing_values
 from .candidates import Candidate, Key, evaluate, order, pareto, staircase
 from .cut import Cut, PricedCuts
-from .floor import lower_bound, reduce_peak
+from .floor import lower_bound, reduce_peak, wander
+from .floor_program import program_bound
 from .host_link import HostLink
 from .master import MasterSolution, solve_master
 from .options import Moments, Option, options_of
@@ -34,6 +35,8 @@ ANCHORS = 8
 REPAIRS = 2
 #: Number of cuts, from the fastest to the smallest, of which token-wise splits are offered.
 MOST_SPLIT = 12
+#: A floor within this share of its bound is not proven any further.
+CLOSE = 0.01
 
 
 class ActivationSearch:
@@ -71,14 +74,23 @@ class ActivationSearch:
         return PricedCuts(self.simulator, self.crossing, swap_seconds if link is not None else None).frontier()
 
     @functools.cached_property
+    def families(self) -> list[list[Cut]]:
+        """The best cuts for each share, and those without copies where the host has no room for all of the others'."""
+        found = [*self.hulls.values()]
+        values = self.problem.values
+        if any(sum(values[v].bytes for v in cut.swapped) > self._host for cuts in found for cut in cuts):
+            found.append(PricedCuts(self.simulator, self.crossing).frontier())
+        return found
+
+    @functools.cached_property
     def cuts_evaluated(self) -> list[Candidate]:
-        found = {cut.key: cut for cuts in self.hulls.values() for cut in cuts}
+        found = {cut.key: cut for cuts in self.families for cut in cuts}
         return [evaluate(self.simulator, *key) for key in found]
 
     @functools.cached_property
     def steps(self) -> list[Candidate]:
         """Cuts and their mixtures by layer, and what is kept without a budget; none beats another."""
-        mixed = [c for cuts in self.hulls.values() for c in staircase(self.simulator, cuts, self.blocks)]
+        mixed = [c for cuts in self.families for c in staircase(self.simulator, cuts, self.blocks)]
         return pareto([c for c in (self.plain, *mixed) if self._on_host(c) <= self._host])
 
     @property
@@ -146,6 +158,11 @@ class ActivationSearch:
         return reduce_peak(self.simulator, self.blocks, start)
 
     @functools.cached_property
+    def smallest(self) -> Candidate:
+        """``least``, or what seconds of work find below it: for budgets that are smaller."""
+        return reduce_peak(self.simulator, self.blocks, wander(self.simulator, self.least))
+
+    @functools.cached_property
     def anchored(self) -> list[Candidate]:
         """Where copies run beside the ops, what the master problem knows of their time is an estimate: its choices for
         some budgets are offered for all, so that more memory is not slower."""
@@ -159,6 +176,13 @@ class ActivationSearch:
         """No choice has a peak below this, for this order of ops."""
         return lower_bound(self.simulator, self.least)
 
+    def prove_floor(self, seconds: float = 0.0) -> int:
+        """``floor_bound``, or what a program proves if it is more: for refusals. It takes seconds, and these more."""
+        bound = self.floor_bound
+        if self.link is not None or self.smallest.peak <= bound * (1 + CLOSE):
+            return bound
+        return max(bound, program_bound(self.simulator, self.blocks, self.smallest, seconds))
+
     def within(self, limit: int, refused: Collection[Key] = ()) -> Candidate | None:
         """The fastest candidate with a peak of at most ``limit`` bytes that is not among ``refused``."""
         candidates = list(self.steps)
@@ -167,7 +191,7 @@ class ActivationSearch:
         if self.least.peak <= limit < highest:
             snapped = highest - step * -(-(highest - limit) // step)
             candidates += self.master(max(snapped, self.least.peak))
-        candidates += [self.least, *self.anchored]
+        candidates += [self.least, *self.anchored] if limit >= self.least.peak else [self.smallest]
         fitting = [c for c in candidates if c.peak <= limit and self._on_host(c) <= self._host and c.key not in refused]
         return min(fitting, key=order, default=None)
 
@@ -207,7 +231,7 @@ class ActivationSearch:
         found = []
         for candidate in [*self.steps, *self.cuts_evaluated]:
             run = candidate.simulation
-            saved = sum(self.problem.values[v].bytes for v in candidate.saved)
+            saved = sum(self.problem.values[v].bytes for v in candidate.saved - self.simulator.handed_out)
             found += [
                 size - saved
                 for entry, size in zip(run.entries, run.memory, strict=True)

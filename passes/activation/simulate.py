@@ -78,6 +78,8 @@ class Simulator:
         self.backward_ops = [op for op in problem.ops if not op.forward]
         self.made_forward = {v for op in self.forward_ops for v in op.writes}
         self.outputs = frozenset(problem.forward_outputs) | frozenset(problem.backward_outputs)
+        #: What the caller is given by the forward is in memory in any case: keeping it for the backward is free.
+        self.handed_out = frozenset(problem.forward_outputs) & self.made_forward
         #: Values of the forward that the backward reads or hands out.
         read = [v for op in self.backward_ops for v in op.reads]
         self.asked = [v for v in dict.fromkeys([*read, *problem.backward_outputs]) if v in self.made_forward]
@@ -86,7 +88,7 @@ class Simulator:
     def closure(self, saved: frozenset[int]) -> tuple[frozenset[int], frozenset[int]]:
         """Ops of the forward that the backward runs again if ``saved`` is kept, and the kept values that it reads.
 
-        A value whose op must not run again is kept whether or not it is in ``saved``.
+        A value whose op must not run again is kept whether or not it is in ``saved``, and so is what the caller holds.
         """
         again, used = self.portions(saved, {})
         return frozenset(again), used
@@ -108,7 +110,7 @@ class Simulator:
                 continue
             maker = problem.values[value].op
             op = problem.ops[maker]
-            if (value in saved and value not in split) or self.fixed(op):
+            if (value in saved and value not in split) or value in self.handed_out or self.fixed(op):
                 used.add(value)
                 continue
             share = split.get(value, share) if maker in problem.row_reads else 1.0
@@ -341,7 +343,8 @@ class Simulator:
         size: Callable[[tuple[int, bool]], int],
     ) -> list[int]:
         """Bytes by which each op needs less, because it writes over an equally large value that it is the last to
-        read. Generated kernels do that."""
+        read. Generated kernels do that, save with what their graph is given: inputs, what the forward has kept, and
+        gradients of the outputs."""
         problem = self.problem
         saving = [0] * len(entries)
         for position, entry in enumerate(entries):
@@ -350,8 +353,9 @@ class Simulator:
             dying = [
                 size((v, entry.backward and (v, True) in end))
                 for v in touched[position]
-                if v not in problem.primals
+                if v not in self.given
                 and v not in self.outputs
+                and (v, entry.backward) in end
                 and max(end.get((v, True), -1), end.get((v, False), -1)) == position
             ]
             for v in written[position]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 
@@ -27,7 +27,7 @@ from .program import PRECISION
 from .raise_graph import Raised
 from .ranks import unify_ranks
 from .stages import Level, Stage, Staging
-from .traffic import Copies, traffic
+from .traffic import Copies, TablePrices, traffic
 
 #: Rounds in which ops outside that need parts of a component's wide tensors are taken into it.
 _MAX_ABSORBED = 4
@@ -72,8 +72,8 @@ class Candidate:
 class Candidates:
     """Works out components of one raised graph."""
 
-    def __init__(self, raised: Raised) -> None:
-        self.raised = raised
+    def __init__(self, raised: Raised, tables: TablePrices) -> None:
+        self.raised, self.tables = raised, tables
         self.graph: Graph = raised.graph
         self.types = {node.name: node.type for node in self.graph.nodes}
         self.position = {node.name: number for number, node in enumerate(self.graph.nodes)}
@@ -84,6 +84,10 @@ class Candidates:
         self.copies = Copies(self.graph)
         self.operands = [tuple(node.operands()) for node in self.graph.nodes]
         self.effects = [node.name for node in self.graph.nodes if has_effect(node, self.graph)]
+
+    def traffic(self, stage: Stage, wanted: Collection[str], space: Space, tensors: Mapping[str, Tensor]) -> Traffic:
+        """What a stage moves and computes, at the prices of the device."""
+        return traffic(stage, wanted, space, tensors, self.copies, self.tables, self.raised.shared)
 
     def work_out(self, component: Component) -> Candidate:
         """Raises ``NotFused``."""
@@ -169,7 +173,7 @@ class Candidates:
                 return dict.fromkeys(put_off, (stage.level[0], stage.level[1] + 1))
             candidate.extracted.append(extracted)
             candidate.parts.append(parts)
-            candidate.traffic.append(traffic(stage, wanted, candidate.space, candidate.tensors, self.copies))
+            candidate.traffic.append(self.traffic(stage, wanted, candidate.space, candidate.tensors))
         return {}
 
     def _add_part(self, part: Part, candidate: Candidate) -> None:

@@ -27,12 +27,12 @@ from .candidates import Candidate, Candidates, NotFused, rewritten, value_name
 from .chunked import Chunked, chunked
 from .components import Component, components
 from .emit import Tensor
-from .fusion_choice import Offer, Offers, choose_offers, left_as_written, once_each
-from .group import Group, Rest
+from .fusion_choice import Offer, Offers, Variants, choose_offers, left_as_written, once_each
+from .group import Group, Rest, Traffic
 from .own_copies import with_own_copies
 from .raise_graph import Raised
 from .stages import Stage
-from .traffic import element_bytes, is_contraction, traffic
+from .traffic import INDEXED, SEARCHED, TablePrices, element_bytes, is_contraction
 
 _log = logger("cascades")
 
@@ -43,13 +43,14 @@ _NOWHERE = Location()
 @dataclass(frozen=True)
 class Rates:
     """What is compared: operations a second in a library's matrix product and in a fused kernel, bytes a second from
-    memory and, for what fits into it, from each cache: (its bytes, bytes a second), the smallest first. The defaults
-    are of the order of two cores with AVX-512."""
+    memory and, for what fits into it, from each cache: (its bytes, bytes a second), the smallest first; what tables
+    cost in a fused kernel. The defaults are of the order of two cores with AVX-512."""
 
     library: float = 4e11
     fused: float = 4e11
     bandwidth: float = 2e10
     caches: tuple[tuple[float, float], ...] = ()
+    tables: TablePrices = INDEXED
 
     @classmethod
     def of(cls, device: Device, dtype: str = "f32") -> Rates:
@@ -61,11 +62,16 @@ class Rates:
             peak * device.efficiency_of("cascade"),
             device.bandwidth * memory,
             tuple((size, rate * memory) for size, rate in caches),
+            INDEXED if device.kind == "cpu" else SEARCHED,
         )
 
     def moving(self, moved: float, together: float) -> float:
         """Seconds to move so many bytes, of which so many are touched ``together``."""
         return moved / next((rate for size, rate in self.caches if together <= size), self.bandwidth)
+
+    def written(self, t: Traffic) -> float:
+        """Seconds that a stage takes as it is written."""
+        return (t.flops_written + t.tables_written) / self.library + self.moving(t.written, t.largest)
 
 
 @dataclass(frozen=True)
@@ -73,7 +79,8 @@ class Choice:
     """``gain``: least ratio of predicted times. ``wide_bytes`` and ``memory_ratio``: a component whose dependent
     reductions keep a wide tensor of at least so many bytes, so many times what must be moved anyway, is taken for the
     memory that it saves. ``saved_bytes``: least traffic that a component must save at all. ``chunk_bytes``: of
-    a wide tensor, where a component is done in chunks; 0 for never. The caller must know ``Group.early``."""
+    a wide tensor, where a component is done in chunks; 0 for never. The caller must know ``Group.early``.
+    ``variants``: the ways to generate a group's kernel; without, its generator's rules decide."""
 
     rates: Rates = Rates()
     gain: float = 1.2
@@ -81,6 +88,7 @@ class Choice:
     memory_ratio: float = 1.5
     saved_bytes: int = 1 << 18
     chunk_bytes: int = 0
+    variants: Variants | None = None
 
 
 @dataclass(frozen=True)
@@ -110,7 +118,7 @@ class _Chooser:
     def __init__(self, raised: Raised, choice: Choice) -> None:
         self.raised, self.choice = with_own_copies(raised), choice
         self.graph: Graph = raised.graph
-        self.candidates = Candidates(self.raised)
+        self.candidates = Candidates(self.raised, choice.rates.tables)
         self.space = self.candidates.space
         self.refused: list[Refused] = []
         #: Components of which no way is worth it.
@@ -127,7 +135,7 @@ class _Chooser:
                 owners.append(component)
             except NotFused as refusal:
                 self._refuse(component, str(refusal))
-        made = choose_offers(found, lambda groups: _acyclic(self.graph, groups))
+        made = choose_offers(found, lambda groups: _acyclic(self.graph, groups), self.choice.variants)
         groups: list[Group] = []
         for component, offer, why in zip(owners, made.taken, made.why, strict=True):
             if offer is None:
@@ -156,12 +164,12 @@ class _Chooser:
             if name in self.raised.needed or any(e.output not in inside for e in self.space.readers.get(name, ()))
         ]
         whole = Stage((0, 0), tuple(core), frozenset(inside))
-        total = traffic(whole, wanted, self.space, self.raised.tensors, self.candidates.copies)
+        total = self.candidates.traffic(whole, wanted, self.space, self.raised.tensors)
         saved = total.written - total.compulsory
         rates, choice = self.choice.rates, self.choice
         if saved < choice.saved_bytes:
             raise NotFused(f"it would save {max(saved, 0)} bytes only")
-        before = total.flops_written / rates.library + rates.moving(total.written, total.largest)
+        before = rates.written(total)
         least = total.flops_written / rates.fused
         if before < choice.gain * least and _most_passes_over(Cascade(tuple(core)), component.pair) == 1:
             raise NotFused(
@@ -175,7 +183,7 @@ class _Chooser:
         ways: list[Offer] = []
         total = candidate.traffic
         rates = self.choice.rates
-        before = sum(t.flops_written / rates.library + rates.moving(t.written, t.largest) for t in total)
+        before = sum(rates.written(t) for t in total)
         try:
             saved, wanted = self._decide(candidate)
             groups = tuple(self._groups(candidate))
@@ -212,7 +220,7 @@ class _Chooser:
         if cut.wide_bytes < self.choice.wide_bytes:
             raise NotFused(f"its largest tensor has {cut.wide_bytes} bytes only")
         if any(is_contraction(einsum) for einsum in cut.stage.einsums if einsum.output in candidate.component.wide):
-            before = total.flops_written / rates.library + rates.moving(total.written, total.largest)
+            before = rates.written(total)
             return before - total.flops_written / rates.library - rates.moving(total.written, cut.chunk_bytes)
         raise NotFused("no product of a library makes its wide tensors")
 
@@ -222,7 +230,7 @@ class _Chooser:
         rates, choice = self.choice.rates, self.choice
         total = candidate.traffic
         saved = sum(t.written - t.fused for t in total)
-        before = sum(t.flops_written / rates.library + rates.moving(t.written, t.largest) for t in total)
+        before = sum(rates.written(t) for t in total)
         after = sum(t.flops_fused / rates.fused + rates.moving(t.fused, t.fused) for t in total)
         if saved < choice.saved_bytes:
             raise NotFused(f"it would save {saved} bytes only")

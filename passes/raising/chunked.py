@@ -29,7 +29,7 @@ from .group import Early, Traffic
 from .homogeneous import degrees
 from .ranks import unify_ranks
 from .stages import Stage
-from .traffic import element_bytes, traffic
+from .traffic import element_bytes
 
 #: Rows of a chunk at least, for a library's product to be as fast as on the whole; what they are a multiple of; chunks
 #: at least.
@@ -78,7 +78,7 @@ def chunked(candidates: Candidates, candidate: Candidate, chunk_bytes: int) -> C
     return Chunked(
         replace(extracted, fused=replace(fused, chunks=named_chunks, wide=tuple(sorted(wide)))),
         stage,
-        traffic(stage, wanted, candidate.space, tensors, candidates.copies),
+        candidates.traffic(stage, wanted, candidate.space, tensors),
         tangents.early(extracted),
         math.prod(chunks.values()) * row_bytes,
         largest,

@@ -1,17 +1,21 @@
 """Which components are fused, and how: the offers of all components as one problem of ``cost_model.schedule_model``.
 
 A component may stay as it is written, become kernels of its own, or be done in chunks of several sizes. Components that
-share ops exclude one another, and so do groups that need results of each other.
+share ops exclude one another, and so do groups that need results of each other. How each kernel is generated (tiles,
+parts, one or two) is a choice of the same problem, made where the kernel is.
 """
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+import msgspec
 
 from ...cost_model.schedule_model import (
     Choice,
+    Part,
     ScheduleAnswer,
     ScheduleProblem,
     Span,
@@ -20,6 +24,7 @@ from ...cost_model.schedule_model import (
     choose_ways,
     greedy,
 )
+from ...cost_model.tile_cost import KernelVariant
 from ...ir.plan import Alternative, Decision
 from .group import Group
 
@@ -57,6 +62,11 @@ class Offers:
         return repr((self.written, self.wide, *numbers))
 
 
+#: The ways to generate a group's kernel, those of the generator's own rules first; none where there is no choice.
+Variants = Callable[[Group], Sequence[KernelVariant]]
+#: What a variant has to be faster than the generator's rules to be taken: prices of one kernel in two shapes are not
+#: told apart below that.
+ALIKE = 0.05
 #: Whether groups can be run one after the other, each at once.
 Runnable = Callable[[Sequence[Group]], bool]
 
@@ -71,13 +81,25 @@ class FusionAnswer:
     decisions: tuple[Decision, ...]
 
 
-def choose_offers(found: Sequence[Offers], runnable: Runnable) -> FusionAnswer:
-    """The offers that take least time together."""
-    problem = ScheduleProblem(tuple(_choice(each) for each in found))
+@dataclass(frozen=True)
+class _Kernel:
+    """A kernel's place: group ``group`` of way ``part.way`` of component ``part.choice``, its variants, and its share
+    of the way's seconds, by the prices of the rules' variants."""
+
+    part: Part
+    group: int
+    variants: tuple[KernelVariant, ...]
+    seconds: float
+
+
+def choose_offers(found: Sequence[Offers], runnable: Runnable, variants: Variants | None = None) -> FusionAnswer:
+    """The offers that take least time together, their kernels generated in the ways that do."""
+    kernels = _kernels(found, variants) if variants is not None else []
+    problem = ScheduleProblem((*(_choice(each) for each in found), *(_kernel_choice(found, each) for each in kernels)))
 
     def circle(taken: Sequence[int]) -> Collection[int]:
         """Components whose groups wait for each other: as few as leaving out one after the other makes them."""
-        inside = [number for number, way in enumerate(taken) if way]
+        inside = [number for number, way in enumerate(taken[: len(found)]) if way]
         if runnable(_groups(found, taken, inside)):
             return ()
         for number in list(inside):
@@ -87,7 +109,12 @@ def choose_offers(found: Sequence[Offers], runnable: Runnable) -> FusionAnswer:
         return inside
 
     answer = choose_ways(problem, circle)
-    taken = tuple(each.ways[way - 1] if way else None for each, way in zip(found, answer.taken, strict=True))
+    taken = tuple(each.ways[way - 1] if way else None for each, way in zip(found, answer.taken, strict=False))
+    for kernel, way in zip(kernels, answer.taken[len(found) :], strict=True):
+        offer = taken[kernel.part.choice]
+        if way and offer is not None:
+            scheduled = _scheduled(offer, kernel.group, kernel.variants[way - 1])
+            taken = (*taken[: kernel.part.choice], scheduled, *taken[kernel.part.choice + 1 :])
     used = frozenset().union(*(offer.einsums for offer in taken if offer is not None))
     why = tuple(
         "another group has a part of its ops, and saves more"
@@ -95,7 +122,74 @@ def choose_offers(found: Sequence[Offers], runnable: Runnable) -> FusionAnswer:
         else "another group needs a part of its results and gives it another"
         for each in found
     )
-    return FusionAnswer(taken, why, answer, tuple(_decisions(found, problem, answer, greedy(problem, circle))))
+    made = _decisions(found, problem, answer, greedy(problem, circle))
+    return FusionAnswer(taken, why, answer, (*made, *_kernel_decisions(found, kernels, answer)))
+
+
+def _kernels(found: Sequence[Offers], variants: Variants) -> list[_Kernel]:
+    """Those that can be generated in several ways. Equal kernels are looked at once."""
+    known: dict[str, tuple[KernelVariant, ...]] = {}
+    kernels = []
+    for number, offers in enumerate(found):
+        for way, offer in enumerate(offers.ways, start=1):
+            own = []
+            for group in offer.groups:
+                key = repr(group.fused)
+                if key not in known:
+                    known[key] = tuple(variants(group))
+                own.append(known[key])
+            rules = sum(each[0].seconds for each in own if each)
+            for position, each in enumerate(own):
+                if len(each) > 1 and rules > 0:
+                    share = each[0].seconds / rules * offer.seconds
+                    kernels.append(_Kernel(Part(number, way), position, each, share))
+    return kernels
+
+
+def _kernel_choice(found: Sequence[Offers], kernel: _Kernel) -> Choice:
+    """What each variant changes of the time that the rules' kernel takes: the same share as of its price."""
+    offers, rule = found[kernel.part.choice], kernel.variants[0]
+    alike = ALIKE * kernel.seconds
+    ways = []
+    for each in kernel.variants:
+        held = (Span(offers.first, offers.last, each.bytes),)
+        change = kernel.seconds * (each.seconds / rule.seconds - 1)
+        ways.append(Way(each.what, change, frozenset(), held, each.bytes, alike))
+    ways[0] = replace(ways[0], aversion=0.0)
+    like = f"{offers.shape} kernel {kernel.group} of way {kernel.part.way}: {rule.what}"
+    subject = f"kernel {kernel.group + 1} of {_subject(offers.name, offers.where)}"
+    return Choice(subject, (Way("not made", 0.0), *ways), like, kernel.part)
+
+
+def _scheduled(offer: Offer, position: int, variant: KernelVariant) -> Offer:
+    group = offer.groups[position]
+    changed = replace(group, fused=replace(group.fused, schedule=dict(variant.schedule)))
+    return replace(offer, groups=(*offer.groups[:position], changed, *offer.groups[position + 1 :]))
+
+
+def _kernel_decisions(found: Sequence[Offers], kernels: Sequence[_Kernel], answer: ScheduleAnswer) -> list[Decision]:
+    """One for each kind of kernel that is made, with the price of every variant."""
+    made: dict[tuple[str, int, int], list[Decision]] = {}
+    for kernel, way in zip(kernels, answer.taken[len(found) :], strict=True):
+        if not way:
+            continue
+        offers = found[kernel.part.choice]
+        decision = Decision(
+            kind="kernel",
+            subject=f"kernel {kernel.group + 1} of {_subject(offers.name, offers.where)}",
+            chosen=kernel.variants[way - 1].what,
+            alternatives=tuple(Alternative(what=each.what, value=each.seconds) for each in kernel.variants),
+            bound=min(each.seconds for each in kernel.variants),
+        )
+        made.setdefault((offers.shape, kernel.part.way, kernel.group), []).append(decision)
+    return [
+        _renamed(alike[0], f"{alike[0].subject} and {len(alike) - 1} like it") if len(alike) > 1 else alike[0]
+        for alike in made.values()
+    ]
+
+
+def _renamed(decision: Decision, subject: str) -> Decision:
+    return msgspec.structs.replace(decision, subject=subject)
 
 
 def _groups(found: Sequence[Offers], taken: Sequence[int], inside: Sequence[int]) -> list[Group]:
@@ -136,7 +230,8 @@ def _decisions(
 ) -> list[Decision]:
     """One for each kind of component, and one for all together with the solver's bound."""
     made = []
-    keyed = sorted(zip(found, problem.choices, answer.taken, strict=True), key=lambda item: (item[1].like, item[2]))
+    listed = zip(found, problem.choices, answer.taken, strict=False)
+    keyed = sorted(listed, key=lambda item: (item[1].like, item[2]))
     for _, alike in itertools.groupby(keyed, key=lambda item: (item[1].like, item[2])):
         same = list(alike)
         _, choice, way = same[0]
@@ -150,7 +245,7 @@ def _decisions(
             )
         )
     if len(found) > 0:
-        written = answer_of(problem, [0] * len(found), 0.0)
+        written = answer_of(problem, [0] * len(problem.choices), 0.0)
         ways = {"as written": written.seconds, "what saves most first": answer_of(problem, plain, 0.0).seconds}
         ways["together"] = answer.seconds
         made.append(

@@ -19,7 +19,7 @@ class Traffic:
     """Bytes moved to and from memory: by the ops as written (a matrix product is a kernel, and so is each stretch of
     other ops between them), by the fused kernel at least, and the compulsory ones (every operand read once, every
     result written once). ``flops_written`` and ``flops_fused`` count contractions; ``largest``: bytes of the written
-    kernel that moves most."""
+    kernel that moves most; ``tables_written``: what takes as long as so many of them to look tables up."""
 
     written: int
     fused: int
@@ -27,6 +27,7 @@ class Traffic:
     flops_written: int = 0
     flops_fused: int = 0
     largest: int = 0
+    tables_written: int = 0
 
 
 @dataclass(frozen=True)

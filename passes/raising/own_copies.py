@@ -52,12 +52,14 @@ def with_own_copies(raised: Raised) -> Raised:
             for each in names
         }
     raw_sizes = dict(raised.raw_sizes)
+    made = Counter(name for names in copies.values() for name in names)
     return replace(
         raised,
         cascade=Cascade(tuple(_copied(raised.cascade.einsums, copies, None))),
         raw=tuple(_copied(raised.raw, copies, raw_sizes)),
         tensors=tensors,
         raw_sizes=raw_sizes,
+        shared={_name(name, reader): made[name] for reader, names in copies.items() for name in names},
     )
 
 

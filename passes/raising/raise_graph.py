@@ -7,7 +7,7 @@ nothing can be proven stay as they are: their results are *leaves* of the cascad
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from ...ir.cascade import Cascade, Einsum
@@ -45,6 +45,8 @@ class Raised:
     #: The Einsums with ranks of their own each, and the sizes of those: what groups are named from.
     raw: tuple[Einsum, ...]
     raw_sizes: Mapping[str, Any]
+    #: Copy of a tensor that several Einsums read -> how many copies there are (``own_copies``).
+    shared: Mapping[str, int] = field(default_factory=dict)
 
 
 def raise_graph(graph: Graph, keep: Collection[str] = ()) -> Raised:

@@ -192,3 +192,21 @@ def test_products_in_cascades_are_measured() -> None:
     share = cascade_share(calibrate(0.5, save=False, generated=False))
     assert share is not None
     assert 0 < share < 3
+
+
+def test_grouped_products_take_as_long_as_their_products() -> None:
+    shapes = [(m, k, n) for m in (16, 64, 256) for k in (32, 256) for n in (64, 512)]
+    device = calibrated(gemm=tuple(measured(LAW, "blas", shapes)))
+    kinds = {
+        "x": TensorType("f32", (512, 256)),
+        "w": TensorType("f32", (4, 256, 1280)),
+        "ends": TensorType("i32", (4,)),
+    }
+    nodes = [Node(name, "input", type=kind, role="input") for name, kind in kinds.items()]
+    out = Node(
+        "out", "transformers.grouped_mm_fallback.default", tuple(map(Ref, kinds)), (), TensorType("f32", (512, 1280))
+    )
+    graph = Graph("g", "inference", (*nodes, out), (Ref("out"),))
+    one = LAW.seconds(1, 128, 256, 1280)
+    zeros = 512 * 1280 * 4 / 1e9  # at no less than 1 GB/s
+    assert 4 * one < op_cost(out, graph, device).seconds < 4 * (one + 5 * 2e-6) + zeros + 6 * 2e-6

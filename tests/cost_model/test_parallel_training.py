@@ -12,9 +12,11 @@ from effcc.cost_model.devices import Device, Figure, load_device
 from effcc.cost_model.parallel_training import constants, fitting, rows
 from effcc.cost_model.parallel_training.memory import rank_parameters, saved_by_layer, step_memory
 from effcc.cost_model.parallel_training.mesh import Mesh, group_cost, parse_mesh
+from effcc.cost_model.parallel_training.seconds import latency_ratio, work_time
 from effcc.cost_model.parallel_training.setup import Training
 from effcc.cost_model.parallel_training.shape import TransformerShape, shape_from_config
 from effcc.cost_model.parallel_training.step import predict_step
+from effcc.cost_model.parallel_training.work import Work
 from effcc.errors import DeviceError, KernelDataError, OptionError
 from fresh_seed import fresh_random
 
@@ -231,3 +233,20 @@ def test_the_fit_finds_constants_that_made_the_rows() -> None:
         samples.append(fitting.Sample(rows.MeasuredStep(training, seconds, "made", line), A100, 1.0, "made"))
     found = fitting.fit(samples)
     assert fitting.errors(samples, found)["made"]["error_percent"] < 1.0
+
+
+@pytest.mark.parametrize(("size", "measured"), [(4096, 716e12), (6144, 741.1e12), (8192, 797.8e12)])
+def test_products_on_h100_keep_the_share_that_they_have_on_a100(size: int, measured: float) -> None:
+    """By the published rates of products alone, and the share of them that a step reaches on A100: 267.9
+    TFLOP/s are published for 6912 x 16384 x 2048."""
+    shares = constants.packaged().constants
+    a100, h100 = load_device("a100-80g"), load_device("h100")
+
+    def rate(rows: int, depth: int, columns: int, device: Device) -> float:
+        work = Work("product", rows, depth, columns)
+        return 2.0 * rows * depth * columns / work_time([work], "bf16", device, shares).compute
+
+    share = rate(6912, 2048, 16384, a100) / 267.9e12
+    assert rate(size, size, size, h100) / measured == pytest.approx(share, rel=0.04)
+    assert latency_ratio("bf16", a100) == pytest.approx(1.0)
+    assert latency_ratio("f32", h100) == latency_ratio("bf16", load_device("tpu-v4i-like")) == 1.0

@@ -253,3 +253,25 @@ def test_longer_work_takes_longer() -> None:
     assert times == sorted(times) and all(math.isfinite(t) for t in times)
     copies = [cost_of(graph_of("aten.neg.default", {"a": f32(n, n)}, ("a",), f32(n, n)), "cpu") for n in sizes]
     assert [c.seconds for c in copies] == sorted(c.seconds for c in copies)
+
+
+def test_a_librarys_grouped_products_are_counted_by_their_rows() -> None:
+    """Experts of 6, 0, 3 and 7 rows: a loop of plain products, counted by torch, is what the op is counted as."""
+    ends = [6, 6, 9, 16]
+    rows, weights = torch.randn(16, 8), torch.randn(4, 8, 12)
+
+    def loop() -> None:
+        begin = 0
+        for group, end in enumerate(ends):
+            if end > begin:
+                torch.mm(rows[begin:end], weights[group])
+            begin = end
+
+    inputs: dict[str, Type] = {"x": f32(16, 8), "w": f32(4, 8, 12), "ends": TensorType("i32", (4,)), "g": f32(16, 12)}
+    forward = graph_of("transformers.grouped_mm_fallback.default", inputs, ("x", "w", "ends"), f32(16, 12))
+    assert cost_of(forward).matmul_flop == torch_flops(loop)
+    both = TupleType((f32(16, 8), f32(4, 8, 12)))
+    backward = graph_of("transformers.grouped_mm_fallback_backward.default", inputs, ("x", "w", "ends", "g"), both)
+    assert cost_of(backward).matmul_flop == 2 * torch_flops(loop)
+    plain = graph_of("aten._grouped_mm.default", inputs, ("x", "w", "ends"), f32(16, 12))
+    assert cost_of(plain).matmul_flop == torch_flops(loop)

@@ -10,11 +10,13 @@ import pytest
 from effcc.cost_model.schedule_model import (
     TICK,
     Choice,
+    Part,
     ScheduleProblem,
     Span,
     Way,
     choose_ways,
     greedy,
+    made,
     overlapping,
     peak_of,
     seconds_of,
@@ -35,6 +37,11 @@ def random_problem(rng: random.Random, limited: bool) -> ScheduleProblem:
             held = (Span(begin, begin + rng.randint(0, 3), rng.randint(0, 30)),)
             ways.append(Way(f"way {index}", rng.randint(1, 70) * 1e-6, takes, held))
         choices.append(Choice(f"choice {number}", tuple(ways)))
+    for number in range(rng.randint(0, 2)):  # choices of how a way is done
+        part = Part(rng.randrange(len(choices)), 1)
+        if choices[part.choice].part is None:
+            ways = [Way(f"tile {index}", rng.randint(-20, 20) * 1e-6) for index in range(rng.randint(1, 3))]
+            choices.append(Choice(f"kernel {number}", (Way("not made", 0.0), *ways), part=part))
     held = tuple(rng.randint(0, 40) for _ in range(10))
     return ScheduleProblem(tuple(choices), held, rng.randint(60, 140) if limited else None)
 
@@ -44,6 +51,8 @@ def every(problem: ScheduleProblem, circle: object = None) -> float | None:
     best = None
     for taken in itertools.product(*(range(len(choice.ways)) for choice in problem.choices)):
         if overlapping(problem, taken) or (problem.limit is not None and peak_of(problem, taken) > problem.limit):
+            continue
+        if any((taken[n] > 0) != made(problem, taken, n) for n, c in enumerate(problem.choices) if c.part is not None):
             continue
         if circle is not None and circle(taken):  # type: ignore[operator]
             continue
@@ -81,7 +90,8 @@ def test_ways_that_wait_for_each_other_are_not_taken_together() -> None:
     rng = fresh_random()
     for _ in range(20):
         problem = random_problem(rng, False)
-        pair = rng.sample(range(len(problem.choices)), 2)
+        whole = [number for number, choice in enumerate(problem.choices) if choice.part is None]
+        pair = rng.sample(whole, 2)
 
         def circle(taken: Sequence[int], pair: list[int] = pair) -> Collection[int]:
             return pair if all(taken[number] for number in pair) else ()
@@ -107,3 +117,14 @@ def test_aversion_decides_but_is_no_time() -> None:
     slower = Choice("wide", (Way("as written", 5e-6, aversion=2e-6), Way("one kernel", 6e-6)))
     found = choose_ways(ScheduleProblem((slower,)))
     assert found.taken == (1,)
+
+
+def test_how_a_way_is_done_decides_whether_it_is_done() -> None:
+    """One kernel is slower than what is written, unless it is generated in its second way."""
+    attention = Choice("attention", (Way("as written", 10e-6), Way("one kernel", 11e-6)))
+    ways = (Way("not made", 0.0), Way("64 x 64", 0.0), Way("128 x 512", -3e-6))
+    found = choose_ways(ScheduleProblem((attention, Choice("its kernel", ways, part=Part(0, 1)))))
+    assert found.taken == (1, 2)
+    assert found.seconds == pytest.approx(8e-6)
+    slower = (Way("not made", 0.0), Way("64 x 64", 0.0))
+    assert choose_ways(ScheduleProblem((attention, Choice("its kernel", slower, part=Part(0, 1))))).taken == (0, 0)

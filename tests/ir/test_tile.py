@@ -123,7 +123,7 @@ def test_random_programs_read_back() -> None:
         ("input V[b,n,f]", "input X[b,n,f]", "declared twice"),
         ("load T[m,n] = X[b,m,n]", "load T[m,n] = A[m,n]", "A is read at other indices"),
         ("sum[n] P[m,n] * V[b,n,f]", "sum[n,f] P[m,n] * V[b,n,f]", "both kept and reduced"),
-        ("reduce M_next[m] = max[n] T[m,n]", "reduce R[n] = sum[m] T[m,n]", "only tiles of m, .* are summed up"),
+        ("reduce M_next[m] = max[n] T[m,n]", "reduce R[n] = sum[m] T[m,n]", "only tiles of m, .* are reduced"),
     ],
 )
 def test_broken_rules_are_shown(old: str, new: str, message: str) -> None:

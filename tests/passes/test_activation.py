@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from statistics import mean
 
 import pytest
 from effcc.passes.activation.candidates import evaluate
 from effcc.passes.activation.cut import PricedCuts
+from effcc.passes.activation.floor_program import program_bound
 from effcc.passes.activation.search import ActivationSearch
 from effcc.passes.activation.simulate import Simulator
 from fresh_seed import fresh_random
@@ -32,13 +34,16 @@ def test_bounds_hold_and_choices_are_near_the_best() -> None:
     rng = fresh_random()
     excess: list[float] = []
     floors: list[float] = []
-    for _ in range(60):
+    for number in range(60):
         problem = random_joint(rng)
         search = ActivationSearch(problem)
         choices = list(every_choice(search.simulator))
         least = min(c.peak for c in choices)
         assert search.floor_bound <= least
         assert search.least.peak >= least
+        if number % 6 == 0:
+            assert search.floor_bound <= search.prove_floor() <= least
+            assert search.least.peak >= search.smallest.peak >= least
         floors.append(search.least.peak / least)
         highest = max(c.peak for c in choices)
         for share in (0.1, 0.4, 0.7):
@@ -54,6 +59,33 @@ def test_bounds_hold_and_choices_are_near_the_best() -> None:
             excess.append((found.seconds - best) / (problem.seconds + best))
     assert mean(floors) < 1.05
     assert mean(excess) < 0.06
+
+
+def test_the_floor_is_proven_where_layers_are_computed_from_layers_before() -> None:
+    """Random sizes, few of them, so that results are written over operands; integers against parts of values."""
+    rng = fresh_random()
+    better = 0
+    for _ in range(25):
+        problem = random_joint(rng, ops=7, inlined=rng.choice((0.2, 0.6)))
+        values = tuple(replace(value, bytes=rng.choice((8, 16, 32))) for value in problem.values)
+        search = ActivationSearch(replace(problem, values=values, constant=values[0].bytes))
+        least = min(c.peak for c in every_choice(search.simulator))
+        parts = program_bound(search.simulator, search.blocks, search.least)
+        whole = program_bound(search.simulator, search.blocks, search.least, seconds=1.0)
+        assert parts <= whole <= least
+        better += whole > search.floor_bound
+    assert better, "no program was better than the look at one op at a time"
+
+
+def test_what_the_caller_holds_is_kept_at_no_cost() -> None:
+    rng = fresh_random()
+    for _ in range(40):
+        simulator = Simulator(random_joint(rng, ops=7))
+        run = simulator.run(frozenset())
+        again = {v for index in run.recomputed for v in simulator.problem.ops[index].writes}
+        assert not again & simulator.handed_out
+        for cut in PricedCuts(simulator).frontier():
+            assert not cut.saved & simulator.handed_out
 
 
 def test_a_smaller_budget_has_no_larger_peak_and_no_shorter_time() -> None:

@@ -7,9 +7,14 @@ import torch
 import torch.nn.functional as F
 from effcc.cost_model.devices import load_device
 from effcc.ir.graph import Graph
+from effcc.passes.raising.candidates import Candidates
 from effcc.passes.raising.choose import Choice, Rates, choose
+from effcc.passes.raising.components import components
+from effcc.passes.raising.group import Traffic
+from effcc.passes.raising.own_copies import with_own_copies
 from effcc.passes.raising.prefilter import may_fuse
 from effcc.passes.raising.raise_graph import raise_graph
+from effcc.passes.raising.traffic import INDEXED, SEARCHED, TablePrices
 from raised_graphs import record
 
 CPU = Choice(Rates.of(load_device("cpu")))
@@ -94,3 +99,34 @@ def test_rates_are_those_of_the_device() -> None:
     assert rates.moving(1e6, 1e6) < rates.moving(1e6, 1e9), "what fits into a cache moves faster"
     gpu = load_device("h100")
     assert gpu.efficiency_of("cascade") == gpu.efficiency_of("attention")
+
+
+def tables(layers: int, places: int, prices: TablePrices) -> list[Traffic]:
+    """What the attention layers of a stack do that add one bias from a table to their scores."""
+
+    def stack(x: torch.Tensor, table: torch.Tensor, *weights: torch.Tensor) -> torch.Tensor:
+        distance = (torch.arange(200)[None] - torch.arange(200)[:, None]).abs().clamp(max=places - 1)
+        bias = F.embedding(distance, table).permute(2, 0, 1)
+        for q, k, v in zip(weights[::3], weights[1::3], weights[2::3], strict=True):
+            x = torch.softmax((x @ q) @ (x @ k).transpose(-1, -2) + bias, -1) @ (x @ v)
+        return x
+
+    weights = (torch.randn(8, 8) for _ in range(3 * layers))
+    (run,) = record(stack, (torch.randn(1, 2, 200, 8), torch.randn(places, 2), *weights))
+    found = Candidates(with_own_copies(raise_graph(run.graph)), prices)
+    return [each for component in components(found.space) for each in found.work_out(component).traffic]
+
+
+def test_looking_up_costs_the_same_in_tables_of_any_size() -> None:
+    small, large = (tables(2, places, INDEXED) for places in (16, 64))
+    assert [t.flops_fused for t in small] == [t.flops_fused for t in large]
+    assert any(t.flops_fused >= t.flops_written + INDEXED.lookup * 2 * 200 * 200 for t in small)
+    fewer, more = (sum(t.flops_fused for t in tables(2, places, SEARCHED)) for places in (16, 64))
+    assert more - fewer == 2 * SEARCHED.lookup * 2 * 200 * 200 * (64 - 16)
+
+
+def test_what_layers_look_up_together_is_written_once() -> None:
+    for layers in (1, 2, 3):
+        assert sum(t.tables_written for t in tables(layers, 16, INDEXED)) == pytest.approx(
+            INDEXED.written_lookup * 2 * 200 * 200, rel=1e-3
+        )
