@@ -144,9 +144,8 @@ class Method:
     def __init__(self, name: str, model: Model, options: dict[str, Any], around: Any) -> None:
         self.name, self.module, self.inputs = name, model.module, model.inputs
         self.budget: int | None = options.get("memory_budget")
-        torch._dynamo.reset()
         effcc.reset_reports()
-        self.compiled = torch.compile(self.module, backend="effcc", options={"repeated_modules": False, **options})
+        self.compiled = common.compiled(self.module, backend="effcc", options={"repeated_modules": False, **options})
         with around:
             self.step()
         self.gradients = {name: p.grad.clone() for name, p in self.module.named_parameters() if p.grad is not None}

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import datetime
 import gc
+import itertools
 import json
 import os
 import platform
 import statistics
 import sys
 import time
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,20 @@ HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent / "tests"))
 
 import models  # noqa: E402  (the zoo, tests/models.py)
+
+_copies = itertools.count()
+
+
+def compiled(function: Callable[..., Any], **settings: Any) -> Callable[..., Any]:
+    """``torch.compile`` with code of its own. Dynamo keeps what it compiled by the function's code, a few of each, and
+    eager runs beyond; and ``torch._dynamo.reset()`` would have what was made before compiled again, without the
+    configuration that was set around its first call."""
+
+    def call(*arguments: Any, **named: Any) -> Any:
+        return function(*arguments, **named)
+
+    code = call.__code__.replace(co_name=f"compiled_{next(_copies)}")
+    return torch.compile(types.FunctionType(code, call.__globals__, code.co_name, None, call.__closure__), **settings)
 
 
 def training_step(run: Callable[..., Any], sample: models.Sample) -> torch.Tensor:

@@ -3,9 +3,10 @@
     python benchmarks/cpu_steps.py [--models gpt2,llama] [--rounds 9] [--variants llama] [--no-calibrate] [--offline]
 
 Calibrates first (its seconds are in the result), then compiles every model with its loss, takes the prediction of the
-plan that was compiled (``--offline``: and of the plan made offline), and measures all steps in interleaved rounds.
-``error``: predicted over the median measured time, less one. The variants are one model compiled with memory budgets,
-cascades on and off and libraries of products; Spearman's correlation is that of their predicted and measured times.
+plan that was compiled (``--offline``: and of the plan made offline), and measures all steps in interleaved rounds, each
+step after one of its own kind, as in training. ``error``: predicted over the median measured time, less one. The
+variants are one model compiled with memory budgets, cascades on and off and libraries of products; Spearman's
+correlation is that of their predicted and measured times.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from typing import Any
 import effcc
 import numpy as np
 import torch
-from common import allocator_peak, environment, interleaved, keep, models, show
+from common import allocator_peak, compiled, environment, interleaved, keep, models, show
 from effcc import torch_internals
 from effcc.calibrating import calibrate_machine
 
@@ -31,13 +32,12 @@ SHARES = (None, 0.9, 0.8, 0.7, 0.6)
 
 def compiled_step(sample: models.Sample, options: dict[str, Any]) -> tuple[Callable[[], Any], float]:
     """A training step, loss included, and the seconds that the plan of what was compiled predicts."""
-    torch._dynamo.reset()
     effcc.reset_reports()
 
     def with_loss(**inputs: torch.Tensor) -> torch.Tensor:
         return models.loss_of(sample.model(**inputs), sample.target)
 
-    run = torch.compile(with_loss, backend="effcc", options=options)
+    run = compiled(with_loss, backend="effcc", options=options)
 
     def step() -> None:
         sample.model.zero_grad(set_to_none=True)
@@ -67,7 +67,7 @@ def model_rows(names: list[str], size: str, rounds: int, ahead_too: bool) -> lis
         if ahead_too:
             ahead[name] = offline(sample)
         print(name, f"predicted {predicted[name] * 1e3:.1f} ms", flush=True)
-    seconds = interleaved(steps, rounds)
+    seconds = interleaved(steps, rounds, settle=1)
     rows = []
     for name in names:
         measured = statistics.median(seconds[name])
@@ -104,7 +104,7 @@ def variant_rows(name: str, size: str, rounds: int) -> tuple[list[dict[str, Any]
             if not isinstance(cause, effcc.errors.BudgetError):
                 raise
             print(f"{label}: {str(getattr(cause, 'message', cause)).splitlines()[0][:160]}", flush=True)
-    seconds = interleaved(steps, rounds)
+    seconds = interleaved(steps, rounds, settle=1)
     rows = [
         {
             "variant": label,

@@ -25,7 +25,18 @@ from typing import Any
 import effcc
 import torch
 import torch._functorch.config as functorch_config
-from common import HERE, allocator_peak, environment, interleaved, keep, median_ratio, models, show, training_step
+from common import (
+    HERE,
+    allocator_peak,
+    compiled,
+    environment,
+    interleaved,
+    keep,
+    median_ratio,
+    models,
+    show,
+    training_step,
+)
 from effcc import torch_internals
 
 DEFAULT = {"cascades": False, "kernel_order": "inductor", "gemm": "blas"}
@@ -36,11 +47,10 @@ class Schedule:
     """A compiled training step; ``peak``: bytes above what was held before it."""
 
     def __init__(self, name: str, size: str, options: dict[str, Any], budget: float | None = None) -> None:
-        torch._dynamo.reset()
         effcc.reset_reports()
         torch.manual_seed(0)
         sample = models.build(name, size)
-        run = torch.compile(sample.model, backend="effcc", options=options)
+        run = compiled(sample.model, backend="effcc", options=options)
         self.step: Callable[[], Any] = lambda: training_step(run, sample)
         with functorch_config.patch(activation_memory_budget=1.0 if budget is None else budget):
             self.loss = float(self.step())
