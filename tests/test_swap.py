@@ -16,6 +16,7 @@ from effcc.passes.activation.host_link import HostLink
 from effcc.runtime import host_tier
 from test_memory_budget import gradients, measured_peak, tower
 from torch.profiler import profile
+from towers import unfused_step
 
 pytestmark = pytest.mark.usefixtures("clean_compiler")
 
@@ -92,25 +93,13 @@ def test_a_step_keeps_its_budget_by_swapping(monkeypatch: pytest.MonkeyPatch, sw
     monkeypatch.setattr(activation_planner, "host_link", lambda device: fast)
     model, inputs = tower(rows=256)
 
-    def step_with(options: dict[str, object]) -> object:
-        torch._dynamo.reset()
-        effcc.reset_reports()
-        compiled = torch.compile(model, backend="effcc", options={"cascades": False, **options})
-
-        def step() -> torch.Tensor:
-            model.zero_grad(set_to_none=True)
-            loss = compiled(**inputs).square().mean()
-            loss.backward()
-            return loss.detach()
-
-        return step
-
-    step = step_with({})
+    step = unfused_step(model, inputs, {})
     loss = step()
     wanted = gradients(model)
     plain = measured_peak(model, inputs, step)
     budget = int(0.75 * plain)
-    step = step_with({"memory_budget": budget, "swap": True, "swap_dir": str(swap_directory)})
+    options = {"memory_budget": budget, "swap": True, "swap_dir": str(swap_directory)}
+    step = unfused_step(model, inputs, options)
     assert torch.equal(step(), loss)
     for name, gradient in gradients(model).items():
         assert torch.equal(gradient, wanted[name]), name

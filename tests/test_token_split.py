@@ -23,6 +23,7 @@ from models import Tower
 from test_memory_budget import measured_peak
 from torch import nn
 from torch.testing import assert_close
+from towers import unfused_step
 
 pytestmark = pytest.mark.usefixtures("clean_compiler")
 
@@ -208,22 +209,6 @@ def test_chains_with_products_and_norms(quarters: int) -> None:
     assert len(names) > len(chosen.shares)
 
 
-def step_with_options(
-    model: nn.Module, inputs: dict[str, torch.Tensor], options: dict[str, Any]
-) -> Callable[[], torch.Tensor]:
-    torch._dynamo.reset()
-    effcc.reset_reports()
-    compiled = torch.compile(model, backend="effcc", options={"cascades": False, **options})
-
-    def step() -> torch.Tensor:
-        model.zero_grad(set_to_none=True)
-        loss = compiled(**inputs).square().mean()
-        loss.backward()
-        return loss.detach()
-
-    return step
-
-
 def test_the_planner_splits_by_itself_where_the_host_has_little_room(
     monkeypatch: pytest.MonkeyPatch, swap_directory: Path
 ) -> None:
@@ -239,7 +224,7 @@ def test_the_planner_splits_by_itself_where_the_host_has_little_room(
         fast = HostLink(out=1e15, back=1e15, latency=1e-12, capacity=room, overlapped=False)
         monkeypatch.setattr(activation_planner, "host_link", lambda device: fast)
         options = {} if budget is None else {"memory_budget": budget, "swap": True, "swap_dir": str(swap_directory)}
-        return step_with_options(model, inputs, options)
+        return unfused_step(model, inputs, options)
 
     plain = measured_peak(model, inputs, step_with(0, None))
     budget = int(0.7 * plain)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import effcc
@@ -14,6 +15,23 @@ from torch.testing import assert_close
 
 def compile_plain(model: Any, options: dict[str, Any] | None = None, **settings: Any) -> Any:
     return torch.compile(model, backend="effcc", options=options or {}, **settings)
+
+
+def unfused_step(
+    model: nn.Module, inputs: Mapping[str, torch.Tensor], options: Mapping[str, Any]
+) -> Callable[[], torch.Tensor]:
+    """A training step compiled anew with these options, without cascades."""
+    torch._dynamo.reset()
+    effcc.reset_reports()
+    compiled = compile_plain(model, {"cascades": False, **options})
+
+    def step() -> torch.Tensor:
+        model.zero_grad(set_to_none=True)
+        loss = compiled(**inputs).square().mean()
+        loss.backward()
+        return loss.detach()
+
+    return step
 
 
 def pair(**sizes: Any) -> tuple[Tower, Tower]:
