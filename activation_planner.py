@@ -8,6 +8,7 @@ the graph is compiled again with as much less to aim at.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,6 +27,11 @@ from .passes.activation.problem import JointProblem, joint_problem
 from .passes.activation.search import ActivationSearch
 from .token_rows import RowGraph
 
+#: Buffers of a backward that lie between ops of one kernel at most, where neither needs the other: fewer than a
+#: transformer's layer has.
+NEAR = 16
+#: Seconds for the proof that nothing is much smaller than the least budget that a refusal names.
+PROOF_SECONDS = 5.0
 #: How often a graph is compiled again because the compiled code needs more than the simulation said.
 MOST_ATTEMPTS = 6
 
@@ -64,6 +70,8 @@ class ActivationPlanner:
     least: int | None = None
     #: Where nothing fits: bytes that no choice can be below.
     proven: int = 0
+    #: The search of the last attempt, for which problem, and what torch keeps of it.
+    known: tuple[JointProblem, frozenset[int], ActivationSearch] | None = None
 
     def partition(
         self,
@@ -98,9 +106,7 @@ class ActivationPlanner:
             static_lifetime_input_indices=static,
             **others,
         )
-        search = ActivationSearch(
-            problem, values_saved(split[0], problem, num_fwd_outputs), host_link(self.device()) if self.swap else None
-        )
+        search = self._search(problem, values_saved(split[0], problem, num_fwd_outputs))
         plain = search.plain
         if plain.key not in self.refused and plain.peak + self.excess <= self.budget:
             self.choice = describe(problem, plain, plain, "keep", self.budget)
@@ -111,7 +117,7 @@ class ActivationPlanner:
             # Nothing is said to fit: the compiled code of the smallest has the last word, and says what the floor is.
             self.exhausted = True
             chosen = search.smallest
-            self.proven = max(self.proven, search.prove_floor())
+            self.proven = max(self.proven, search.prove_floor(PROOF_SECONDS))
         self.choice = describe(problem, chosen, plain, "planned", self.budget, search.bound(limit), search.floor_bound)
         return split_saving(
             gm,
@@ -123,6 +129,13 @@ class ActivationPlanner:
             prefetches(problem, chosen),
             chosen.shares,
         )
+
+    def _search(self, problem: JointProblem, kept: frozenset[int]) -> ActivationSearch:
+        """The search for this problem; that of the attempt before knows what it has found."""
+        if self.known is None or self.known[:2] != (problem, kept):
+            link = host_link(self.device()) if self.swap else None
+            self.known = problem, kept, ActivationSearch(problem, kept, link)
+        return self.known[2]
 
     def problem(self, gm: fx.GraphModule, num_fwd_outputs: int) -> JointProblem:
         inputs = gm.graph.find_nodes(op="placeholder")
@@ -140,6 +153,13 @@ class ActivationPlanner:
             outside_loss=True,
             rows=RowGraph(gm).facts() if self.swap else None,
         )
+
+    def fusions(self, phase: str) -> AbstractContextManager[None]:
+        """Inside, what is computed again for one layer does not become a kernel with another layer's: its results would
+        wait for their turn in memory that the simulation does not count."""
+        if phase != "backward" or self.choice is None or self.choice.rule != "planned":
+            return nullcontext()
+        return torch_internals.fusions_within(NEAR)
 
     def exceeded(self, peak: int) -> bool:
         """The compiled step needs ``peak`` bytes, everything counted. Returns whether another attempt is worth it."""

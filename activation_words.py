@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 import msgspec
 
 from .formatting import bytes_text, seconds_text
-from .ir.plan import Plan, Solver, Step
+from .ir.plan import Alternative, Decision, Plan, Solver, Step
 from .passes.activation.choice import ActivationChoice, Row
 
 
@@ -59,6 +60,7 @@ def with_choices(plan: Plan, choices: Sequence[ActivationChoice]) -> Plan:
         return plan
     notes: list[str] = []
     solvers: list[Solver] = []
+    decisions = [_decision(choice) for choice in planned]
     for choice in planned:
         notes.append(sentence(choice))
         notes += rows_in_words([row for row in choice.rows if row.fate != "keep"][:12])
@@ -76,7 +78,27 @@ def with_choices(plan: Plan, choices: Sequence[ActivationChoice]) -> Plan:
         msgspec.structs.replace(step, kind="recompute") if _runs_again(step, again) else step for step in plan.steps
     )
     plan = msgspec.structs.replace(plan, steps=steps)
-    return msgspec.structs.replace(plan, notes=(*plan.notes, *notes), solvers=(*plan.solvers, *solvers))
+    return msgspec.structs.replace(
+        plan,
+        notes=(*plan.notes, *notes),
+        solvers=(*plan.solvers, *solvers),
+        decisions=(*plan.decisions, *decisions),
+    )
+
+
+def _decision(choice: ActivationChoice) -> Decision:
+    """What is kept, beside what would be without a limit."""
+    counts = Counter(row.fate for row in choice.rows for _ in range(row.count))
+    fates = ", ".join(f"{count} {fate}" for fate, count in sorted(counts.items())) or "planned"
+    plain = choice.step_seconds
+    ways = ((fates, plain + choice.seconds), ("torch's minimum cut, without a limit", plain))
+    return Decision(
+        kind="activations",
+        subject=f"a step that may hold {bytes_text(choice.budget)}" if choice.budget is not None else "a step",
+        chosen=fates,
+        alternatives=tuple(Alternative(what=what, value=value) for what, value in ways),
+        bound=plain + min(choice.bound, choice.seconds) if choice.bound is not None else None,
+    )
 
 
 def _runs_again(step: Step, again: frozenset[str]) -> bool:

@@ -7,6 +7,7 @@ two sizes, forward. What the kernels do besides is taken off (``cost_model.casca
 from __future__ import annotations
 
 import math
+import statistics
 import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
@@ -16,6 +17,7 @@ from .cost_model.cascade_cost import map_seconds
 from .cost_model.devices import Device
 from .errors import EffccError
 from .logs import logger
+from .runtime.freed_memory import keep_freed_memory
 
 if TYPE_CHECKING:
     import torch
@@ -36,6 +38,7 @@ SETS, SECONDS = 4, 0.6
 
 def calibrate_machine(seconds: float = 20.0, save: bool = True) -> Device:
     """Measure this machine's CPU in about ``seconds``, and about twice as long again for compiling what is measured."""
+    keep_freed_memory()  # as where a step runs
     return calibrate(seconds, save=save, cascade=cascade_share)
 
 
@@ -63,18 +66,18 @@ def cascade_share(device: Device) -> float | None:
         flop = 2.0 * points * (each["d"] + each["f"])
         rows, columns = ([each[rank] for rank in ranks] for ranks in ("bhmd", "bhnd"))
         sets = [{"Q": torch.rand(rows), "K": torch.rand(columns), "V": torch.rand(columns)} for _ in range(SETS)]
-        best = _shortest(kernel, sets)
+        spent = _median(kernel, sets)
         others = map_seconds(cascade, each, device.added, lanes) / max(1, device.threads)
-        shares.append(flop / device.matrix_rate("f32") / max(best - others, 0.1 * best))
+        shares.append(flop / device.matrix_rate("f32") / max(spent - others, 0.1 * spent))
     return math.exp(sum(map(math.log, shares)) / len(shares))
 
 
-def _shortest(kernel: Callable[[dict[str, torch.Tensor]], object], sets: list[dict[str, torch.Tensor]]) -> float:
-    best, begin, rounds = math.inf, time.perf_counter(), 0
-    while rounds < 3 or time.perf_counter() - begin < SECONDS:
+def _median(kernel: Callable[[dict[str, torch.Tensor]], object], sets: list[dict[str, torch.Tensor]]) -> float:
+    spent: list[float] = []
+    begin = time.perf_counter()
+    while len(spent) < 4 * len(sets) or time.perf_counter() - begin < SECONDS:
         for inputs in sets:
             start = time.perf_counter()
             kernel(inputs)
-            best = min(best, time.perf_counter() - start)
-        rounds += 1
-    return best
+            spent.append(time.perf_counter() - start)
+    return statistics.median(spent[len(sets) :])

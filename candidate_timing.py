@@ -1,8 +1,9 @@
 """The option ``measure_candidates``: schedules of a graph that the cost model cannot tell apart are run, and the faster
 one is kept.
 
-The candidates are the graph with its cascades fused and as it is written. Where their predicted times differ by more
-than the model errs, the prediction decides and nothing is run. What was measured is remembered in the cache directory.
+Twice: ways to generate a kernel (``codegen.variant_timing``) while it is chosen what is fused; then the graph with its
+cascades fused and as it is written. Where predicted times differ by more than the model errs, the prediction decides
+and nothing is run. What was measured is remembered in the cache directory.
 """
 
 from __future__ import annotations
@@ -50,6 +51,7 @@ def compile_faster(
     before = torch_internals.copy_graph(gm)
     # Cascades that the prediction speaks against, but not clearly, are candidates too.
     compilation.fusion.choice = replace(compilation.fusion.choice, gain=1 / APART)
+    compilation.fusion.measured = usable_directory(compilation.options.cache_path())
     fused = compilation.run(torch_internals.copy_graph(gm), example_inputs)
     if not compilation.fusion.reports:
         return fused

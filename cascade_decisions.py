@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
+from pathlib import Path
 
 import msgspec
 
@@ -18,6 +20,7 @@ from .passes.raising.choose import Choice, Refused, choose
 from .passes.raising.group import Early, Group, Rest
 from .passes.raising.prefilter import may_fuse
 from .passes.raising.raise_graph import raise_graph
+from .passes.raising.reach import within_reach
 
 
 class Fused(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -45,13 +48,35 @@ class Decisions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     schedule: tuple[Decision, ...] = ()
 
 
+class Reach(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """For each group of values whether kernels could compute it."""
+
+    groups: tuple[bool, ...] = ()
+
+
+def in_reach(graph: Graph, choice: Choice, groups: Sequence[Sequence[str]]) -> tuple[bool, ...]:
+    """For each group of a graph's values whether ``decide`` could make all of them results of kernels; from the cache
+    directory if it is there."""
+    if not groups or not may_fuse(graph, choice):
+        return (False,) * len(groups)
+    path = _record_of("reach", print_graph(graph), repr(groups))
+    known = read_record(path, Reach)
+    if known is None:
+        known = Reach(within_reach(raise_graph(graph), groups))
+        write_record(path, known)
+    return known.groups
+
+
+def _record_of(*parts: str) -> Path:
+    return record_path(hashlib.sha256("\n".join((source_digest(), *parts)).encode()).hexdigest())
+
+
 def decide(graph: Graph, choice: Choice, target: Target | None = None) -> Decisions:
     """The decisions for a graph, from the cache directory if they are there. ``target``: the GPU that it is for."""
     if not may_fuse(graph, choice):
         return Decisions()
     machine = repr(target) if target is not None else f"{Caches.of_this_machine()} {threads()}"
-    parts = (source_digest(), print_graph(graph), repr(choice), machine)
-    path = record_path(hashlib.sha256("\n".join(parts).encode()).hexdigest())
+    path = _record_of(print_graph(graph), repr(choice), machine)
     known = read_record(path, Decisions)
     if known is None:
         known = work_out(graph, choice, target)

@@ -3,21 +3,25 @@ inference graph, before anything else rewrites it."""
 
 from __future__ import annotations
 
+import functools
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.fx as fx
 
 from . import torch_internals
-from .cascade_decisions import Decisions, Fused, decide
+from .cascade_decisions import Decisions, Fused, decide, in_reach
 from .codegen.cascade_kernel import CascadeKernel, begin
 from .codegen.cascade_op import give_up_kernel, gpu_source, kernel_of
 from .codegen.chunked_cascade import ChunkedCascade
-from .codegen.kernel_variants import KernelVariants
-from .codegen.triton_tiles.target import Target
+from .codegen.gpu_kernel_variants import GpuKernelVariants
+from .codegen.kernel_variants import KernelVariants, rule_seconds
+from .codegen.triton_tiles.target import CAPABILITIES, Target
+from .codegen.variant_timing import TimedVariants
 from .cost_model.devices import Device, device_titled, load_device
 from .cost_model.tile_cost import TileRates
 from .errors import CompileError, EffccError
@@ -25,7 +29,7 @@ from .frontend.fx_import import from_fx
 from .ir.plan import Decision
 from .passes.raising.choose import Choice, Rates
 from .runtime.reports import CascadeReport
-from .shared_gradients import spread_sums
+from .shared_gradients import Spread, spread_sums
 
 #: Of a wide tensor, where a cascade is done in chunks: what stays in the caches of a present processor.
 CHUNK_BYTES = 16 << 20
@@ -43,6 +47,8 @@ class CascadeFusion:
     #: The GPU that a graph without a device of its own is planned for; and whether memory is what it is short of.
     target: Target | None = None
     short_of_memory: bool = False
+    #: Where times of kernels are kept, if variants whose prices are alike are to be timed.
+    measured: Path | None = None
     reports: list[CascadeReport] = field(default_factory=list)
     refused: list[str] = field(default_factory=list)
     #: What was chosen among what.
@@ -84,15 +90,20 @@ class CascadeFusion:
         if place.type == "cuda":
             target = Target.of_cuda(place.index or 0)
             name = device_titled(torch.cuda.get_device_name(place)) or UNKNOWN_GPU
-            choice = choice_for(load_device(name), self.short_of_memory)
+            choice = replace(choice_for(load_device(name), self.short_of_memory), gain=choice.gain)
+        if self.measured is not None and isinstance(choice.variants, KernelVariants | GpuKernelVariants):
+            choice = replace(choice, variants=TimedVariants(choice.variants, self.measured))
         spread = spread_sums(gm.graph)
+        if spread:
+            terms = [[term.name for term in each.sums] for each in spread]
+            near = in_reach(from_fx(gm, "joint", "joint"), choice, terms)
+            _undo(gm, [each for each, may in zip(spread, near, strict=True) if not may])
+            spread = [each for each, may in zip(spread, near, strict=True) if may]
         decisions = decide(from_fx(gm, "joint", "joint"), choice, target)
         made = {name for each in decisions.fused for name in (*each.results, *(rest.value for rest in each.rests))}
         in_vain = [each for each in spread if not each.is_in(made)]
         if in_vain:
-            for each in in_vain:
-                each.undo()
-            gm.graph.eliminate_dead_code()
+            _undo(gm, in_vain)
             decisions = decide(from_fx(gm, "joint", "joint"), choice, target)
         return decisions, target
 
@@ -124,15 +135,31 @@ class CascadeFusion:
             )
 
 
+def _undo(gm: fx.GraphModule, spread: Sequence[Spread]) -> None:
+    for each in spread:
+        each.undo()
+    if spread:
+        gm.graph.eliminate_dead_code()
+
+
 def choice_for(device: Device, short_of_memory: bool) -> Choice:
     """What is fused for a device. Where memory is short, a kernel that is somewhat slower is still the cheapest way to
     do without a wide tensor."""
-    choice = Choice(Rates.of(device))
+    choice = Choice(
+        Rates.of(device), variants=variants_for(device), price=functools.partial(rule_seconds, device=device)
+    )
+    if device.kind == "cpu":
+        choice = replace(choice, chunk_bytes=CHUNK_BYTES)
+    return replace(choice, memory_ratio=choice.memory_ratio / 2) if short_of_memory else choice
+
+
+def variants_for(device: Device) -> KernelVariants | GpuKernelVariants | None:
+    """The ways to generate a kernel for a device that prices are known for; None leaves them to the generator's
+    rules."""
     if device.kind == "cpu":
         rates = TileRates.of(device)
-        variants = KernelVariants(rates) if rates is not None else None
-        choice = replace(choice, chunk_bytes=CHUNK_BYTES, variants=variants)
-    return replace(choice, memory_ratio=choice.memory_ratio / 2) if short_of_memory else choice
+        return KernelVariants(rates) if rates is not None else None
+    return GpuKernelVariants.of(device, Target.of_device(device)) if device.name in CAPABILITIES else None
 
 
 def placed_on(gm: fx.GraphModule) -> torch.device | None:

@@ -62,35 +62,35 @@ def explain_command(
 
 def _schedule(out: Console, plan: Plan) -> None:
     from .cost_model.step_bounds import step_bounds
-    from .inspection.schedule import decisions, gap_of, taken, value_text, words
+    from .inspection.schedule import LEGEND, chosen_words, decisions, gap_of, others, rows, taken, value_text, words
 
     bounds = step_bounds(plan)
     for line in words(plan, bounds):
         out.print(line, markup=False, soft_wrap=True)
-    rows = table("stream", "steps", "busy", "alone", right=("steps", "busy", "alone"), title="Streams")
-    for load in bounds.streams:
-        rows.add_row(
-            f"{load.device}: {load.stream}", str(load.steps), seconds_text(load.busy), seconds_text(load.alone)
-        )
-    out.print(rows)
-    found = decisions(plan)
+    if len(bounds.streams) > 1:
+        loads = table("stream", "steps", "busy", "alone", right=("steps", "busy", "alone"), title="Streams")
+        for load in bounds.streams:
+            loads.add_row(
+                f"{load.device}: {load.stream}", str(load.steps), seconds_text(load.busy), seconds_text(load.alone)
+            )
+        out.print(loads)
+    found = rows(decisions(plan))
     if not found:
+        out.print("Nothing was to be chosen: every op runs as it is written.")
         return
-    rows = table("decision", "about", "chosen", "value", "instead of", "bound", "gap", right=("value", "bound", "gap"))
-    rows.title = "What was decided"
+    made = table("decision", "about", "chosen", "value", "instead of", "bound", "gap", right=("value", "bound", "gap"))
+    made.title = "What was decided"
     for each in found:
         value, gap = taken(each), gap_of(each)
-        others = [
-            f"{a.what} {value_text(a.value, each.unit)}{' (measured)' if a.measured else ''}"
-            for a in each.alternatives
-            if a.what != each.chosen
-        ]
-        rows.add_row(
-            each.kind, each.subject, each.chosen, value_text(value, each.unit) if value is not None else "",
-            "; ".join(others), value_text(each.bound, each.unit) if each.bound is not None else "",
+        made.add_row(
+            each.kind, each.subject, chosen_words(each), value_text(value, each.unit) if value is not None else "",
+            others(each), value_text(each.bound, each.unit) if each.bound is not None else "",
             f"{100 * gap:.2f} %" if gap is not None else "",
         )  # fmt: skip
-    out.print(rows)
+    out.print(made)
+    for kind in dict.fromkeys(each.kind for each in found):
+        if kind in LEGEND:
+            out.print(f"{kind}: {LEGEND[kind]}.", markup=False, soft_wrap=True)
 
 
 def _verdicts(file: PlanFile) -> tuple[list[CascadeVerdict], list[str]]:

@@ -47,7 +47,7 @@ def passes_command(
 def _of_model(file: str, train: bool, json: bool) -> None:
     from rich.markup import escape
 
-    from .planning import cascade_analyses
+    from .plan_capture import cascade_analyses
 
     analyses = cascade_analyses(file, train=train)
     if json:

@@ -16,7 +16,8 @@ from .summary import device_of
 
 if TYPE_CHECKING:
     from .ir.plan import Plan
-    from .planning import Planned, PlanRequest
+    from .plan_request import PlanRequest
+    from .planning import Planned
     from .summary import Summary
 
 
@@ -98,7 +99,8 @@ def plan_command(
     No weights are allocated, and the device need not be on this machine. The plan says whether the model fits, what
     holds the peak and what bounds the time.
     """
-    from .planning import PIPELINE, PlanRequest, budget_bytes, plan_model
+    from .plan_request import PIPELINE, PlanRequest, budget_bytes
+    from .planning import plan_model
 
     if mesh is not None:
         from .cli_pipeline import plan_pipeline

@@ -59,7 +59,7 @@ def predict_model_command(
     names = list(dict.fromkeys(part.strip() for part in device.split(",") if part.strip()))
     if not names:
         raise OptionError("--device names no device", remedy="see 'effcc devices'")
-    from .planning import PlanRequest, check_options
+    from .plan_request import PlanRequest, check_options
 
     request = PlanRequest(model=model, train=train, optimizer=optimizer, dtype=dtype)
     check_options(request)

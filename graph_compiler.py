@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import time
@@ -43,6 +44,7 @@ from .options import Options
 from .passes.manager import DUMP_VARIABLE
 from .runtime.cache_directory import usable_directory
 from .runtime.compiled_graph import CompiledGraph
+from .runtime.freed_memory import keep_freed_memory
 from .runtime.peak_meter import PeakMeter
 from .runtime.reports import GraphReport, RegionReport, add_report
 from .step_planner import Member, StepPlanner, move_to_scratch
@@ -80,6 +82,8 @@ class Compilation:
 
     def run(self, gm: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         """Compile Dynamo's graph, forward and backward."""
+        if self.options.keep_freed_memory:
+            keep_freed_memory()
         key = "effcc cascades" if self.options.cascades else "effcc"
         with torch_internals.joint_pass(self.prepare_joint, key):
             return torch_internals.compile_fx(gm, example_inputs, self.compile)  # type: ignore[no-any-return]
@@ -100,7 +104,8 @@ class Compilation:
         self.planner.device = self.options.device or cost_device(example_inputs, report)
         torch_internals.refresh_values(gm, example_inputs)
         source = self.source(gm, report)
-        with torch_internals.region_settings(), kernel_order(self.options.kernel_order):
+        near = self.activation.fusions(phase) if self.activation is not None else contextlib.nullcontext()
+        with torch_internals.region_settings(), kernel_order(self.options.kernel_order), near:
             # Dumps show passes at work, so they are run.
             key = None if wants_dumps(self.options) else record_key(gm, example_inputs, kwargs, self.options.gemm)
             result = self.restore(key, source, report, kwargs) or self.compile_anew(key, source, report, kwargs)

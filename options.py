@@ -70,6 +70,9 @@ class Options:
     #: Order of a region's kernels: ``"memory"``: that which needs the least at once, by CP-SAT; ``"inductor"``: the
     #: best of Inductor's heuristics.
     kernel_order: str = "memory"
+    #: Let the C library keep what a step on the CPU frees for the next one, up to 2 GiB, instead of giving it back to
+    #: the system.
+    keep_freed_memory: bool = True
     #: Run a graph with its cascades fused and as it is written, where the cost model cannot tell which is faster.
     measure_candidates: bool = False
 
@@ -92,6 +95,7 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "repeated_modules": (bool,),
     "swap": (bool,),
     "cascades": (bool,),
+    "keep_freed_memory": (bool,),
     "measure_candidates": (bool,),
 }
 _TEXTS = ("plan", "dump_dir", "device", "cache_dir", "swap_dir")

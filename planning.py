@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import difflib
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
@@ -20,10 +18,11 @@ from .formatting import bytes_text, seconds_text
 from .ir.graph import Graph
 from .ir.plan import GraphPlan, Plan, TradePoint
 from .logs import logger
-from .options import parse_bytes
 from .passes.dump import PassRecord
+from .plan_capture import capture_for, cascade_watch, fusion_for, joint_passes, load_spec, spec_of_module
 from .plan_copies import with_copies
-from .plan_streams import MOST_STREAMS, with_streams
+from .plan_request import BUDGET_PIPELINE, PIPELINE, PlanRequest, budget_bytes, check_options
+from .plan_streams import with_streams
 from .stage_times import StageTimes
 from .summary import Summary, device_named, summarize
 
@@ -32,53 +31,14 @@ if TYPE_CHECKING:
 
     from .budget_planning import BudgetPlanner, ParetoPoint
     from .cascade_fusion import CascadeFusion
-    from .cascade_watch import CascadeWatch
     from .frontend.capture import Captured
     from .frontend.model_file import ModelSpec
     from .passes.activation.choice import ActivationChoice
     from .passes.flatten import RegionBuffers
     from .passes.planner import StateBytes
-    from .passes.raising.analysis import GraphAnalysis
 
-#: What is done to every captured graph before it is planned.
-PIPELINE = "normalize,saved-layouts,repeated-structure,regions,schedule"
-#: The same where layers may differ in what they save: they are not folded into one.
-BUDGET_PIPELINE = "normalize,regions,schedule"
 
 Progress = Callable[[str], AbstractContextManager[None]]
-
-
-#: Names of the floating-point types that ``dtype`` may convert a model to, with torch's own.
-DTYPES = {
-    "f64": "f64", "f32": "f32", "bf16": "bf16", "f16": "f16",
-    "float64": "f64", "float32": "f32", "bfloat16": "bf16", "float16": "f16",
-}  # fmt: skip
-
-
-@dataclass(frozen=True)
-class PlanRequest:
-    """What ``effcc plan`` is asked for. ``model``: ``FILE.py[:name]`` or ``FILE.mlir``; ``memory_budget`` in bytes."""
-
-    model: str
-    train: bool = False
-    optimizer: str | None = None
-    dtype: str | None = None
-    device: str = "cpu"
-    memory_budget: int | None = None
-    #: Under a budget, values may be swapped to the host.
-    swap: bool = False
-    #: Also the curve of time against memory.
-    pareto: bool = False
-    #: Also which dependent reductions could be one kernel.
-    cascades: bool = False
-    #: Fuse cascades as ``torch.compile`` does.
-    fuse: bool = True
-    #: Most kernels at once, each on a stream of its own; plans for GPUs only.
-    streams: int = 1
-    dynamic: bool = False
-    pipeline: str = PIPELINE
-    dump_dir: Path | None = None
-    verify: bool = True
 
 
 @dataclass(frozen=True, repr=False)
@@ -177,15 +137,7 @@ def plan(
                 "example_inputs and loss go with a module", remedy="a model file has its own: define them in it"
             )
         return plan_model(request)
-    return plan_model(request, spec=_spec_of_module(model, example_inputs, loss))
-
-
-def capture_model(request: PlanRequest) -> Captured:
-    """The capture that ``plan_model`` plans, to be planned for several devices of one kind. Raises what it raises."""
-    check_options(request)
-    device = device_named(request.device)
-    with _joint_passes(None, _fusion(device, False) if request.fuse else None):
-        return _capture(request, device, _load(request.model))
+    return plan_model(request, spec=spec_of_module(model, example_inputs, loss))
 
 
 @collecting_seldom()
@@ -217,14 +169,14 @@ def plan_model(
     pipeline = request.pipeline if not budgeted or request.pipeline != PIPELINE else BUDGET_PIPELINE
     passes = parse_pipeline(pipeline)
     planner = _budget_planner(device, request.swap) if budgeted else None
-    watch = _cascade_watch() if request.cascades else None
-    fusion = _fusion(device, budgeted) if request.fuse else None
+    watch = cascade_watch() if request.cascades else None
+    fusion = fusion_for(device, budgeted) if request.fuse else None
     progress = times = StageTimes(progress)
     with progress("capture"):
         if captured is None:
-            spec = spec or _load(request.model)
-            with _joint_passes(watch, fusion):
-                captured = _capture(request, device, spec, planner)
+            spec = spec or load_spec(request.model)
+            with joint_passes(watch, fusion):
+                captured = capture_for(request, device, spec, planner)
         for line in (*captured.notes, *_graph_breaks(captured)):
             logger("capture").info("%s", line)
     manager = PassManager(passes, dump_dir=request.dump_dir, verify=request.verify)
@@ -306,90 +258,10 @@ def _fused_notes(fusion: CascadeFusion | None) -> tuple[str, ...]:
     return (f"groups of dependent reductions that are one kernel: {count}; --cascades lists them",) if count else ()
 
 
-def _fusion(device: Device, short_of_memory: bool) -> CascadeFusion | None:
-    """None for a GPU that kernels are not made for."""
-    from .cascade_fusion import CascadeFusion, choice_for
-    from .codegen.triton_tiles.target import CAPABILITIES, Target
-
-    if device.kind != "cpu" and device.name not in CAPABILITIES:
-        return None
-    target = None if device.kind == "cpu" else Target.of_device(device)
-    return CascadeFusion(choice_for(device, short_of_memory), compiles=False, target=target)
-
-
-def _joint_passes(watch: CascadeWatch | None, fusion: CascadeFusion | None) -> AbstractContextManager[Any]:
-    """Inside, joint graphs are looked at as they are, and then fused."""
-    from .codegen.known_faults import avoid_faults
-    from .torch_internals import joint_pass
-
-    passes: list[Callable[[Any], None]] = [avoid_faults]
-    if watch is not None:
-        passes.append(watch.keep)
-    if fusion is not None:
-        passes.append(fusion)
-
-    def run(graph: Any) -> None:
-        for each in passes:
-            each(graph)
-
-    return joint_pass(run, "effcc plan")
-
-
-def _cascade_watch() -> CascadeWatch:
-    from .cascade_watch import CascadeWatch
-
-    return CascadeWatch()
-
-
-def cascade_analyses(model_file: str, *, train: bool) -> list[GraphAnalysis]:
-    """The groups of each captured graph of a model file that one kernel could compute, and why others stay; a repeated
-    layer is one graph. Raises ModelFileError, CaptureError."""
-    from .cascade_watch import CascadeWatch
-    from .frontend.capture import capture
-    from .passes.raising.analysis import analyse
-    from .passes.raising.choose import Choice, Rates
-
-    watch = CascadeWatch()
-    spec = _load(model_file)
-    with watch.watching():
-        capture(spec, train=train)
-    choice = Choice(Rates.of(device_named("cpu")))
-    return [analyse(graph, graph.name, choice) for graph in watch.graphs]
-
-
 def _ordered_memory(device: Device, sizes: Mapping[str, int]) -> RegionBuffers:
     from .passes.activation.ordered_memory import ordered_memory
 
     return lambda region: ordered_memory(region, device, sizes)
-
-
-def budget_bytes(given: int | str | None, device: str, option: str = "memory_budget") -> int | None:
-    """A budget in bytes; ``"auto"`` is the device's memory. Raises OptionError, DeviceError."""
-    if given == "auto":
-        return int(device_named(device).memory)
-    return None if given is None else parse_bytes(given, option=option)
-
-
-def check_options(request: PlanRequest) -> None:
-    """What can be refused before the model is built, which may take a while. Raises OptionError."""
-    if not 1 <= request.streams <= MOST_STREAMS:
-        raise OptionError(f"--streams {request.streams} is out of range", remedy=f"give 1 to {MOST_STREAMS}")
-    if request.optimizer is not None and not request.train:
-        raise OptionError("--optimizer without --train", remedy="add --train: only a training step has an optimizer")
-    if request.dtype is not None and request.dtype.removeprefix("torch.") not in DTYPES:
-        raise OptionError(
-            f"dtype {request.dtype!r} is not understood", remedy=f"one of {', '.join(dict.fromkeys(DTYPES.values()))}"
-        )
-    if request.optimizer is not None:
-        from .frontend.state import OPTIMIZERS
-
-        name = request.optimizer.lower().replace("-", "_")
-        if name not in OPTIMIZERS:
-            close = difflib.get_close_matches(name, OPTIMIZERS, n=1)
-            hint = f"did you mean {close[0]!r}? " if close else ""
-            raise OptionError(
-                f"unknown optimizer {request.optimizer!r}", remedy=f"{hint}known optimizers: {', '.join(OPTIMIZERS)}"
-            )
 
 
 def _check_budget(made: Plan, budget: int | None) -> None:
@@ -404,55 +276,6 @@ def _check_budget(made: Plan, budget: int | None) -> None:
         where=f"the peak on {made.device}, where most is held by: {held}",
         remedy=f"The least budget that works is {peak} bytes ({bytes_text(peak)}). A smaller batch or a narrower dtype "
         "needs less.",
-    )
-
-
-def _spec_of_module(
-    model: torch.nn.Module, example_inputs: tuple[Any, ...] | Mapping[str, Any] | None, loss: Callable[..., Any] | None
-) -> ModelSpec:
-    from torch import Tensor
-    from torch.nn import Module
-
-    from .frontend.model_file import ModelSpec
-
-    if not isinstance(model, Module):
-        raise OptionError(
-            f"the model is {type(model).__name__}", remedy="give a torch.nn.Module, or the path of a model file"
-        )
-    if example_inputs is None:
-        raise OptionError("example_inputs are missing", remedy='effcc.plan(model, (x,)) or effcc.plan(model, {"x": x})')
-    if isinstance(example_inputs, Tensor):
-        example_inputs = (example_inputs,)
-    named = dict(example_inputs) if isinstance(example_inputs, Mapping) else {}
-    positional = () if isinstance(example_inputs, Mapping) else tuple(example_inputs)
-    return ModelSpec(
-        name=type(model).__name__,
-        # The copy is made where tensors come out fake, so that it has no weights.
-        build_model=lambda: copy.deepcopy(model),
-        example_inputs=lambda: copy.deepcopy((positional, named)),
-        loss=loss,
-    )
-
-
-def _load(model_file: str) -> ModelSpec:
-    from .frontend.model_file import load_model_file
-    from .frontend.without_weights import Weightless
-
-    with Weightless().building():
-        return load_model_file(model_file)
-
-
-def _capture(request: PlanRequest, device: Device, spec: ModelSpec, planner: BudgetPlanner | None = None) -> Captured:
-    from .frontend.capture import capture
-
-    return capture(
-        spec,
-        train=request.train,
-        optimizer=request.optimizer,
-        dtype=request.dtype,
-        device="cpu" if device.kind == "cpu" else "cuda",
-        dynamic=True if request.dynamic else None,
-        partition=planner.partition if planner is not None else None,
     )
 
 

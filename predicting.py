@@ -19,7 +19,9 @@ from .cost_model.parallel_training.setup import DTYPES, Training
 from .cost_model.parallel_training.shape import TransformerShape, shape_from_config
 from .cost_model.parallel_training.step import StepTime, predict_step
 from .errors import OptionError
-from .planning import PlanRequest, Progress, capture_model, plan_model
+from .plan_capture import capture_model
+from .plan_request import PlanRequest
+from .planning import Progress, plan_model
 from .summary import device_named
 
 if TYPE_CHECKING:
@@ -157,7 +159,7 @@ def model_shape(
     has one that agrees with its parameters, else from its captured graph."""
     from .frontend.model_file import load_model_file
     from .frontend.without_weights import Weightless
-    from .planning import DTYPES as GIVEN
+    from .plan_request import DTYPES as GIVEN
 
     with Weightless().building():
         spec = load_model_file(model)

@@ -22,7 +22,8 @@ sys.path.insert(0, str(HERE.parent / "tests"))
 from browser import browser, console, requests, screenshot  # noqa: E402
 from common import environment, keep, show  # noqa: E402
 from effcc.ir.plan_file import load_plan  # noqa: E402
-from effcc.planning import PlanRequest, plan_model  # noqa: E402
+from effcc.plan_request import PlanRequest  # noqa: E402
+from effcc.planning import plan_model  # noqa: E402
 from effcc.report.page import render_report  # noqa: E402
 
 EXAMPLES = HERE.parent / "examples"

@@ -62,8 +62,10 @@ def prepare_on_gpu(
     """``prepare`` for a GPU. What the op runs is compiled, with a settled schedule, at its first call. Raises
     ``NotLowerable``."""
     from .triton_tiles.kernel import prepare_triton
+    from .triton_tiles.schedule import chosen
 
-    kernel = prepare_with(prepare_triton, fused, rewriting, wide=frozenset(fused.wide), target=target)
+    settings = chosen(fused.schedule)
+    kernel = prepare_with(prepare_triton, fused, rewriting, wide=frozenset(fused.wide), target=target, **settings)
     text = cascade_text(replace(fused, thread_bytes=0, shared_bytes=kernel.kernel.buffer_bytes))
     if rewriting is not None:
         _rewritten.setdefault(text, rewriting)

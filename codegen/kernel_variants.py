@@ -10,12 +10,15 @@ from typing import Any
 
 import torch
 
+from ..cost_model.cascade_cost import price_kernels
+from ..cost_model.devices import Device
 from ..cost_model.tile_cost import KernelVariant, TileRates, programs_seconds
 from ..ir.fused_cascade import FusedCascade
+from ..ir.fused_cascade_text import fused_cascade_lines
 from ..ir.tile import Program
 from ..ir.tile_printer import print_program
 from ..passes.raising.group import Group
-from ..passes.rewrite_cascade import Rewriting
+from ..passes.rewrite_cascade import Rewriting, rewrite
 from .fused_kernel import prepare_with, schedule_settings
 from .prepared import Prepared, prepared
 from .tiles.errors import NotLowerable
@@ -59,18 +62,40 @@ class KernelVariants:
                 told = f"{words(lowered.programs)}{'' if schedule else ' (rule)'}"
                 if any(each.what == told for each in found.values()):  # alike but for what the words leave out
                     told = f"{told}, {' '.join(f'{name} {figure}' for name, figure in schedule.items())}"
-                found[key] = KernelVariant(told, seconds, tuple(schedule.items()), _buffer_bytes(lowered))
+                found[key] = KernelVariant(told, seconds, tuple(schedule.items()), buffer_bytes(lowered))
         return tuple(found.values())
+
+
+def rule_seconds(fused: FusedCascade, device: Device) -> float | None:
+    """Seconds of the kernel that is generated for a cascade on a calibrated CPU; None where there is none: on other
+    devices, in chunks, of sizes that are not known, or in a form that cannot be generated."""
+    rates = TileRates.of(device)
+    if rates is None or fused.chunks or not all(isinstance(size, int) for size in fused.sizes.values()):
+        return None
+    known = _prices.setdefault(rates, {})
+    text = "\n".join(fused_cascade_lines("@fused", fused))
+    if text not in known:
+        try:
+            lowered = _lowered(fused, rewrite(fused.cascade), fused.schedule)
+            known[text] = programs_seconds(lowered.programs, lowered.sizes, rates)
+        except NotLowerable:
+            known[text] = None
+    return known[text]
+
+
+#: What was priced in this process: for some rates, seconds by the cascade's text.
+_prices: dict[TileRates, dict[str, float | None]] = {}
+price_kernels(rule_seconds)
 
 
 def _lowered(fused: FusedCascade, rewriting: Rewriting, schedule: Mapping[str, int]) -> Prepared:
     settings = schedule_settings(schedule)
     settings["machine"] = settings.pop("caches", None) or Caches.of_this_machine()
     whole = {"crossing": True, "splitting": True} | settings
-    return prepare_with(_Lowered, replace(fused, schedule={}), rewriting, wide=frozenset(fused.wide), **whole).kernel.it
+    return prepare_with(Lowered, replace(fused, schedule={}), rewriting, wide=frozenset(fused.wide), **whole).kernel.it
 
 
-class _Lowered:
+class Lowered:
     """In the place of a kernel: its programs, which nothing has printed."""
 
     def __init__(self, rewriting: Rewriting, sizes: Mapping[str, int], dtypes: Mapping[str, str], **more: Any) -> None:
@@ -82,7 +107,7 @@ class _Lowered:
         raise NotLowerable("a kernel that is only priced cannot be run")
 
 
-def _buffer_bytes(lowered: Prepared) -> int:
+def buffer_bytes(lowered: Prepared) -> int:
     """Of what lies between two launches."""
     total = 0
     for info in lowered.buffers.values():

@@ -12,6 +12,7 @@ import hashlib
 import importlib.metadata
 import os
 import platform
+import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -20,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from .cpu_kernels import in_turn, sets_of
+from .cpu_kernels import fresh_seconds, in_turn, sets_of
 from .devices import Cache, Device, Figure, GemmMeasurement, Tier, load_device, parse_device
 
 if TYPE_CHECKING:
@@ -67,12 +68,13 @@ def calibrate(
     """Measure the CPU for about ``seconds`` and return it; keeps the result for ``calibrated_device`` if ``save``. To
     measure generated kernels too takes a C++ compiler and some 20 seconds more. ``cascade`` measures the share of the
     products' rate that generated cascades reach."""
+    fresh = fresh_seconds(seconds / 40)
     gemm = (*_products(0.5 * seconds), *_batched(0.1 * seconds))
     source = f"measured on {machine()} by effcc calibrate"
     memory = _memory(0.15 * seconds)
     device = _device(gemm, memory, _launch(), _disk(), source)
     if generated:
-        device = _with_kernels(device, 0.25 * seconds, source)
+        device = _with_kernels(device, 0.25 * seconds, source, fresh)
     share = cascade(device) if cascade is not None and device.added else None
     if share is not None:
         efficiency = dict(device.efficiency) | {"cascade": Figure(value=share, source=source)}
@@ -94,8 +96,8 @@ def calibrated_device() -> Device:
 
 
 def measure_product(dtype: str, layout: str, m: int, k: int, n: int, seconds: float) -> tuple[GemmMeasurement, ...]:
-    """FLOP a second of each library that is there on (m, k) @ (k, n) with operands laid out as in ``layout``; best of
-    interleaved rounds for about ``seconds``."""
+    """FLOP a second of each library that is there on (m, k) @ (k, n) with operands laid out as in ``layout``; median
+    of interleaved rounds for about ``seconds``."""
     import torch
 
     kind = getattr(torch, _SHORT[dtype])
@@ -158,9 +160,9 @@ def _batched(seconds: float) -> Iterator[GemmMeasurement]:
             yield GemmMeasurement(library="blas", dtype=dtype, layout="batched", m=m, k=k, n=n, rate=rate, batch=batch)
 
 
-def _with_kernels(device: Device, seconds: float, source: str) -> Device:
+def _with_kernels(device: Device, seconds: float, source: str, fresh: float) -> Device:
     """The device with what generated kernels and library ops reach, as far as it can be measured here."""
-    from .cpu_kernels import bandwidth_ladder, fresh_seconds, library_rates, measure_generated, vector_lanes
+    from .cpu_kernels import bandwidth_ladder, library_laws, measure_generated, vector_lanes
 
     found = measure_generated()
     if found is None:
@@ -170,20 +172,19 @@ def _with_kernels(device: Device, seconds: float, source: str) -> Device:
         return Figure(value=value, source=source)
 
     ladder = bandwidth_ladder(seconds / 2, device.launch.value)
-    peak = device.matrix_rate("f32")
-    shares = {name: figure(rate / peak) for name, rate in library_rates(seconds / 2).items()}
+    added = dict(found.added) | library_laws(seconds / 2, found.library)
     return msgspec.structs.replace(
         device,
-        added={name: figure(max(value, 1e-15)) for name, value in found.added.items()},
+        added={name: figure(max(value, 1e-15)) for name, value in added.items()},
         launch=figure(found.call),
         library_call=figure(found.library),
         graph_call=figure(max(found.graph, 1e-9)),
-        fresh=figure(max(fresh_seconds(seconds / 8), 1e-15)),
+        parameter_call=figure(max(found.parameter, 1e-9)),
+        fresh=figure(max(fresh, 1e-15)),
         ladder=tuple(
             Cache(name=f"{moved >> 10} KiB", bytes=figure(float(moved)), bandwidth=figure(rate))
             for moved, rate in ladder.items()
         ),
-        efficiency=dict(device.efficiency) | shares,
         vector_lanes=vector_lanes(),
     )
 
@@ -196,10 +197,11 @@ def _has_onednn() -> bool:
 
 
 def _interleaved(candidates: dict[str, Callable[[], Any]], seconds: float) -> dict[str, float]:
-    """Shortest time of each candidate, in rounds that take turns, at least three after one to warm up."""
+    """Median time of each candidate, in rounds that take turns, at least three after one to warm up: what it takes in a
+    step, where the shortest time is rare."""
     import torch
 
-    best = dict.fromkeys(candidates, float("inf"))
+    spent: dict[str, list[float]] = {name: [] for name in candidates}
     with torch.no_grad():
         for run in candidates.values():
             run()
@@ -209,11 +211,11 @@ def _interleaved(candidates: dict[str, Callable[[], Any]], seconds: float) -> di
             for name, run in candidates.items():
                 start = time.perf_counter()
                 run()
-                best[name] = min(best[name], time.perf_counter() - start)
+                spent[name].append(time.perf_counter() - start)
             rounds += 1
             if rounds >= 3 and time.perf_counter() - begin > 3 * seconds:
                 break
-    return best
+    return {name: statistics.median(found) for name, found in spent.items()}
 
 
 def _memory(seconds: float) -> dict[str, float]:

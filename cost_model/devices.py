@@ -100,9 +100,11 @@ class Device(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     ladder: tuple[Cache, ...] = ()
     #: Op -> seconds that it adds to a generated kernel for each element (calibrated; see ``op_additions.py``).
     added: dict[str, Figure] = {}
-    #: Call of a library's op, where it is not the launch of a kernel; of a compiled graph, forward or backward.
+    #: Call of a library's op, where it is not the launch of a kernel; of a compiled graph, forward or backward; and
+    #: what a training step's two graphs spend on each parameter.
     library_call: Figure | None = None
     graph_call: Figure | None = None
+    parameter_call: Figure | None = None
     #: Seconds a byte that large buffers cost because the system clears their pages, each time anew.
     fresh: Figure | None = None
     #: Threads that a CPU's kernels use; 0: one a unit.
@@ -224,7 +226,7 @@ def figures(device: Device) -> list[tuple[str, Figure]]:
     for rung in device.ladder:
         found += [(f"ladder.{rung.name}.bandwidth", rung.bandwidth)]
     found += [(f"added.{name}", figure) for name, figure in device.added.items()]
-    for name in ("library_call", "graph_call", "fresh"):
+    for name in ("library_call", "graph_call", "parameter_call", "fresh"):
         figure = getattr(device, name)
         if figure is not None:
             found.append((name, figure))

@@ -53,7 +53,7 @@ def executed_fraction(node: Node, table: TensorTable) -> float:
     base = packet(node.op)
     if base not in ATTENTION_FORWARD and base not in ATTENTION_BACKWARD:
         return 1.0
-    if not _is_causal(node, base):
+    if not is_causal(node, base):
         return 1.0
     call = Call(node, table)
     first = 1 if base in ATTENTION_BACKWARD else 0
@@ -85,7 +85,8 @@ _CAUSAL_POSITION = {
 }
 
 
-def _is_causal(node: Node, base: str) -> bool:
+def is_causal(node: Node, base: str) -> bool:
+    """Whether an attention op, ``base`` its packet, masks keys behind each query by itself."""
     position = _CAUSAL_POSITION.get(base, -1)
     if 0 <= position < len(node.args):
         return node.args[position] is True

@@ -8,13 +8,15 @@ process.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import platform
+import statistics
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +27,8 @@ if TYPE_CHECKING:
 SMALL_FLOP = 2_000_000
 #: Rounds that are timed at least and at most, and the seconds after which those in between are left out.
 FEWEST, ROUNDS, ROUND_SECONDS = 5, 15, 0.03
+#: Bytes of operands that are walked over.
+WALKED = 16 << 20
 #: Share of the processor that a measurement must have had.
 BUSY = 0.75
 #: How much faster oneDNN must be: a tie keeps BLAS, which can write to a given address.
@@ -67,19 +71,23 @@ class GemmMeasurements:
         return {key: entry for key, entry in stored.items() if entry.keys() >= LIBRARIES}
 
     def save(self) -> None:
-        """Merge with what other processes stored, and replace the file in one step."""
         if self.path is None:
             return
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            stored = read_measurements(self.path)
-            stored.setdefault(self.machine, {}).update(self.known)
-            handle, name = tempfile.mkstemp(dir=self.path.parent, prefix="gemm", suffix=".tmp")
-            with os.fdopen(handle, "w") as file:
-                json.dump(stored, file)
-            os.replace(name, self.path)
+            keep_measurements(self.path, self.machine, self.known)
         except OSError:
             self.path = None
+
+
+def keep_measurements(path: Path, machine: str, known: Mapping[str, dict[str, float]]) -> None:
+    """Merge with what other processes stored, and replace the file in one step. Raises ``OSError``."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    stored = read_measurements(path)
+    stored.setdefault(machine, {}).update(known)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.stem, suffix=".tmp")
+    with os.fdopen(handle, "w") as file:
+        json.dump(stored, file)
+    os.replace(name, path)
 
 
 def read_measurements(path: Path) -> dict[str, dict[str, dict[str, float]]]:
@@ -120,14 +128,15 @@ def layout(stride: tuple[int, int], shape: tuple[int, int]) -> str:
 
 
 def measure(product: Product) -> dict[str, float] | None:
-    """Seconds of each library: the best of interleaved rounds, on operands of the product's layout. None when other
-    processes (a C++ compiler in the background) took so much of the processor that the figures mean nothing."""
-    with _real_tensors():
+    """Seconds of each library: the median of interleaved rounds, on operands of the product's layout, which take turns:
+    in a step they are in no near cache. None when other processes (a C++ compiler in the background) took so much of
+    the processor that the figures mean nothing."""
+    with real_tensors():
         return _measure(product)
 
 
 @contextlib.contextmanager
-def _real_tensors() -> Iterator[None]:
+def real_tensors() -> Iterator[None]:
     """While a graph is compiled, fake-tensor and tracing modes are on, under which a product takes no time at all."""
     import torch
     from torch.utils._python_dispatch import _disable_current_modes
@@ -140,26 +149,29 @@ def _measure(product: Product) -> dict[str, float] | None:
     import torch
 
     m, k, n, left, right = product
-    a = operand((m, k), left)
-    b = operand((k, n), right)
-    weight = b.t()
-    candidates: dict[str, Callable[[], torch.Tensor]] = {
-        "blas": lambda: torch.mm(a, b),
-        "onednn": lambda: torch.ops.mkldnn._linear_pointwise(a, weight, None, "none", [], ""),
+    count = max(2, min(ROUNDS, -(-WALKED // (4 * (m * k + k * n)))))
+    sets = [(operand((m, k), left), operand((k, n), right)) for _ in range(count)]
+    candidates: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
+        "blas": torch.mm,
+        "onednn": lambda a, b: torch.ops.mkldnn._linear_pointwise(a, b.t(), None, "none", [], ""),
     }
-    best = dict.fromkeys(candidates, float("inf"))
+    spent: dict[str, list[float]] = {name: [] for name in candidates}
     for run in candidates.values():
-        run()
+        run(*sets[-1])
     begin, used = time.perf_counter(), time.process_time()
+    turn = itertools.cycle(sets)
     for done in range(ROUNDS):
         for name, run in candidates.items():
+            operands = next(turn)
             start = time.perf_counter()
-            run()
-            best[name] = min(best[name], time.perf_counter() - start)
+            run(*operands)
+            spent[name].append(time.perf_counter() - start)
         if done + 1 >= FEWEST and time.perf_counter() - begin > ROUND_SECONDS:
             break
     share = (time.process_time() - used) / (time.perf_counter() - begin)
-    return best if share >= BUSY * min(torch.get_num_threads(), os.cpu_count() or 1) else None
+    if share < BUSY * min(torch.get_num_threads(), os.cpu_count() or 1):
+        return None
+    return {name: statistics.median(found) for name, found in spent.items()}
 
 
 def operand(shape: tuple[int, int], stride: tuple[int, int]) -> torch.Tensor:

@@ -30,6 +30,7 @@ _CONSTANT = re.compile(
 _CALLED = re.compile(r"(?:std::|\.)(exp|exp2|expm1|log|log2|log1p|tanh|erf|rsqrt|sqrt|pow|sin|cos|sigmoid)\b")
 #: A vector's lanes from booleans in memory, and to them.
 _MASK_READ = re.compile(r"VecMask<[^>]*>::from\(\w*ptr")
+_ATOMIC = re.compile(r"\batomic_add(_vec<\w+, \d+, \d+>)?\(")
 _WELFORD = re.compile(r"= welford_combine\(\w+, tmp\d+")
 #: Function -> the measured one that it is priced as.
 MEASURED = {
@@ -149,6 +150,9 @@ class _Reader:
             self.touch(pointer, value, block, written=assigned is None)
         if not assigned and "_ptr" not in text and "acc" not in text:
             return
+        if atomic := _ATOMIC.search(text):  # each element of a vector by itself
+            elements = block.times * (self.lanes if atomic[1] else 1)
+            self.calls["atomic_add"] = self.calls.get("atomic_add", 0.0) + elements
         if vector:
             self.vectors += block.times
         else:

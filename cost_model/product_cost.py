@@ -18,6 +18,7 @@ from pathlib import Path
 
 from .devices import Device, GemmMeasurement
 from .gemm_measurement import MARGIN, SMALL_FLOP
+from .law_fit import nonnegative_fit
 
 #: Least measured products that the law is fitted to.
 FEWEST = 8
@@ -67,30 +68,17 @@ def chosen_library(device: Device, dtype: str, batch: int, m: int, k: int, n: in
 
 
 def fit(rows: Sequence[GemmMeasurement]) -> ProductLaw:
-    """Least squares on relative errors, coefficients that come out negative left out one by one."""
-    import numpy as np
-
+    """The law that explains measured products best."""
     fastest: dict[tuple[str, int, int, int, int], float] = {}
     for entry in rows:
         key = (entry.layout, entry.batch, entry.m, entry.k, entry.n)
         fastest[key] = max(entry.rate, fastest.get(key, 0.0))
-    features, seconds = [], []
+    parts, seconds = [], []
     for (_, batch, m, k, n), rate in fastest.items():
         flop = 2.0 * batch * m * k * n
-        features.append([1.0, flop, batch * m * k, batch * k * n, batch * m * n])
+        parts.append((1.0, flop, batch * m * k, batch * k * n, batch * m * n))
         seconds.append(flop / rate)
-    matrix = np.array(features) / np.array(seconds)[:, None]
-    used = list(range(5))
-    while True:
-        scale = np.abs(matrix[:, used]).max(axis=0)
-        solved = np.linalg.lstsq(matrix[:, used] / scale, np.ones(len(matrix)), rcond=None)[0] / scale
-        if (solved >= 0).all() or len(used) == 1:
-            break
-        used.pop(int(np.argmin(solved * scale)))
-    found = [0.0] * 5
-    for index, value in zip(used, solved, strict=True):
-        found[index] = max(0.0, float(value))
-    return ProductLaw(*found)
+    return ProductLaw(*nonnegative_fit(parts, seconds))
 
 
 def timed_product(folder: Path, m: int, k: int, n: int) -> tuple[str, float] | None:

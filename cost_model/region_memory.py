@@ -11,6 +11,7 @@ import msgspec
 
 from ..ir.graph import Graph, Node
 from .devices import Device
+from .estimated_order import in_order
 from .fusion import Kernel, group_kernels
 from .generated_loops import Nest
 from .op_classes import ATTENTION_BACKWARD, ATTENTION_FORWARD, FUSABLE, packet
@@ -37,7 +38,8 @@ class RegionBuffer(msgspec.Struct, frozen=True, kw_only=True):
     ``values`` are the region's inputs and outputs that lie in it (none for internal memory; an input and an output
     share a buffer where the region overwrites its input); ``name#i`` is tensor i of a value that holds several.
     Memory that a kernel takes over from another is one buffer with the union of both ranges.
-    Outputs live on after ``last``, inputs existed before ``first``.
+    Outputs live on after ``last``, inputs existed before ``first``. ``between``: all kernels that use it, and
+    ``changed``: those that write into it, as far as known.
     """
 
     name: str
@@ -45,17 +47,21 @@ class RegionBuffer(msgspec.Struct, frozen=True, kw_only=True):
     first: int
     last: int
     values: tuple[str, ...] = ()
+    between: tuple[int, ...] = ()
+    changed: tuple[int, ...] = ()
 
 
 class KernelOrder(msgspec.Struct, frozen=True, kw_only=True):
     """How the order of a region's kernels was chosen: bytes held at once in it, in Inductor's own order (``given``),
-    and in no order less than ``bound``. ``windows``: how often CP-SAT was asked."""
+    and in no order less than ``bound``. ``windows``: how often CP-SAT was asked. ``otherwise``: what the given order
+    is."""
 
     peak: int
     given: int
     bound: int
     kernels: int
     windows: int = 0
+    otherwise: str = "as Inductor orders them"
 
 
 class RegionMemory(msgspec.Struct, frozen=True, kw_only=True):
@@ -72,7 +78,7 @@ class RegionMemory(msgspec.Struct, frozen=True, kw_only=True):
         found += [
             f"buffer {b.name!r} is used by kernels {b.first} to {b.last} of {count}"
             for b in self.buffers
-            if not 0 <= b.first <= b.last < count
+            if not 0 <= b.first <= b.last < count or not all(b.first <= use <= b.last for use in b.between)
         ]
         return found
 
@@ -87,17 +93,21 @@ def estimate(
 ) -> tuple[RegionMemory, tuple[Kernel, ...]]:
     """Kernels and memory of a region as a fusing compiler would make them.
 
-    A generated kernel writes into an internal buffer of equal size that it is the last to read, as Inductor does.
-    ``kept`` are the storages used after the region.
+    A generated kernel writes into an internal buffer of equal size that it is the last to read, as Inductor does. Their
+    order is that which needs least memory. ``kept`` are the storages used after the region.
     """
-    kernels = group_kernels(nodes, graph, table, storages, kept)
+    kernels, order = in_order(group_kernels(nodes, graph, table, storages, kept), table, storages, kept)
     inside = {node.name for node in nodes}
-    first: dict[int, int] = {}
-    last: dict[int, int] = {}
+    used: dict[int, list[int]] = {}
+    made: dict[int, list[int]] = {}
     for position, kernel in enumerate(kernels):
         for s in (*kernel.reads, *kernel.writes):
-            first.setdefault(s, position)
-            last[s] = position
+            used.setdefault(s, []).append(position)
+            made.setdefault(s, [])
+        for s in kernel.writes:
+            made[s].append(position)
+    first = {s: positions[0] for s, positions in used.items()}
+    last = {s: positions[-1] for s, positions in used.items()}
     internal = {s for s in first if storages.storages[s].node in inside and s not in kept}
     members: dict[int, list[int]] = {}
     for s, root in _taken_over(kernels, storages, internal, last).items():
@@ -109,6 +119,8 @@ def estimate(
             first=min(first[s] for s in shared),
             last=max(last[s] for s in shared),
             values=tuple(_value_name(s, storages) for s in shared if s not in internal),
+            between=tuple(sorted({position for s in shared for position in used[s]})),
+            changed=tuple(sorted({position for s in shared for position in made[s]})),
         )
         for root, shared in members.items()
     )
@@ -125,7 +137,13 @@ def estimate(
         )
         for kernel in kernels
     )
-    return RegionMemory(kernels=launches, buffers=buffers), kernels
+    chosen = None
+    if len(kernels) > 1:
+        chosen = KernelOrder(
+            peak=order.peak, given=order.given, bound=order.bound, kernels=len(kernels), windows=order.windows,
+            otherwise="as the ops stand",
+        )  # fmt: skip
+    return RegionMemory(kernels=launches, buffers=buffers, order=chosen), kernels
 
 
 def with_attention_workspaces(

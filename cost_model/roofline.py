@@ -16,13 +16,14 @@ from dataclasses import dataclass
 from ..ir.graph import Graph, Node
 from . import op_classes
 from .calibrate import calibration_folder, machine
-from .cascade_cost import map_seconds
+from .cascade_cost import kernel_seconds, map_seconds
 from .devices import Device, GemmMeasurement
 from .flops import Call, contraction_flop, executed_fraction
 from .fusion import Kernel, group_kernels
 from .generated_loops import Nest, issued_seconds
 from .grouped_products import GROUPED, LOOPS, grouped_shapes
 from .kernel_seconds import learned_seconds
+from .library_laws import law_seconds
 from .op_additions import added_seconds
 from .op_classes import kind_of, packet
 from .product_cost import chosen_library, laws_of, timed_product
@@ -46,10 +47,9 @@ FREE = Cost()
 
 #: Operations an element beyond the plain one: exp, rsqrt and the several sweeps of norms.
 _FLOP_PER_ELEMENT = {**dict.fromkeys(op_classes.SOFTMAX, 5), **dict.fromkeys(op_classes.NORM, 7)}
-#: Buffers of so many bytes come fresh from the system each time: the C library gives them back when they are freed.
-FRESH = 8 << 20
-#: Calls of a group's turn in a loop of products: its rows, its matrix, its place in the result, the product, the loop.
-TURN = 5
+#: Buffers of so many bytes come fresh from the system each time, for the C library gives them back when they are freed
+#: (smaller ones are kept, see ``runtime.freed_memory``).
+FRESH = 32 << 20
 #: Tile of a GPU matrix product and the least depth worth splitting over idle units.
 _TILE_ROWS, _TILE_COLUMNS, _SPLIT_DEPTH = 128, 128, 256
 
@@ -201,6 +201,10 @@ def _calibrated_cost(
             product += grouped_seconds(shapes, dtype, device)
         elif contraction and kind_of(node.op) == "gemm":
             product += product_seconds(node, dtype, table, device)
+        elif (law := law_seconds(node, table, device.added)) is not None:
+            product += law
+        elif (priced := _priced(node, table, device)) is not None:
+            product += priced
         elif contraction:
             work = contraction * executed_fraction(node, table)
             part = kind_of(node.op)
@@ -223,6 +227,11 @@ def _calibrated_cost(
     return Cost(matmul + other, moved, seconds + launch, max(parts, key=parts.__getitem__), matmul)
 
 
+def _priced(node: Node, table: TensorTable, device: Device) -> float | None:
+    fused = table.cascade(node) if kind_of(node.op) == "cascade" else None
+    return kernel_seconds(fused, device) if fused is not None else None
+
+
 def _loops_cost(
     nests: Sequence[Nest], nodes: Sequence[Node], table: TensorTable, device: Device, written: Sequence[int]
 ) -> Cost:
@@ -242,10 +251,8 @@ def product_seconds(node: Node, dtype: str, table: TensorTable, device: Device) 
     batch, m, k, n = gemm_shape(node, table)
     here = batch == 1 and dtype == "f32" and device.machine == machine()
     timed = timed_product(calibration_folder(), m, k, n) if here else None
-    if timed is not None:  # with operands in the caches; here they come from further away
+    if timed is not None:
         library, seconds = timed
-        moved = sum(tensor.bytes for tensor in table.read(node))
-        seconds += moved / bandwidth(moved, "memory", device)
     else:
         chosen = chosen_library(device, dtype, batch, m, k, n)
         library, seconds = chosen or ("blas", gemm_seconds(batch, m, k, n, dtype, device))
@@ -258,11 +265,12 @@ def product_seconds(node: Node, dtype: str, table: TensorTable, device: Device) 
 def grouped_seconds(shapes: Sequence[tuple[int, int, int, int]], dtype: str, device: Device) -> float:
     """Grouped products on a calibrated CPU: a loop of calls, for each result is filled with zeros first."""
     seconds = 0.0
+    turn = device.added["turn"].value if "turn" in device.added else device.launch.value
     for groups, m, k, n in shapes:
         law = laws_of(device, dtype).get("blas")
         one = law.seconds(1, m, k, n) if law is not None else gemm_seconds(1, m, k, n, dtype, device)
-        zeros = groups * m * n * 4
-        seconds += groups * (one + TURN * (device.library_call or device.launch).value)
+        zeros = 2 * groups * m * n * 4  # each line is read before it is written
+        seconds += groups * (one + turn)
         seconds += zeros / bandwidth(zeros, "", device)
     return seconds
 

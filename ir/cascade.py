@@ -161,7 +161,8 @@ def _tensor(name: str) -> Any:
 
 def accesses(expression: sympy.Expr) -> list[AppliedUndef]:
     """The tensor accesses of an expression, in a fixed order."""
-    return sorted(expression.atoms(AppliedUndef), key=sympy.default_sort_key)
+    found = expression.atoms(AppliedUndef)
+    return sorted(found, key=sympy.default_sort_key) if len(found) > 1 else list(found)
 
 
 def tensor_name(item: AppliedUndef) -> str:
@@ -216,6 +217,11 @@ class Einsum:
     @cached_property
     def reads(self) -> tuple[AppliedUndef, ...]:
         return tuple(accesses(self.body))
+
+    @cached_property
+    def read_names(self) -> frozenset[str]:
+        """The tensors that the Einsum reads."""
+        return frozenset(map(tensor_name, self.reads))
 
     @cached_property
     def read_ranks(self) -> tuple[tuple[str, frozenset[sympy.Symbol]], ...]:

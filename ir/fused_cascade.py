@@ -49,8 +49,9 @@ class FusedCascade:
     ``thread_bytes`` and ``shared_bytes``: what its kernel holds while it runs, for each thread and once; 0 where it has
     not been generated. ``chunks``: rank -> coordinates at a time, where a library computes the cascade as it is
     written, in chunks of independent rows; then the wide tensors are stored for one chunk. ``schedule``: what was
-    chosen of the kernel on a CPU where its generator has rules of its own: ``rows`` and ``streamed``, the tile's
-    lengths; ``parts`` of the streamed rank, 1 for one loop; ``crossing`` 0 for a kernel for each direction.
+    chosen of the kernel where its generator has rules of its own: ``rows`` and ``streamed``, the tile's lengths; on a
+    CPU ``parts`` of the streamed rank, 1 for one loop, and ``crossing`` 0 for a kernel for each direction; on a GPU
+    ``warps`` of a block and ``stages`` of loads in flight.
     """
 
     cascade: Cascade

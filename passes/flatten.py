@@ -186,8 +186,12 @@ class _Flattener:
                 reads[buffer.first].append(piece)
             else:
                 writes[buffer.first].append(piece)
-            if buffer.last != buffer.first:
-                reads[buffer.last].append(piece)
+            for use in (*buffer.between, buffer.last):
+                if use != buffer.first:
+                    reads[use].append(piece)
+            for use in buffer.changed:
+                if use != buffer.first or given:
+                    writes[use].append(piece)
         costs = self._costs(unit, graph, table, storages, memory, groups, kept)
         by_name = {node.name: node for node in unit.nodes}
         for index, launch in enumerate(memory.kernels):

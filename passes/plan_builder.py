@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from ..cost_model.devices import Device
 from ..cost_model.region_memory import KernelOrder
 from ..cost_model.simulator import simulate
-from ..ir.graph import Node
+from ..ir.graph import Graph, Node
 from ..ir.plan import Buffer, GraphPlan, Step
 
 #: (name, bytes, module path).
@@ -55,12 +55,20 @@ class PlanBuilder:
     graphs: list[GraphPlan] = field(default_factory=list)
     #: Outputs of graphs so far that no later graph took as an input (graphs are joined where Dynamo broke the model).
     handed: list[int] = field(default_factory=list)
-    #: Seconds of the host's call of a graph, which its first step has to wait for.
+    #: Seconds of the host's call of a graph, which its first step has to wait for, and of each parameter in a training
+    #: step: half of them before the forward, half of them for its gradient.
     graph_call: float = 0.0
+    parameter_call: float = 0.0
     #: How kernels of regions were ordered, by region.
     orders: dict[str, KernelOrder] = field(default_factory=dict)
     #: Memory of a graph's input -> memory of its gradient, for inputs that another graph made.
     gradient_of: dict[int, int] = field(default_factory=dict)
+
+    def call_seconds(self, graph: Graph) -> float:
+        """Seconds of the host's call of a graph."""
+        given = (node.name for node in graph.inputs if node.role == "parameter")
+        handled = graph.outputs if graph.phase == "backward" else tuple(given)
+        return self.graph_call + len(handled) * self.parameter_call / 2
 
     def take_handed(self, wanted: Memory) -> int | None:
         """The earliest output of the same type that an earlier graph handed out, once."""

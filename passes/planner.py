@@ -59,7 +59,10 @@ def make_plan(
     Raises:
         ShapeError: a symbolic size has no value. PlanError: the graphs do not fit each other.
     """
-    builder = PlanBuilder(graph_call=device.graph_call.value if device.graph_call is not None else 0.0)
+    builder = PlanBuilder(
+        graph_call=device.graph_call.value if device.graph_call is not None else 0.0,
+        parameter_call=device.parameter_call.value if device.parameter_call is not None else 0.0,
+    )
     state = state or StateBytes()
     holdings = Holdings(builder, state)
     pending: list[tuple[Graph, FlatGraph, list[int]]] = []
@@ -214,7 +217,7 @@ def _run(builder: PlanBuilder, graph: Graph, flat: FlatGraph, placed: list[int])
                 phase=graph.phase,
                 reads=reads,
                 writes=writes,
-                seconds=kernel.cost.seconds + (0.0 if number else builder.graph_call),
+                seconds=kernel.cost.seconds + (0.0 if number else builder.call_seconds(graph)),
                 flop=kernel.cost.flop,
                 bytes_moved=kernel.cost.bytes,
                 region=kernel.region,
@@ -309,7 +312,7 @@ def _assemble(
 
 def order_decision(region: str, order: KernelOrder) -> Decision:
     """The order of a region's kernels as a decision."""
-    ways = (("as Inductor orders them", order.given), ("least memory", order.peak))
+    ways = ((order.otherwise, order.given), ("least memory", order.peak))
     return Decision(
         kind="kernel order",
         subject=f"{order.kernels} kernels of {region}",

@@ -15,10 +15,10 @@ from .rewriting import with_subgraphs
 class Regions:
     """Number the regions: maximal runs of ops between calls and steps that run alone.
 
-    A call of a subgraph is no region; its subgraph has regions of its own. Our own ops (``effcc.cascade``) are called
-    from the code of the region around them. Alone are ops of other libraries,
-    higher-order ops, collectives, ops whose result has a size that depends on data, and the ops named in ``alone``
-    (``aten.mm``, or a full overload name). Inputs, constants and parts of a call's result belong to no region.
+    A call of a subgraph is no region; its subgraph has regions of its own. Ops of other libraries, and our own
+    (``effcc.cascade``), are called from the code of the region around them. Alone are higher-order ops, collectives,
+    ops whose result has a size that depends on data, and the ops named in ``alone`` (``aten.mm``, or a full overload
+    name). Inputs, constants and parts of a call's result belong to no region.
 
     rewrite::
 
@@ -54,8 +54,10 @@ class Regions:
 
     def runs_alone(self, node: Node) -> bool:
         base = packet(node.op)
+        higher_order = kind_of(node.op) == "opaque" and "." not in node.op
         return (
-            (kind_of(node.op) in ("opaque", "collective") and not node.op.startswith("effcc."))
+            higher_order
+            or kind_of(node.op) == "collective"
             or base in DATA_DEPENDENT
             or bool({base, node.op} & set(self.alone))
         )

@@ -11,7 +11,8 @@ from effcc.errors import BudgetError
 from effcc.formatting import bytes_text
 from effcc.ir.plan_validator import problems
 from effcc.passes.activation.host_link import HostLink
-from effcc.planning import Planned, PlanRequest, plan_model
+from effcc.plan_request import PlanRequest
+from effcc.planning import Planned, plan_model
 from effcc.summary import live_use
 from models import Tower
 
@@ -80,9 +81,9 @@ def test_where_the_optimizer_needs_most_its_step_is_the_least() -> None:
 
 def test_time_against_memory_falls() -> None:
     request = PlanRequest(model="Tower", train=True, device="h200", pareto=True)
-    from effcc.planning import _spec_of_module
+    from effcc.plan_capture import spec_of_module
 
-    found = plan_model(request, spec=_spec_of_module(Tower(width=32, depth=4), INPUTS, None)).pareto
+    found = plan_model(request, spec=spec_of_module(Tower(width=32, depth=4), INPUTS, None)).pareto
     assert len(found) >= 3
     peaks = [point.peak for point in found]
     assert peaks == sorted(peaks, reverse=True)
@@ -106,9 +107,9 @@ def test_swapped_values_are_copies_in_the_plan(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(budget_planning, "host_link", lambda device: fast)
     budget = int(0.8 * plain_peak("h200"))
     request = PlanRequest(model="Tower", train=True, optimizer="adamw", device="h200", memory_budget=budget, swap=True)
-    from effcc.planning import _spec_of_module
+    from effcc.plan_capture import spec_of_module
 
-    found = plan_model(request, spec=_spec_of_module(Tower(width=32, depth=4), INPUTS, None))
+    found = plan_model(request, spec=spec_of_module(Tower(width=32, depth=4), INPUTS, None))
     assert found.plan.peak["device"] <= budget and problems(found.plan) == []
     out = [step for step in found.plan.steps if step.kind == "swap_out"]
     back = [step for step in found.plan.steps if step.kind == "swap_in"]

@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 import msgspec
+import pytest
 from command_line import Effcc
 from effcc.cost_model.devices import FOLDER
 from effcc.ir.plan import Alternative, Decision
@@ -58,9 +59,46 @@ def test_explain_schedule_says_the_model_its_answer_and_the_gap(effcc: Effcc, tm
     assert shown["decisions"][0]["alternatives"][0] == {
         "what": "as Inductor orders them", "value": 3 * MIB, "measured": False
     }  # fmt: skip
+    assert [each["how"] for each in shown["sequence"]] == ["CP-SAT in windows around the peak"]
     out = effcc("explain", path, "--schedule").out
     assert "minimize peak" in out and "a gap of 0.00 %" in out
+    assert "What the sequence costs: at most 0.00 % of the time" in out, "an order takes no time"
     assert re.search(r"least memory\s+2\.00 MiB\s+as Inductor orders\s", out) and "25.00 %" in out
+
+
+def test_explain_schedule_says_what_deciding_in_sequence_may_lose(effcc: Effcc, tmp_path: Path) -> None:
+    """Of 40 us: 4 more than without a limit, fusion proven within 2. Ten variants are told in short."""
+    fusion = Decision(
+        kind="fusion", subject="2 components as one model", chosen="together", bound=8e-6,
+        alternatives=(Alternative(what="as written", value=3e-5), Alternative(what="together", value=1e-5)),
+    )  # fmt: skip
+    kept = Decision(
+        kind="activations", subject="a step that may hold 4.00 MiB", chosen="3 recompute",
+        alternatives=(Alternative(what="3 recompute", value=4.4e-5), Alternative(what="all kept", value=4e-5)),
+    )  # fmt: skip
+    tiles = tuple(Alternative(what=f"tile {n}", value=(10 + n) * 1e-6) for n in range(10))
+    kernel = Decision(kind="kernel", subject="kernel 1", chosen="tile 1", alternatives=tiles, bound=1e-5)
+    orders = [
+        Decision(
+            kind="kernel order", subject=f"{n} kernels of region{n}", chosen="as the ops stand", unit="bytes",
+            alternatives=(Alternative(what="as the ops stand", value=MIB), Alternative(what="least memory", value=MIB)),
+            bound=MIB,
+        )
+        for n in (2, 3)
+    ]  # fmt: skip
+    path = tmp_path / "plan.effcc"
+    chosen = (fusion, kept, kernel, *orders)
+    save_plan(path, msgspec.structs.replace(make_sample(), decisions=chosen), {"mlp": FORWARD}, {})
+    shown = effcc("explain", path, "--schedule", "--json").json["schedule"]
+    assert shown["together_bound"] == pytest.approx(4e-5 - 4e-6 - 2e-6)
+    assert shown["sequence_loss"] == pytest.approx(0.15)
+    assert [each["decisions"] for each in shown["sequence"][:3]] == [2, 1, 2]
+    assert len(shown["decisions"][2]["alternatives"]) == 10
+    out = effcc("explain", path, "--schedule").out
+    assert "at most 15.00 % of the time" in out
+    assert "2 regions" in out and "proven to need least" in out
+    assert "tile 9" not in out
+    assert re.search(r"\band 7\b", out), "two alternatives are told, the rest is counted"
 
 
 def test_explain_over_budget(effcc: Effcc, tmp_path: Path) -> None:

@@ -112,7 +112,7 @@ def test_plan_refuses_a_wrong_option_before_it_works(
     effcc: Effcc, linear: Path, options: list[str], words: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(linear.parent)
-    monkeypatch.setattr("effcc.planning._load", lambda _: pytest.fail("the model was loaded"))
+    monkeypatch.setattr("effcc.planning.load_spec", lambda _: pytest.fail("the model was loaded"))
     refused(effcc("plan", linear, *options), *words)
     assert sorted(path.name for path in linear.parent.iterdir()) == ["linear.py"]
 
@@ -122,7 +122,7 @@ def test_emit_names_the_extra_that_is_missing(
 ) -> None:
     for name in ("torch_mlir", "torch_mlir.fx"):
         monkeypatch.setitem(sys.modules, name, None)
-    monkeypatch.setattr("effcc.planning._load", lambda _: pytest.fail("the model was loaded"))
+    monkeypatch.setattr("effcc.planning.load_spec", lambda _: pytest.fail("the model was loaded"))
     refused(effcc("plan", linear, "--emit", "mlir", "-o", tmp_path / "p.effcc"), "effcc[mlir]")
 
 
@@ -138,7 +138,7 @@ def test_plan_with_symbolic_sizes_is_that_of_the_example(effcc: Effcc, linear: P
 def test_plan_refuses_an_output_that_cannot_be_written_before_it_works(
     effcc: Effcc, linear: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("effcc.planning._load", lambda _: pytest.fail("the model was loaded"))
+    monkeypatch.setattr("effcc.planning.load_spec", lambda _: pytest.fail("the model was loaded"))
     refused(effcc("plan", linear, "-o", linear / "p.effcc"), str(linear))
     refused(effcc("plan", linear, "-o", tmp_path), "folder")
 

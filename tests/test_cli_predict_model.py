@@ -155,7 +155,8 @@ def test_the_capture_and_the_configuration_say_the_same(name: str) -> None:
     from effcc.cost_model.parallel_training.shape import shape_from_config
     from effcc.frontend.model_file import load_model_file
     from effcc.frontend.without_weights import Weightless
-    from effcc.planning import PlanRequest, capture_model
+    from effcc.plan_capture import capture_model
+    from effcc.plan_request import PlanRequest
 
     path = str(Path(__file__).parents[1] / "examples" / f"{name}.py")
     captured = capture_model(PlanRequest(path))

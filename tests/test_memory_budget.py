@@ -202,6 +202,30 @@ def test_the_error_names_what_holds_the_floor() -> None:
     assert "most of it is" in text and "models.py" in text
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("cascades", [False, True])
+def test_the_floor_is_near_what_is_proven_where_layers_share_what_they_read(cascades: bool) -> None:
+    """Layers' rotary embeddings read the same tables: kernels that rotate for two layers at once would keep one's
+    scores, computed again too early, through the other's backward."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=512, hidden_size=64, intermediate_size=176, num_hidden_layers=3, num_attention_heads=8,
+        num_key_value_heads=8, use_cache=False, attn_implementation="eager", max_position_embeddings=128,
+    )  # fmt: skip
+    model, tokens = LlamaForCausalLM(config), torch.randint(0, 512, (2, 128))
+    torch._dynamo.reset()
+    options = {"memory_budget": 1 << 14, "cascades": cascades, "repeated_modules": False}
+    compiled = torch.compile(model, backend="effcc", options=options)
+    with pytest.raises(Exception, match="more than the budget") as caught:
+        compiled(input_ids=tokens, labels=tokens)
+    proven = re.search(r"gets below ([\d.]+) ([KM])iB", str(caught.value))
+    assert proven is not None, str(caught.value)
+    least = float(proven[1]) * {"K": 1 << 10, "M": 1 << 20}[proven[2]]
+    assert least * 0.99 <= floor_in(caught.value) <= least * 1.06
+
+
 def test_a_budget_that_is_large_enough_keeps_what_torch_keeps() -> None:
     model, inputs = tower()
     step_of(model, inputs, "1GiB")()

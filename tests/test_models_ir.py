@@ -15,7 +15,8 @@ from effcc.ir.printer import print_graph
 from effcc.ir.verifier import verify
 from effcc.passes.manager import PassManager
 from effcc.passes.pipeline import Pass, parse_pipeline
-from effcc.planning import PIPELINE, Planned
+from effcc.plan_request import PIPELINE
+from effcc.planning import Planned
 from models import ZOO, build
 
 #: In the default run; the others take 10 to 60 seconds each and are marked slow.

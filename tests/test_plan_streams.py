@@ -11,8 +11,8 @@ from effcc.cost_model.devices import load_device
 from effcc.errors import OptionError
 from effcc.ir.plan import Buffer, Plan, Step
 from effcc.ir.plan_validator import validate
+from effcc.plan_request import PlanRequest, check_options
 from effcc.plan_streams import at_once, with_streams
-from effcc.planning import PlanRequest, check_options
 from fresh_seed import fresh_random
 
 H100 = load_device("h100")
@@ -52,8 +52,9 @@ def test_small_kernels_that_need_nothing_of_each_other_run_at_once() -> None:
     assert made.seconds == pytest.approx(at_once(plan.steps[:3], H100, "f32") + plan.steps[3].seconds)
     assert made.seconds < plan.seconds
     (decision,) = made.decisions
-    assert decision.kind == "streams"
-    assert decision.bound == pytest.approx(made.seconds)
+    assert decision.kind == "order and streams"
+    # No order and no number of streams is faster than a branch and the step that waits for it.
+    assert decision.bound == pytest.approx(plan.steps[0].seconds + plan.steps[3].seconds)
     assert with_streams(plan, H100, 1) is plan
     assert with_streams(plan, load_device("cpu"), 4) is plan
 
@@ -94,6 +95,26 @@ def test_what_would_be_held_together_stays_within_the_peak() -> None:
     validate(made)
     assert made.seconds < loose.seconds
     assert made.peak["device"] <= loose.peak["device"]
+
+
+def test_a_later_step_is_brought_forward_to_run_beside_an_earlier_one() -> None:
+    """x -> a -> b, and x -> c, which stands last: a and c run at once, b after them."""
+    plan = branches(3)
+    a, b, c, last = plan.steps
+    b = msgspec.structs.replace(b, reads=(1,))
+    chained = msgspec.structs.replace(plan, steps=(a, b, c, last))
+    validate(chained)
+    made = with_streams(chained, H100, 2)
+    validate(made)
+    assert [(step.name, step.stream) for step in made.steps] == [
+        ("k0", "compute"), ("k2", "compute 2"), ("k1", "compute"), ("sum", "compute")
+    ]  # fmt: skip
+    assert made.seconds == pytest.approx(plan.seconds - a.seconds - c.seconds + at_once((a, c), H100, "f32"))
+    (decision,) = made.decisions
+    assert "1 with steps that were brought forward" in decision.subject
+    assert decision.bound is not None and decision.bound <= made.seconds
+    assert with_streams(msgspec.structs.replace(chained, steps=(a, b, msgspec.structs.replace(c, reads=(2,)), last)),
+                        H100, 2).seconds == plan.seconds  # fmt: skip
 
 
 def test_random_plans_stay_valid() -> None:
@@ -166,7 +187,7 @@ def test_a_plan_with_streams_is_explained(effcc: Effcc, tmp_path: Path) -> None:
     assert several["summary"]["seconds"] < one["summary"]["seconds"]
     shown = effcc("explain", plan, "--schedule", "--json").json["schedule"]
     assert {"compute", "compute 2"} <= {each["stream"] for each in shown["streams"]}
-    (decision,) = [each for each in shown["decisions"] if each["kind"] == "streams"]
+    (decision,) = [each for each in shown["decisions"] if each["kind"] == "order and streams"]
     assert decision["chosen"] == "at once where faster"
     assert decision["gap"] is not None
     assert "sum of x[w] over the ways of one choice = 1" in effcc("explain", plan, "--schedule").out

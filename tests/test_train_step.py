@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import gc
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
@@ -50,6 +52,47 @@ def test_every_optimizer_gives_the_same_bits_at_the_least_memory(name: str) -> N
     assert stepped(step, data) == wanted
     assert same_values(twin, plain)
     assert all(p.grad is None for p in twin.parameters())
+
+
+def test_threads_that_keep_their_arguments_change_no_floor(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = network()
+    usual, kept = floor_of(model), []
+
+    class Keeping(ThreadPoolExecutor):
+        """A thread of the usual pool may be late to let go of what it was given; here it never does."""
+
+        def submit(self, *given: Any) -> Any:
+            kept.append(given)
+            return super().submit(*given)
+
+    monkeypatch.setattr("effcc.runtime.train_step.stores.ThreadPoolExecutor", Keeping)
+    assert floor_of(model) == usual
+    assert kept
+
+
+def test_when_python_collects_changes_no_floor() -> None:
+    class Ring:
+        def __init__(self, held: torch.Tensor) -> None:
+            self.held, self.itself = held, self
+
+    def loss_with_rings(outputs: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        for _ in range(4):
+            Ring(torch.empty(50_000))
+        return loss_of(outputs, target)
+
+    def floor() -> int:
+        twin, optimizer = pair(network(), adamw)
+        step = effcc.train_step(twin, optimizer, loss_with_rings, memory_budget=1 << 30)
+        step(*batches(1)[0])
+        assert step.floor is not None
+        return step.floor
+
+    usual, thresholds = floor(), gc.get_threshold()
+    gc.set_threshold(1, 1, 1)
+    try:
+        assert floor() == usual
+    finally:
+        gc.set_threshold(*thresholds)
 
 
 def test_budgets_are_kept_by_the_allocator() -> None:

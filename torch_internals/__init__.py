@@ -50,7 +50,7 @@ from .observing import (
     peak_growth,
     structured_trace,
 )
-from .scheduling import KernelValue, kernel_order
+from .scheduling import KernelValue, fusions_within, kernel_order
 from .settings import (
     cache_directory,
     cudagraphs_wanted,
@@ -77,6 +77,7 @@ __all__ = [
     "compile_error_cause", "compile_fx", "compile_region", "compile_writer", "compiled_entry", "copy_graph",
     "cudagraphs_wanted",
     "debug_directory", "divert_cpp_kernels", "donated_inputs", "donating", "fake_mode_of", "fake_result", "first_look",
+    "fusions_within",
     "graph_breaks", "graph_settings", "has_bodies", "inductor_settings", "is_invoke_subgraph", "is_primal",
     "is_recompilation", "joint_partitioner", "joint_pass", "kernel_order", "knapsack_partition", "load_cpp_kernel",
     "load_region", "lowering_error_target", "memory_timeline", "minimum_cut_partition", "mode_options",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,9 +60,16 @@ def peak_and_mark(run: Callable[[], Any], prefix: str) -> tuple[Any, int | None,
     for thread in records:
         event: Any
         running, latest = 0, ""
+        alive: Counter[int] = Counter()
         for event in thread:
             if event.kind() == "memory_alloc":
-                running += event.cpu_memory_usage()
+                size = event.cpu_memory_usage()
+                # Torch's table of sizes outlives a record: what was there before and is freed now is reported where
+                # its address is in the table, with the size of what had the address then. It is no gain.
+                if size < 0 and not alive[-size]:
+                    continue
+                alive[abs(size)] += 1 if size > 0 else -1
+                running += size
                 if running > highest:
                     highest, mark = running, latest
             elif prefix and event.kind() == "push" and event.name().startswith(prefix):

@@ -1,4 +1,5 @@
-"""The order in which Inductor's kernels run, chosen by a function of ours in place of Inductor's heuristics."""
+"""The order in which Inductor's kernels run, chosen by a function of ours in place of Inductor's heuristics, and how
+far apart what is put into one kernel may have been."""
 
 from __future__ import annotations
 
@@ -26,7 +27,7 @@ Choose = Callable[
 @contextlib.contextmanager
 def kernel_order(choose: Choose, name: str) -> Iterator[None]:
     """Inside, kernels of regions run in the order that ``choose`` gives. ``name`` is part of the code cache's keys."""
-    from torch._inductor import config, memory
+    from torch._inductor import memory
 
     plain = memory.reorder_for_peak_memory
 
@@ -36,13 +37,42 @@ def kernel_order(choose: Choose, name: str) -> Iterator[None]:
         _note(text)
         return [nodes[index] for index in found]
 
-    marker = _marker(name)
     memory.reorder_for_peak_memory = reorder
     try:
-        with config.patch({"_pre_fusion_custom_pass": marker} if marker is not None else {}):
+        with _marked(name):
             yield
     finally:
         memory.reorder_for_peak_memory = plain
+
+
+@contextlib.contextmanager
+def fusions_within(distance: int) -> Iterator[None]:
+    """Inside, ops of a region that need nothing of each other become one kernel only if in its graph no more than
+    ``distance`` buffers lie between them (64 is Inductor's own limit)."""
+    from torch._inductor.scheduler import Scheduler
+
+    plain = Scheduler.are_long_distant_nodes
+
+    def far(_: Any, one: Any, other: Any) -> bool:
+        return bool(max(abs(one.min_order - other.max_order), abs(other.min_order - one.max_order)) > distance)
+
+    Scheduler.are_long_distant_nodes = far
+    try:
+        with _marked(f"effcc fusions within {distance}"):
+            yield
+    finally:
+        Scheduler.are_long_distant_nodes = plain
+
+
+@contextlib.contextmanager
+def _marked(name: str) -> Iterator[None]:
+    """Inside, ``name`` is part of the code cache's keys."""
+    from torch._inductor import config
+
+    before = getattr(config._pre_fusion_custom_pass, "uuid", lambda: "")()
+    marker = _marker(f"{before} {name}" if before else name)
+    with config.patch({"_pre_fusion_custom_pass": marker} if marker is not None else {}):
+        yield
 
 
 def _problem(

@@ -121,18 +121,20 @@ def prepare_triton(
     shapes: Mapping[str, Sequence[int]] | None = None,
     wide: frozenset[str] = frozenset(),
     shape: Shape | None = None,
+    tile: tuple[int, int] | None = None,
     launches: Launch | None = None,
     precision: str = "",
     splitting: bool = True,
 ) -> TritonKernel:
     """The kernel of a cascade, not compiled yet; arguments as of ``prepare_cascade``.
 
-    ``shape`` and ``launches``: others than the schedule's first choice. ``precision`` of float32 products, by default
-    what ``torch.set_float32_matmul_precision`` says. Raises ``NotLowerable`` with the reason.
+    ``shape``, ``tile`` (rows, streamed) and ``launches``: others than the schedule's first choice. ``precision`` of
+    float32 products, by default what ``torch.set_float32_matmul_precision`` says. Raises ``NotLowerable`` with the
+    reason.
     """
     rewritten = cascade if isinstance(cascade, Cascade) else cascade.cascade
-    narrow = _operand_bytes(rewritten, dtypes)
-    tiles = GpuTiles(target, narrow, shape or Shape())
+    narrow = operand_bytes(rewritten, dtypes)
+    tiles = GpuTiles(target, narrow, shape or Shape(), tile)
     lowered = prepared(
         cascade, sizes, dtypes, outputs, units, shapes, wide, machine=tiles, crossing=False, splitting=splitting
     )
@@ -160,7 +162,7 @@ def _size(program: Program, sizes: Mapping[str, int], rank: str) -> int:
     return sizes[next((other.name for own, other in program.alias if own.name == rank), rank)]
 
 
-def _operand_bytes(cascade: Cascade, dtypes: Mapping[str, str] | str) -> int:
+def operand_bytes(cascade: Cascade, dtypes: Mapping[str, str] | str) -> int:
     """Bytes of an element of what is multiplied: of the floating inputs with most indices, the narrowest."""
     ranks = {tensor_name(item): len(item.args) for einsum in cascade.einsums for item in einsum.reads}
     kinds = {name: dtypes if isinstance(dtypes, str) else dtypes.get(name, "f32") for name in cascade.inputs}

@@ -7,8 +7,9 @@ warps or 8 as the accumulators ask.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import sympy
 
@@ -52,11 +53,12 @@ class Launch:
 @dataclass(frozen=True)
 class GpuTiles:
     """Tile lengths for a target. ``operand_bytes``: of an element of what streams past. ``shape``: other than the first
-    choice."""
+    choice; ``tile``: (rows, streamed) that were chosen by their price."""
 
     target: Target
     operand_bytes: int = 2
     shape: Shape = Shape()
+    tile: tuple[int, int] | None = None
 
     @property
     def workers(self) -> int:
@@ -70,7 +72,7 @@ class GpuTiles:
     @property
     def shortest(self) -> int:
         # Products are slow in shorter tiles: parts of the streamed rank fill the multiprocessors instead.
-        return 128
+        return 128 if self.tile is None else self.tile[0]
 
     @property
     def scans(self) -> bool:
@@ -81,6 +83,8 @@ class GpuTiles:
         products = len(kernel.inner)
         if not products and not _multiplies(kernel):
             return _PLAIN if kernel.roots else (_MAP, _MAP)
+        if self.tile is not None:
+            return self.tile
         rows, columns = self._first(sum(held), depth, max(products, 1), item_bytes // 4)
         return max(16, int(rows * self.shape.rows)), max(16, int(columns * self.shape.columns))
 
@@ -100,6 +104,14 @@ class GpuTiles:
         return _SHAPES[-1]
 
 
+def chosen(schedule: Mapping[str, int]) -> dict[str, Any]:
+    """A chosen schedule (``FusedCascade.schedule``) as settings of ``prepare_triton``; nothing where rules decide."""
+    if not {"rows", "streamed"} <= schedule.keys():
+        return {}
+    launches = Launch(schedule["warps"], schedule["stages"]) if {"warps", "stages"} <= schedule.keys() else None
+    return {"tile": (schedule["rows"], schedule["streamed"]), "launches": launches}
+
+
 def array_registers(target: Target) -> int:
     return _ARRAYS if target.capability >= 90 else _ARRAYS_BEFORE_HOPPER
 
@@ -110,6 +122,14 @@ def _multiplies(kernel: Kernel) -> bool:
 
 def launch(program: Program, blocks: Blocks, target: Target, operand_bytes: int) -> Launch:
     """Warps and stages for a program with the tiles that it has."""
+    arrays, pieces = arrays_of(program, blocks, operand_bytes)
+    warps = 4 if arrays <= array_registers(target) * 128 and not pieces else 8
+    dots = any(isinstance(item, Dot) for item in _one_version(program.body))
+    return Launch(warps, _stages(program, blocks, target, operand_bytes) if dots else 1)
+
+
+def arrays_of(program: Program, blocks: Blocks, operand_bytes: int) -> tuple[int, bool]:
+    """Registers of 32 bits that a block's states and scores take; whether a product is made in pieces of its depth."""
     statements = list(_one_version(program.body))
     states = {tensor_name(item.target): item.target for item in statements if isinstance(item, State)}
     dots = {tensor_name(item.target): item.target for item in statements if isinstance(item, Dot)}
@@ -121,8 +141,7 @@ def launch(program: Program, blocks: Blocks, target: Target, operand_bytes: int)
     if operand_bytes > 2:
         arrays = arrays * 2
     pieces = any(blocks.length(s) > LONGEST_WHOLE for item in statements if isinstance(item, Dot) for s in item.reduced)
-    warps = 4 if arrays <= array_registers(target) * 128 and not pieces else 8
-    return Launch(warps, _stages(program, blocks, target, operand_bytes) if dots else 1)
+    return arrays, pieces
 
 
 def _has_tile_terms(item: Map | Reduce, blocks: Blocks) -> bool:
@@ -147,6 +166,12 @@ def _one_version(body: Sequence[Statement]) -> Iterator[Statement]:
 
 def _stages(program: Program, blocks: Blocks, target: Target, operand_bytes: int) -> int:
     """As many as shared memory has room for, beside what is resident, up to 3."""
+    resident, streamed = shared_tiles(program, blocks, operand_bytes)
+    return max(1, min(3, (target.shared - resident) // streamed)) if streamed else 1
+
+
+def shared_tiles(program: Program, blocks: Blocks, operand_bytes: int) -> tuple[int, int]:
+    """Bytes of operands of products that stay in shared memory, and that one stage of the streamed loop takes of it."""
     streamed = resident = 0
     inside = [loop for loop in program.loops if loop.kind == SEQUENTIAL]
     ranks = {loop.rank for loop in inside}
@@ -165,8 +190,7 @@ def _stages(program: Program, blocks: Blocks, target: Target, operand_bytes: int
                 resident += size
             elif not computed:
                 streamed += size
-    room = target.shared - resident
-    return max(1, min(3, room // streamed)) if streamed else 1
+    return resident, streamed
 
 
 def _elements(blocks: Blocks, indices: Sequence[object]) -> int:
@@ -195,4 +219,4 @@ def candidates(first: Launch, target: Target) -> tuple[tuple[Shape, Launch | Non
     )
 
 
-__all__ = ["GpuTiles", "Launch", "Loop", "Shape", "candidates", "launch"]
+__all__ = ["GpuTiles", "Launch", "Loop", "Shape", "candidates", "chosen", "launch"]

@@ -1,10 +1,12 @@
-"""Which of a cascade's possible kernels is used without timing any: the first choice that keeps within the target's
-registers and shared memory."""
+"""Which of a cascade's possible kernels is used without timing any: the one that was chosen by its price, else the
+first choice of the rules that keeps within the target's registers and shared memory."""
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from typing import Any
 
 from ...errors import CompileError
 from ...ir.fused_cascade import FusedCascade
@@ -12,7 +14,7 @@ from ...passes.rewrite_cascade import Rewriting, rewrite
 from ..fused_kernel import PlacedKernel, prepare_with
 from .aot import Usage, usage
 from .kernel import TritonKernel, prepare_triton
-from .schedule import Launch, Shape
+from .schedule import Launch, Shape, chosen
 from .target import Target
 
 #: Makes a kernel with tiles of a shape, and these launch settings for all of its launches if any are given.
@@ -21,11 +23,17 @@ Make = Callable[[Shape, Launch | None], TritonKernel]
 _SHAPES = (Shape(), Shape(columns=0.5), Shape(rows=0.5), Shape(rows=0.5, columns=0.5), Shape(rows=0.25))
 
 
-def settled(make: Make, target: Target) -> tuple[TritonKernel, tuple[Usage, ...]]:
-    """The schedule's first choice, with fewer stages, other warps or shorter tiles where registers would be spilled or
-    shared memory does not suffice; else what spills least. Raises ``CompileError`` if nothing can be compiled."""
+def settled(make: Make, target: Target, wanted: TritonKernel | None = None) -> tuple[TritonKernel, tuple[Usage, ...]]:
+    """``wanted``, if it compiles and spills no registers; else the schedule's first choice, with fewer stages, other
+    warps or shorter tiles where registers would be spilled or shared memory does not suffice; else what spills least.
+    Raises ``CompileError`` if nothing can be compiled."""
     best: tuple[int, TritonKernel, tuple[Usage, ...]] | None = None
     error: CompileError | None = None
+    if wanted is not None:
+        with contextlib.suppress(CompileError):
+            used = usage(wanted, target)
+            if not any(each.spilled for each in used):
+                return wanted, used
     for shape in _SHAPES:
         kernel = make(shape, None)
         try:
@@ -56,25 +64,21 @@ def placed(
     """The settled kernel of a fused cascade. Raises ``NotLowerable``, or ``CompileError`` as ``settled`` does."""
     rewriting = rewriting or rewrite(fused.cascade)
 
-    def make(shape: Shape, launches: Launch | None) -> PlacedKernel[TritonKernel]:
+    def make(**settings: Any) -> TritonKernel:
         return prepare_with(
-            prepare_triton,
-            fused,
-            rewriting,
-            wide=wide,
-            bindings=bindings,
-            target=target,
-            shape=shape,
-            launches=launches,
-        )
+            prepare_triton, fused, rewriting, wide=wide, bindings=bindings, target=target, **settings
+        ).kernel
 
-    kernel, _ = settled(lambda shape, launches: make(shape, launches).kernel, target)
+    wanted = chosen(fused.schedule)
+    kernel, _ = settled(
+        lambda shape, launches: make(shape=shape, launches=launches), target, make(**wanted) if wanted else None
+    )
     return PlacedKernel(fused, kernel, bindings or {})
 
 
 def _other_launches(kernel: TritonKernel, target: Target) -> list[tuple[Usage, ...]]:
     """The same kernels with fewer stages, and with more warps; each launch the best of its own."""
-    chosen: list[Usage] = []
+    taken: list[Usage] = []
     for number, step in enumerate(kernel.steps):
         first = step.launch
         warps = (first.warps, 8) if first.warps < 8 else (first.warps,)
@@ -92,5 +96,5 @@ def _other_launches(kernel: TritonKernel, target: Target) -> list[tuple[Usage, .
                 break
         if best is None:
             return []
-        chosen.append(best)
-    return [tuple(chosen)]
+        taken.append(best)
+    return [tuple(taken)]

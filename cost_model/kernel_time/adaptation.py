@@ -2,12 +2,14 @@
 
 The log of measured over predicted time is a Gaussian process: an offset of the device, one of each family on it, and a
 smooth deviation over the family's features, beside noise. Its scales are learned from devices left out of training, so
-ten rows move a prediction as far as ten rows of a left-out device are worth. (The setting is HELP's: Lee et al.,
-Hardware-adaptive efficient latency prediction, NeurIPS 2021.)
+ten rows move a prediction as far as ten rows of a left-out device are worth. Which tiles a device's library uses does
+not follow from the device's figures, so the rows also choose among the libraries that are known. (The setting is
+HELP's: Lee et al., Hardware-adaptive efficient latency prediction, NeurIPS 2021.)
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -33,6 +35,18 @@ class Scales:
     band: float = 1.64
 
 
+#: A row this far (log) from the median of all, if that is also much for these rows, is never believed.
+_WILD = 1.0
+#: Times that noise is raised for rows that lie far out.
+_ROBUST_ROUNDS = 3
+#: Prior weight of the kernels that the model expects of a device's library, against all others together; and how much
+#: of the rows' evidence for others counts, since what the process leaves is alike in rows that are alike.
+_EXPECTED = 0.8
+_TEMPER = 0.5
+#: Alternatives less likely than this are left out.
+_UNLIKELY = 0.02
+
+
 @dataclass(frozen=True)
 class Points:
     """Rows of any families as the process sees them: family numbers, and features in their deviations (padded with
@@ -47,16 +61,8 @@ class Points:
 
 def posterior(scales: Scales, seen: Points, residual: Array, asked: Points) -> tuple[Array, Array]:
     """Mean and standard deviation of log(measured / predicted) at the ``asked`` rows, given it at the ``seen`` ones."""
-    if len(residual) > MOST_ROWS:
-        kept = np.linspace(0, len(residual) - 1, MOST_ROWS).astype(np.int64)
-        seen, residual = seen.take(kept), residual[kept]
-    covariance = _covariance(scales, seen, seen) + np.eye(len(residual)) * scales.noise**2
-    # a measurement that went wrong must not drag the rest: weigh down what lies far out, once
-    first = np.linalg.solve(covariance, residual)
-    left = residual - _covariance(scales, seen, seen) @ first
-    spread = max(1.4826 * float(np.median(np.abs(left))), scales.noise)
-    excess = np.maximum(np.abs(left) / (3 * spread), 1.0)
-    covariance = covariance + np.diag(scales.noise**2 * (excess**2 - 1))
+    seen, residual = _most(seen, residual)
+    covariance = _robust(scales, seen, residual)
     prior = scales.device**2 + scales.family**2 + scales.smooth**2
     mean = np.zeros(len(asked.family))
     variance = np.zeros(len(asked.family))
@@ -69,6 +75,58 @@ def posterior(scales: Scales, seen: Points, residual: Array, asked: Points) -> t
         explained = np.linalg.solve(factor, cross.T)
         variance[begin : begin + 2048] = prior - (explained**2).sum(axis=0)
     return mean, np.sqrt(np.maximum(variance, 0.0) + scales.noise**2)
+
+
+def likely(scales: Scales, alternatives: Sequence[tuple[Points, Array]]) -> Array:
+    """How likely each of several ways to predict the same measured rows is (points and residuals under each, the
+    expected way first), by the evidence of the process for its residuals. Sums to one; zeros for the unlikely."""
+    if len(alternatives) == 1:
+        return np.ones(1)
+    others = (1 - _EXPECTED) / (len(alternatives) - 1)
+    found = np.array([_TEMPER * _evidence(scales, *each) for each in alternatives])
+    found += np.log([_EXPECTED, *[others] * (len(alternatives) - 1)])
+    weights = np.exp(found - found.max())
+    weights /= weights.sum()
+    weights = np.where(weights < _UNLIKELY, 0.0, weights)
+    return np.asarray(weights / weights.sum())
+
+
+def mixed(weights: Array, means: Sequence[Array], deviations: Sequence[Array]) -> tuple[Array, Array]:
+    """Mean and standard deviation of a mixture of normals, element by element."""
+    mean = sum((weight * each for weight, each in zip(weights, means, strict=True)), np.zeros_like(means[0]))
+    variance = np.zeros_like(mean)
+    for weight, each, deviation in zip(weights, means, deviations, strict=True):
+        variance += weight * (deviation**2 + (each - mean) ** 2)
+    return mean, np.sqrt(variance)
+
+
+def _evidence(scales: Scales, seen: Points, residual: Array) -> float:
+    """Log density of the residuals under the process, up to a constant."""
+    seen, residual = _most(seen, residual)
+    covariance = _robust(scales, seen, residual)
+    half = float(np.log(np.diag(np.linalg.cholesky(covariance))).sum())
+    return -0.5 * float(residual @ np.linalg.solve(covariance, residual)) - half
+
+
+def _most(seen: Points, residual: Array) -> tuple[Points, Array]:
+    if len(residual) <= MOST_ROWS:
+        return seen, residual
+    kept = np.linspace(0, len(residual) - 1, MOST_ROWS).astype(np.int64)
+    return seen.take(kept), residual[kept]
+
+
+def _robust(scales: Scales, seen: Points, residual: Array) -> Array:
+    """Covariance of the measured rows. A measurement that went wrong must not drag the rest: what lies far out from
+    the others has its noise raised until it is no further out than they are."""
+    clean = _covariance(scales, seen, seen)
+    apart = np.abs(residual - np.median(residual))
+    wild = np.where(apart > max(5 * 1.4826 * float(np.median(apart)), _WILD), apart, 0.0) ** 2
+    noise = np.maximum(scales.noise**2, wild)
+    for _ in range(_ROBUST_ROUNDS):
+        left = residual - clean @ np.linalg.solve(clean + np.diag(noise), residual)
+        spread = max(1.4826 * float(np.median(np.abs(left))), scales.noise)
+        noise = np.maximum(scales.noise**2 * np.maximum(np.abs(left) / (2.5 * spread), 1.0) ** 2, wild)
+    return clean + np.diag(noise)
 
 
 def _covariance(scales: Scales, one: Points, other: Points) -> Array:

@@ -1,10 +1,10 @@
 """Analytic time of an f32 matrix product on a GPU: tiles, waves, occupancy, pipes and the memory tiers.
 
 A product is cut into tiles of (rows x columns) of the result, each computed by one thread block over the whole depth.
-The tiles are dealt to the units; the unit with the most decides. Their arithmetic runs at the rate that the board's
-power sustains and that issue slots leave to multiply-adds. The memory traffic counts how often a wave of resident tiles
-has to read the operands again, and whether the last-level cache still holds them. All figures are of the device's
-description, none of its name; the few constants are fitted to measurements.
+The tiles are dealt to the units; the unit with the most decides. Their arithmetic runs at the rate that issue slots
+leave to multiply-adds, and at the clock that the board's power sustains (short kernels at the boost clock). The memory
+traffic counts how often a wave of resident tiles has to read the operands again, and whether the last-level cache still
+holds them. All figures are of the device's description, none of its name; the few constants are fitted to measurements.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .gpus import Gpu
+from .power import clock_share
 
 Array = npt.NDArray[np.float64]
 #: Rows and columns of the result that a thread block computes.
@@ -34,20 +35,19 @@ TILES: dict[Tile, tuple[int, int]] = {
 }
 #: Registers of one unit (all CUDA devices of capability 5.0 and later).
 REGISTERS = 65536
-#: Share of issue slots that multiply-adds take in an 8 x 8 micro-tile: 64 of them beside the wide shared-memory loads,
-#: addressing, copies and barriers. It binds where lanes take one instruction each cycle.
-FMA_SHARE = 0.80
 
 
 @dataclass(frozen=True)
 class GemmConstants:
-    """What is fitted: the clock that power sustains (``clock_gain · (base / boost) ** clock_power``, at most 1), the
-    shares of the pipe that tiles of each size reach, threads in flight that hide half of the latency, seconds (1e-6) of
-    a round of blocks, the share of the host's time of a call that adds to a kernel's, the cache's useful share, the
-    exponent that joins arithmetic and memory time, and what counted traffic is multiplied by."""
+    """What is fitted to rows: milliseconds after which the power limit has pulled the clock half down and how sharply,
+    the shares of the pipe that tiles of each size reach, threads in flight that hide half of the latency, seconds
+    (1e-6) of a round of blocks, the share of the host's time of a call that adds to a kernel's, the cache's useful
+    share, the exponent that joins arithmetic and memory time, and what counted traffic is multiplied by. And to
+    published rates of other boards (``power.py``): the share of issue slots left to multiply-adds where lanes take one
+    instruction each cycle, and what the power limit leaves of the clock."""
 
-    clock_gain: float = 2.4
-    clock_power: float = 1.6
+    burst_ms: float = 6.0
+    burst_power: float = 1.0
     pipe_large: float = 0.98
     pipe_middle: float = 0.92
     pipe_narrow: float = 0.85
@@ -58,22 +58,28 @@ class GemmConstants:
     cache: float = 0.6
     exponent: float = 3.0
     traffic: float = 1.0
+    single_issue: float = 0.84
+    power_exponent: float = 0.8
+    watts_5: float = 6.4
+    watts_7: float = 8.7
+    watts_8: float = 9.8
+    watts_14: float = 16.7
 
 
-#: Bounds of the fit, by field.
-BOUNDS: dict[str, tuple[float, float]] = {
-    "clock_gain": (1.0, 4.0),
-    "clock_power": (0.5, 3.0),
-    "pipe_large": (0.9, 1.0),
-    "pipe_middle": (0.5, 1.0),
-    "pipe_narrow": (0.4, 1.0),
-    "pipe_small": (0.3, 1.0),
-    "hiding": (0.0, 300.0),
-    "round_us": (0.0, 10.0),
-    "call_share": (0.0, 1.3),
-    "cache": (0.3, 1.0),
-    "exponent": (1.5, 8.0),
-    "traffic": (0.8, 1.25),
+#: Bounds of the fit, by field, and how far (standard deviation) a field is expected from its default.
+BOUNDS: dict[str, tuple[float, float, float]] = {
+    "burst_ms": (0.1, 100.0, 3.0),
+    "burst_power": (0.3, 3.0, 0.5),
+    "pipe_large": (0.9, 1.0, 0.03),
+    "pipe_middle": (0.5, 1.0, 0.06),
+    "pipe_narrow": (0.4, 1.0, 0.08),
+    "pipe_small": (0.3, 1.0, 0.15),
+    "hiding": (0.0, 300.0, 20.0),
+    "round_us": (0.0, 10.0, 1.0),
+    "call_share": (0.0, 1.3, 0.3),
+    "cache": (0.3, 1.0, 0.2),
+    "exponent": (1.5, 8.0, 1.0),
+    "traffic": (0.8, 1.25, 0.1),
 }
 
 
@@ -91,10 +97,15 @@ class GemmTime:
     traffic: Array
 
 
-def sustained_rate(gpu: Gpu, constants: GemmConstants) -> float:
-    """f32 operations a second that dense arithmetic sustains on the whole device."""
-    clock = min(1.0, constants.clock_gain * gpu.clock_ratio**constants.clock_power)
-    return float(gpu.peak * min(clock, FMA_SHARE / gpu.lanes_to_issue))
+def sustained_clock(gpu: Gpu, constants: GemmConstants) -> float:
+    """Share of the boost clock that the board's power sustains under dense arithmetic."""
+    needed = np.array([constants.watts_5, constants.watts_7, constants.watts_8, constants.watts_14])
+    return clock_share(gpu.watts, gpu.process_nm, needed, constants.power_exponent)
+
+
+def boost_rate(gpu: Gpu, constants: GemmConstants) -> float:
+    """f32 operations a second that issue slots leave to dense arithmetic at the boost clock, on the whole device."""
+    return gpu.peak * min(1.0, constants.single_issue / gpu.lanes_to_issue)
 
 
 def gemm_time(
@@ -148,9 +159,12 @@ def _with_tile(
     resident = max(1.0, min(gpu.threads // threads, REGISTERS // (threads * registers)))
     each = np.ceil(tiles / gpu.units)
     in_flight = np.minimum(each, resident) * threads
-    rate = sustained_rate(gpu, constants) / gpu.units * _pipe(tile, constants)
+    rate = boost_rate(gpu, constants) / gpu.units * _pipe(tile, constants)
     work = 2.0 * tile_rows * tile_columns * np.ceil(depth / 8) * 8
     compute = each * work * (1 + constants.hiding / in_flight) / rate
+    # the power limit takes a while to pull the clock down: measurements of short kernels are over before
+    held = 1 / (1 + (constants.burst_ms * 1e-3 / compute) ** constants.burst_power)
+    compute = compute * sustained_clock(gpu, constants) ** -held
     compute = compute + constants.round_us * 1e-6 * np.ceil(each / resident)
     # a wave of resident tiles runs along the columns first; operands are read once for a wave
     wave = np.minimum(resident * gpu.units, tiles)

@@ -28,28 +28,30 @@ _SINGLE = 2.0
 @dataclass(frozen=True)
 class MemoryConstants:
     """What is fitted: the share of the host's time of a call that adds to a kernel's; cycles of a lane for each
-    element (sums of squares by Welford's update divide; softmax takes exponentials) and of a unit for each block; the
-    useful shares of the last-level and first-level caches and how sharply they overflow; the exponent that joins
-    bandwidth and arithmetic."""
+    element (sums of squares by Welford's update divide; softmax takes exponentials), fewer where a warp keeps the row
+    in registers, and of a unit for each block; the useful shares of the last-level and first-level caches and how
+    sharply they overflow; the exponent that joins bandwidth and arithmetic."""
 
     call_share: float = 0.6
-    element_cycles: float = 30.0
-    block_cycles: float = 100.0
-    last_level: float = 0.33
-    first_level: float = 0.6
+    element_cycles: float = 20.0
+    warp_cycles: float = 10.0
+    block_cycles: float = 300.0
+    last_level: float = 0.6
+    first_level: float = 0.4
     sharpness: float = 5.0
-    exponent: float = 2.0
+    exponent: float = 2.5
 
 
-#: Bounds of the fit, by field.
-BOUNDS: dict[str, tuple[float, float]] = {
-    "call_share": (0.0, 1.3),
-    "element_cycles": (0.0, 200.0),
-    "block_cycles": (0.0, 2000.0),
-    "last_level": (0.1, 1.0),
-    "first_level": (0.0, 1.0),
-    "sharpness": (2.0, 8.0),
-    "exponent": (1.2, 8.0),
+#: Bounds of the fit, by field, and how far (standard deviation) a field is expected from its default.
+BOUNDS: dict[str, tuple[float, float, float]] = {
+    "call_share": (0.0, 1.3, 0.3),
+    "element_cycles": (0.0, 200.0, 10.0),
+    "warp_cycles": (0.0, 200.0, 5.0),
+    "block_cycles": (0.0, 2000.0, 200.0),
+    "last_level": (0.1, 1.0, 0.2),
+    "first_level": (0.0, 1.0, 0.3),
+    "sharpness": (2.0, 8.0, 1.5),
+    "exponent": (1.2, 8.0, 1.0),
 }
 
 
@@ -133,15 +135,15 @@ def _row_time(
     resident = np.minimum(np.floor(gpu.threads / threads), 32.0) * gpu.units
     blocks = np.ceil(rows / rows_of_block)
     in_flight = np.minimum(resident, blocks) * rows_of_block * width * 4.0
-    caches = constants.last_level * gpu.l2 + constants.first_level * gpu.units * gpu.l1_kb * 1024
+    # a partition of the cache holds what its units read, so that what all read is held as often as there are partitions
+    caches = constants.last_level * gpu.l2 / gpu.l2_partitions + constants.first_level * gpu.units * gpu.l1_kb * 1024
     pressure = in_flight / caches
     miss = 1 - 1 / (1 + pressure**constants.sharpness)
     moved = (least + sweeps * size * miss) * _outside(least, gpu)
     streaming = moved / (gpu.bandwidth * bandwidth_share)
     waves = blocks / resident
-    cycles = np.maximum(blocks / gpu.units, 1.0) * (
-        padded * constants.element_cycles / gpu.lanes + constants.block_cycles
-    )
+    each = np.where(rows_of_block > 1, constants.warp_cycles, constants.element_cycles)
+    cycles = np.maximum(blocks / gpu.units, 1.0) * (padded * each / gpu.lanes + constants.block_cycles)
     arithmetic = cycles / (gpu.boost_mhz * 1e6)
     power = constants.exponent
     seconds = (streaming**power + arithmetic**power) ** (1 / power) + constants.call_share * host

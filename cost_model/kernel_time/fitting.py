@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, replace
 from typing import Any, TypeVar
 
@@ -21,6 +21,7 @@ from .core_memory import MemoryConstants
 from .features import bandwidth_class, describe
 from .gpus import Gpu
 from .model import Expert, FamilyModel, Mixture, bandwidth_share
+from .power import fit_power
 from .rows import GEMM_FAMILIES, Rows
 from .trees import Trees, from_lightgbm
 
@@ -37,6 +38,11 @@ _QUICK_TREE_ROWS = 6000
 HOST_TIME = 1.2e-4
 #: Rows of this length (seconds) have weight 1; shorter ones less, longer ones more.
 _UNIT_WEIGHT = 3e-4
+#: Share of a device's median misfit that is laid to the device (its cooling, its library's build), not the constants.
+_LEVEL = 0.8
+#: Defaults count as this many rows for each row of a device, a standard deviation as an error of so much (log).
+_PRIOR_ROWS = 0.15
+_PRIOR_STEP = 0.05
 #: Share of a device's rows below which a tile is no part of its library's set.
 _TILE_SHARE = 0.02
 
@@ -94,7 +100,7 @@ def tile_set(rows: Rows) -> tuple[Tile, ...]:
 
 def fit_constants(
     start: Constants,
-    bounds: dict[str, tuple[float, float]],
+    bounds: dict[str, tuple[float, float, float]],
     groups: Sequence[Group],
     shares: dict[str, float],
     tiles: Sequence[tuple[Tile, ...]],
@@ -102,8 +108,11 @@ def fit_constants(
     seed: int,
     most: int,
     loss: str = "cauchy",
+    *,
+    carry_over: bool = True,
 ) -> Constants:
-    """The constants that fit the groups' rows best, in log seconds with a robust loss."""
+    """The constants that fit the groups' rows best, in log seconds with a robust loss. If they are to ``carry_over`` to
+    other devices, then not far from their start, and devices' own levels hardly move them."""
     optimize = extra("scipy.optimize")
     generator = np.random.default_rng(seed)
     samples: list[tuple[Rows, Gpu, float, tuple[Tile, ...], float, Array, Array]] = []
@@ -119,17 +128,17 @@ def fit_constants(
         weight = np.sqrt(np.minimum(picked.seconds / 5e-4, 6.0) / len(long))
         samples.append((picked, gpu, host, tile, bandwidth_share(gpu, shares), np.log(picked.seconds), weight))
     names = list(bounds)
+    first = np.array([asdict(start)[name] for name in names])
+    low, high, spread = (np.array([bounds[name][place] for name in names]) for place in (0, 1, 2))
 
     def residuals(values: Array) -> Array:
         constants = replace(start, **dict(zip(names, map(float, values), strict=True)))
-        parts = [
-            (np.log(describe(rows, gpu, constants, share, host, tile).seconds) - log) * weight
-            for rows, gpu, host, tile, share, log, weight in samples
-        ]
-        return np.asarray(np.concatenate(parts) * np.sqrt(most))
+        parts = [np.repeat(_PRIOR_STEP * (values - first) / spread, int(_PRIOR_ROWS * most * carry_over))]
+        for rows, gpu, host, tile, share, log, weight in samples:
+            off = np.log(describe(rows, gpu, constants, share, host, tile).seconds) - log
+            parts.append((off - _LEVEL * carry_over * np.median(off)) * weight * np.sqrt(most))
+        return np.asarray(np.concatenate(parts))
 
-    first = np.array([asdict(start)[name] for name in names])
-    low, high = (np.array([bounds[name][side] for name in names]) for side in (0, 1))
     answer = optimize.least_squares(
         residuals,
         first,
@@ -176,20 +185,31 @@ def fit_trees(features: Array, target: Array, weight: Array, seed: int, *, quick
 
 
 def fit_core(
-    groups: Sequence[Group], shares: dict[str, float], seed: int, *, quick: bool = False, loss: str = "cauchy"
+    groups: Sequence[Group],
+    shares: dict[str, float],
+    seed: int,
+    *,
+    quick: bool = False,
+    loss: str = "cauchy",
+    unseen: Collection[str] = (),
+    carry_over: bool = True,
 ) -> GemmConstants | MemoryConstants:
-    """The constants of a family's analytic core; ``loss`` is one of scipy's, the default hardly moved by outliers."""
+    """The constants of a family's analytic core; ``loss`` is one of scipy's, the default hardly moved by outliers.
+    Published rates of the ``unseen`` devices (their names as ``gpus.key`` spells them) are not read either."""
     family = groups[0][0].family
     gemm = family in GEMM_FAMILIES
     tiles = [tile_set(rows) if gemm else () for rows, _ in groups]
     hosts = [host_seconds(rows) for rows, _ in groups]
     most = _QUICK_ROWS if quick else _FIT_ROWS
     if gemm:
-        return fit_constants(GemmConstants(), core_gemm.BOUNDS, groups, shares, tiles, hosts, seed, most, loss)
+        products = GemmConstants(**fit_power(unseen, extra("scipy.optimize")))
+        limits = core_gemm.BOUNDS
+        return fit_constants(products, limits, groups, shares, tiles, hosts, seed, most, loss, carry_over=carry_over)
     bounds = dict(core_memory.BOUNDS)
     if family == "pointwise":
         bounds = {"call_share": bounds["call_share"]}
-    return fit_constants(MemoryConstants(), bounds, groups, shares, tiles, hosts, seed, most, loss)
+    start = MemoryConstants()
+    return fit_constants(start, bounds, groups, shares, tiles, hosts, seed, most, loss, carry_over=carry_over)
 
 
 def fit_family(
@@ -200,16 +220,18 @@ def fit_family(
     seed: int,
     *,
     quick: bool = False,
+    unseen: Collection[str] = (),
 ) -> FamilyModel:
-    """The model of a family from its measured groups, without bands."""
-    constants = fit_core(groups, shares, seed, quick=quick)
+    """The model of a family from its measured groups, without bands; nothing of the ``unseen`` devices is read."""
+    constants = fit_core(groups, shares, seed, quick=quick, unseen=unseen)
+    measured = fit_core(groups, shares, seed, quick=quick, unseen=unseen, carry_over=False)
     experts = []
     for rows, gpu in groups:
         assert rows.seconds is not None
         tiles = tile_set(rows) if family in GEMM_FAMILIES else ()
         host = host_seconds(rows)
-        described = describe(rows, gpu, constants, bandwidth_share(gpu, shares), host, tiles)
+        described = describe(rows, gpu, measured, bandwidth_share(gpu, shares), host, tiles)
         target = np.log(rows.seconds / described.seconds)
         trees = fit_trees(described.features, target, row_weights(rows.seconds), seed, quick=quick)
         experts.append(Expert(gpu, host, tiles, trees))
-    return FamilyModel(constants, tuple(experts), mixture, shares)
+    return FamilyModel(constants, tuple(experts), mixture, shares, measured_constants=measured)

@@ -27,8 +27,9 @@ class Gpu(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     """Published figures of one GPU.
 
     ``units`` streaming multiprocessors, each with ``lanes`` f32 lanes under ``schedulers`` schedulers that issue
-    ``issue`` instructions a cycle; ``threads`` resident threads a unit, ``l1_kb``
-    its first-level cache for global loads. Clocks in MHz, bandwidth in GB/s (1e9), caches in MiB or KiB, power in W.
+    ``issue`` instructions a cycle; ``threads`` resident threads a unit, ``l1_kb`` its first-level cache for global
+    loads. Clocks in MHz, bandwidth in GB/s (1e9), caches in MiB or KiB, board power in W, the silicon's feature size as
+    marketed in nm.
     """
 
     title: str
@@ -48,6 +49,7 @@ class Gpu(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     scratch_kb: float = 96
     l1_kb: float = 128
     power_w: float = 0.0
+    process_nm: float = 0.0
     aliases: tuple[str, ...] = ()
     source: str = ""
 
@@ -67,9 +69,9 @@ class Gpu(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
         return self.l2_mb * 2**20
 
     @property
-    def clock_ratio(self) -> float:
-        """Base over boost clock: how far the board's power lets the clock stay up under load."""
-        return self.base_mhz / self.boost_mhz if self.base_mhz else 0.75
+    def watts(self) -> float:
+        """Board power for each 1e12 f32 operations a second at the boost clock; 0 where the power is not known."""
+        return self.power_w / (self.peak / 1e12)
 
     @property
     def lanes_to_issue(self) -> float:

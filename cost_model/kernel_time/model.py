@@ -16,8 +16,8 @@ import numpy as np
 import numpy.typing as npt
 
 from ...errors import KernelDataError
-from .adaptation import Points, Scales, posterior
-from .core_gemm import GemmConstants, Tile
+from .adaptation import Points, Scales, likely, mixed, posterior
+from .core_gemm import TILES, GemmConstants, Tile
 from .core_memory import MemoryConstants
 from .features import bandwidth_class, describe, feature_names
 from .gpus import Gpu
@@ -31,6 +31,8 @@ SAME_DEVICE = 0.05
 #: Weight of an unseen device's band in a measured device's own: its rows were measured once, with one library on one
 #: host and up to some size, which cross-validation within them cannot tell.
 _ANOTHER_DAY = 0.35
+#: Experts of less weight than this in all are left alone.
+_NO_WEIGHT = 1e-3
 #: A device this far from every measured one has an unseen device's band in full.
 _FAR = 1.0
 
@@ -48,7 +50,7 @@ class Expert:
 
 @dataclass(frozen=True)
 class Mixture:
-    """How experts are weighed: the reach of likeness, and the weight of the bare core among them."""
+    """How experts' predictions (log) are weighed: the reach of likeness, and the weight of the bare core among them."""
 
     reach: float = 1.0
     core: float = 0.3
@@ -58,6 +60,7 @@ class Mixture:
 class FamilyModel:
     """The model of one family of kernels."""
 
+    #: Of the core for devices that were not measured; experts correct the one with the ``measured_constants``.
     constants: GemmConstants | MemoryConstants
     experts: tuple[Expert, ...]
     mixture: Mixture
@@ -66,6 +69,7 @@ class FamilyModel:
     #: ``known`` and ``unseen`` devices -> bins by predicted seconds: upper end, and the 5 % and 95 % quantiles of
     #: log(measured / predicted) in the bin.
     bands: dict[str, list[tuple[float, float, float]]] = field(default_factory=dict)
+    measured_constants: GemmConstants | MemoryConstants | None = None
 
 
 @dataclass(frozen=True)
@@ -83,7 +87,7 @@ class Prediction:
 
 
 def likeness_point(gpu: Gpu) -> Array:
-    """Where a device lies among others: generation, cache for each unit, arithmetic for each byte, threads, clocks."""
+    """Where a device lies among others: generation, cache for each unit, arithmetic for each byte, threads, power."""
     return np.array(
         [
             gpu.capability,
@@ -92,7 +96,7 @@ def likeness_point(gpu: Gpu) -> Array:
             0.5 * math.log2(gpu.threads),
             math.log2(gpu.lanes_to_issue),
             0.25 * math.log2(gpu.units),
-            0.5 * math.log2(gpu.clock_ratio),
+            0.25 * math.log2(gpu.watts or 10.0),
         ]
     )
 
@@ -101,31 +105,51 @@ def distance(one: Gpu, other: Gpu) -> float:
     return float(np.linalg.norm(likeness_point(one) - likeness_point(other)))
 
 
-def predict_family(rows: Rows, gpu: Gpu, model: FamilyModel) -> Prediction:
-    """Predicted seconds of rows of the model's family on a device."""
+def libraries(gpu: Gpu, model: FamilyModel) -> list[tuple[Tile, ...]]:
+    """Sets of tiles that the device's library may use: the one that is expected first, then those of other measured
+    devices and each tile alone. A device that was measured, and kernels without tiles, have one."""
+    distances = np.array([distance(gpu, expert.gpu) for expert in model.experts])
+    # libraries choose tiles by generation
+    generation = np.array([abs(gpu.capability - expert.gpu.capability) for expert in model.experts])
+    sets = [model.experts[int(number)].tiles for number in np.lexsort((distances, generation))]
+    if not isinstance(model.constants, GemmConstants) or any(distances[i] < SAME_DEVICE for i in _learned(model)):
+        return sets[:1]
+    return list(dict.fromkeys([*sets, *((tile,) for tile in TILES)]))
+
+
+def _learned(model: FamilyModel) -> list[int]:
+    return [number for number, expert in enumerate(model.experts) if expert.trees is not None]
+
+
+def predict_family(rows: Rows, gpu: Gpu, model: FamilyModel, tiles: tuple[Tile, ...] | None = None) -> Prediction:
+    """Predicted seconds of rows of the model's family on a device, with the tiles expected there or those given."""
     share = bandwidth_share(gpu, model.shares)
     distances = np.array([distance(gpu, expert.gpu) for expert in model.experts])
     nearest = model.experts[int(distances.argmin())]
-    # libraries choose tiles by generation
-    generation = np.array([abs(gpu.capability - expert.gpu.capability) for expert in model.experts])
-    tiles = model.experts[int(np.lexsort((distances, generation))[0])].tiles
-    learned = [number for number, expert in enumerate(model.experts) if expert.trees is not None]
+    tiles = libraries(gpu, model)[0] if tiles is None else tiles
+    learned = _learned(model)
     own = [number for number in learned if distances[number] < SAME_DEVICE]
     host = nearest.host if own else float(np.median([expert.host for expert in model.experts]))
-    described = describe(rows, gpu, model.constants, share, host, tiles)
+    corrected = model.measured_constants or model.constants
+    constants = corrected if own else model.constants
+    described = describe(rows, gpu, constants, share, host, tiles)
     if own:
         weights, chosen = np.ones(1), own[:1]
     else:
         raw = np.exp(-0.5 * (distances[learned] / model.mixture.reach) ** 2)
         weights, chosen = raw / (raw.sum() + model.mixture.core), learned
-    correction = np.zeros(len(rows))
+    if weights.max() < _NO_WEIGHT:
+        weights = np.zeros_like(weights)
+    near = described if own or not weights.any() else describe(rows, gpu, corrected, share, host, tiles)
+    core = np.log(described.seconds)
+    made = core.copy()
     for weight, number in zip(weights, chosen, strict=True):
         trees = model.experts[number].trees
-        if trees is not None and weight > 1e-3:
-            correction += weight * trees.predict(described.features)
-    seconds = described.seconds * np.exp(correction)
-    call = model.constants.call_share * host
-    return Prediction(seconds, described.seconds, described.features, bool(own), float(distances[learned].min()), call)
+        if trees is not None and weight > 0:
+            made += weight * (np.log(near.seconds) + trees.predict(near.features) - core)
+    call = constants.call_share * host
+    least = float(distances[learned].min())
+    return Prediction(np.exp(made), described.seconds, described.features, bool(own), least, call)
 
 
 def bandwidth_share(gpu: Gpu, shares: dict[str, float]) -> float:
@@ -211,27 +235,40 @@ def points_of(family: str, features: Array, model: KernelModel) -> Points:
 def adapt(asked: Rows, gpu: Gpu, measured: Sequence[Rows], model: KernelModel) -> Banded:
     """Predicted seconds corrected by measured rows of the same device (of any family); a row that was itself measured
     takes its median measurement."""
-    seen, residuals = [], []
-    for rows in measured:
-        if rows.seconds is None or len(rows) == 0:
-            continue
-        made = predict_family(rows, gpu, family_model(model, rows.family))
-        seen.append(points_of(rows.family, made.features, model))
-        residuals.append(np.log(rows.seconds / made.seconds))
-    if not seen:
+    given = [rows for rows in measured if rows.seconds is not None and len(rows) > 0]
+    if not given:
         return predict(asked, gpu, model)
-    points = Points(np.concatenate([p.family for p in seen]), np.concatenate([p.features for p in seen]))
-    made = predict_family(asked, gpu, family_model(model, asked.family))
-    scales = model.scales_of(asked.family)
-    mean, deviation = posterior(
-        scales, points, np.concatenate(residuals), points_of(asked.family, made.features, model)
-    )
-    seconds = made.seconds * np.exp(mean)
-    width = np.exp(scales.band * deviation)
+    family, scales = family_model(model, asked.family), model.scales_of(asked.family)
+    others = [_seen(rows, gpu, model, None) for rows in given if rows.family != asked.family]
+    same = [rows for rows in given if rows.family == asked.family]
+    sets = libraries(gpu, family) if same else libraries(gpu, family)[:1]
+    ways = [_joined([*others, *(_seen(rows, gpu, model, tiles) for rows in same)]) for tiles in sets]
+    weights = likely(scales, ways)
+    means, deviations = [], []
+    for weight, tiles, (points, residual) in zip(weights, sets, ways, strict=True):
+        if weight > 0:
+            made = predict_family(asked, gpu, family, tiles)
+            mean, deviation = posterior(scales, points, residual, points_of(asked.family, made.features, model))
+            means.append(np.log(made.seconds) + mean)
+            deviations.append(deviation)
+    mean, deviation = mixed(weights[weights > 0], means, deviations)
+    seconds, width = np.exp(mean), np.exp(scales.band * deviation)
     own = _measurements(asked, measured)
     seconds = np.where(np.isnan(own), seconds, own)
     width = np.where(np.isnan(own), width, np.exp(scales.band * scales.noise))
     return Banded(seconds, seconds / width, seconds * width)
+
+
+def _seen(rows: Rows, gpu: Gpu, model: KernelModel, tiles: tuple[Tile, ...] | None) -> tuple[Points, Array]:
+    """Measured rows as adaptation sees them, and log(measured / predicted)."""
+    made = predict_family(rows, gpu, family_model(model, rows.family), tiles)
+    assert rows.seconds is not None
+    return points_of(rows.family, made.features, model), np.log(rows.seconds / made.seconds)
+
+
+def _joined(parts: Sequence[tuple[Points, Array]]) -> tuple[Points, Array]:
+    points = Points(*(np.concatenate([getattr(p, name) for p, _ in parts]) for name in ("family", "features")))
+    return points, np.concatenate([residual for _, residual in parts])
 
 
 def _measurements(asked: Rows, measured: Sequence[Rows]) -> Array:

@@ -27,7 +27,7 @@ from .rows import FAMILIES, GEMM_FAMILIES
 #: The model that comes with the package.
 PACKAGED = Path(__file__).parent / "kernel_times.json.gz"
 #: A newer form is refused.
-FORMAT = 1
+FORMAT = 2
 #: Bytes of the unpacked file that are read at most.
 _MOST_BYTES = 64 * 2**20
 
@@ -49,6 +49,7 @@ def encode(model: KernelModel) -> bytes:
 def _family(family: FamilyModel) -> dict[str, Any]:
     return {
         "constants": asdict(family.constants),
+        "measured_constants": asdict(family.measured_constants or family.constants),
         "mixture": asdict(family.mixture),
         "shares": family.shares,
         "bands": {
@@ -105,7 +106,10 @@ def _read_family(name: str, value: dict[str, Any], where: str) -> FamilyModel:
     if name not in FAMILIES:
         raise ValueError(f"unknown family {name!r}")
     form = GemmConstants if name in GEMM_FAMILIES else MemoryConstants
-    constants = form(**{key: float(number) for key, number in value["constants"].items()})
+    constants, measured = (
+        form(**{key: float(number) for key, number in value[part].items()})
+        for part in ("constants", "measured_constants")
+    )
     width = len(feature_names(name))
     experts = []
     for each in value["experts"]:
@@ -122,7 +126,7 @@ def _read_family(name: str, value: dict[str, Any], where: str) -> FamilyModel:
     }
     shares = {key: float(number) for key, number in value["shares"].items()}
     mixture = Mixture(**{key: float(number) for key, number in value["mixture"].items()})
-    return FamilyModel(constants, tuple(experts), mixture, shares, bands)
+    return FamilyModel(constants, tuple(experts), mixture, shares, bands, measured)
 
 
 def load(path: Path | None = None) -> KernelModel:

@@ -2,7 +2,8 @@
 
 Columns are those of the kernel data sets: ``OPName, Device`` and sizes, ``B, M, N, K`` for matrix products ((B, M, N) @
 (B, N, K), so N is the depth) and ``B, H`` (rows, width) for the others. ``Latency`` (milliseconds) is read only from
-measured rows. Whatever else profiling gave (kernel name, grid, block) is carried along and never read.
+measured rows. A column that says the element type must say f32. Whatever else profiling gave (kernel name, grid, block)
+is carried along and never read.
 """
 
 from __future__ import annotations
@@ -43,6 +44,11 @@ _FAMILY_OF = {name: family for family, names in FAMILIES.items() for name in nam
     OPERANDS, "pointwise"
 )
 _SIZES = {"bmm": "BMNK", "linear": "BMNK", "softmax": "BH", "norm": "BH", "pointwise": "BH"}
+
+
+#: Columns that may say the element type, in small letters, and the types that are modelled.
+_TYPE_COLUMNS = ("dtype", "data type", "data_type", "precision")
+_F32 = ("", "f32", "fp32", "float32", "float", "torch.float32", "torch.float")
 
 
 def family_of(op: str) -> str:
@@ -128,6 +134,7 @@ def parse(text: str, where: str, *, measured: bool = False, kernel_names: bool =
         )
     if not lines:
         raise KernelDataError("there is no row", where=where, remedy="give one kernel a line below the column names")
+    type_columns = [i for i, name in enumerate(header) if name.lower() in _TYPE_COLUMNS]
     collected: dict[tuple[str, str], list[tuple[int, int, list[float], float, str]]] = {}
     families: dict[str, str] = {}
     for number, (line_number, line) in enumerate(lines):
@@ -136,6 +143,13 @@ def parse(text: str, where: str, *, measured: bool = False, kernel_names: bool =
             raise KernelDataError(
                 f"{len(line)} cells under {len(header)} columns", where=at, remedy="complete the line"
             )
+        for column in type_columns:
+            if line[column].strip().lower() not in _F32:
+                raise KernelDataError(
+                    f"the {header[column]} is {line[column]!r}; kernel times are modelled for f32 alone",
+                    where=at,
+                    remedy="leave such rows out",
+                )
         op = line[place["OPName"]]
         if op not in families:
             try:

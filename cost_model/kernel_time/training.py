@@ -10,7 +10,7 @@ import hashlib
 import importlib.metadata
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from ...errors import KernelDataError
 from . import gpus
-from .adaptation import Scales, posterior
+from .adaptation import Points, Scales, likely, mixed, posterior
 from .features import describe
 from .fitting import (
     HOST_TIME,
@@ -32,7 +32,8 @@ from .fitting import (
     row_weights,
     tile_set,
 )
-from .model import FamilyModel, KernelModel, Mixture, bandwidth_share, points_of, predict_family
+from .model import FamilyModel, KernelModel, Mixture, bandwidth_share, libraries, points_of, predict_family
+from .power import RATES, boards
 from .rows import FAMILIES, GEMM_FAMILIES, Rows, read
 
 Array = npt.NDArray[np.float64]
@@ -41,7 +42,12 @@ Log = Callable[[str], None]
 #: Family -> the one that is the same arithmetic, and how much slower (median log) it may be beside that one.
 _RELATED = {"linear": "bmm"}
 _ODD = 0.4
-_MIXTURES = [Mixture(reach, core) for reach in (0.5, 0.8, 1.2, 2.0) for core in (0.1, 0.5, 1.5)]
+#: From the barest, which only looks at devices of the same chip, to the one that trusts distant devices most.
+_MIXTURES = [Mixture(0.3, 0.3), *(Mixture(reach, core) for core in (3.0, 1.0, 0.3) for reach in (0.5, 0.8, 1.2, 2.0))]
+#: Weights are chosen on left-out rows longer than this (seconds): they are what predictions are asked for.
+_LONG = 1e-3
+#: Rows of a left-out device that are looked at.
+_MOST_LEFT_OUT = 3000
 #: Upper ends (predicted seconds) of the bins that have bands of their own.
 BINS = (2e-4, 1e-3, math.inf)
 #: 95 % quantiles of Student's t by degrees of freedom.
@@ -99,6 +105,7 @@ def train_from(folder: Path, seed: int = 0, log: Log = lambda text: None) -> Ker
         "rows": sum(counts.values()),
         "files": files,
         "devices": sorted({rows.device for rows, _ in groups}),
+        "published_rates": {"boards": len(boards()), "sha256": hashlib.sha256(RATES.read_bytes()).hexdigest()},
         "made_with": {name: importlib.metadata.version(name) for name in ("lightgbm", "scipy", "numpy")},
         "command": "effcc calibrate --from-data",
         **model.provenance,
@@ -106,8 +113,11 @@ def train_from(folder: Path, seed: int = 0, log: Log = lambda text: None) -> Ker
     return replace(model, provenance=provenance)
 
 
-def train(groups: Sequence[Group], seed: int = 0, log: Log = lambda text: None) -> KernelModel:
-    """The model of all families that the groups measure."""
+def train(
+    groups: Sequence[Group], seed: int = 0, log: Log = lambda text: None, unseen: Collection[str] = ()
+) -> KernelModel:
+    """The model of all families that the groups measure. What else is published of the ``unseen`` devices' rates (names
+    as ``gpus.key`` spells them) is not read either."""
     pointwise = [group for group in groups if group[0].family == "pointwise"]
     if not pointwise:
         raise KernelDataError("no rows of pointwise ops", remedy="bandwidth is learned from them: add such a file")
@@ -120,15 +130,17 @@ def train(groups: Sequence[Group], seed: int = 0, log: Log = lambda text: None) 
         if not own:
             continue
         related = [group for group in groups if group[0].family == _RELATED.get(family)]
-        odd = set_aside(own, related, shares, seed) if min(len(own), len(related)) >= 3 else []
+        odd = set_aside(own, related, shares, seed, unseen) if min(len(own), len(related)) >= 3 else []
         used = [group for group in own if group[0].device not in odd]
-        runs = [_leave_out(own, group, pointwise, odd, seed) for group in used] if len(used) >= 3 else []
+        runs = [_leave_out(own, group, pointwise, odd, seed, unseen) for group in used] if len(used) >= 3 else []
         mixture = _best_mixture(runs)
         for run in runs:
             run.predict(mixture)
-        fitted = fit_family(family, used, shares, mixture, seed)
+        fitted = fit_family(family, used, shares, mixture, seed, unseen=unseen)
         families[family] = replace(fitted, bands=_bands(fitted, used, runs, seed))
         left_out[family] = runs
+        if odd:
+            aside[family] = odd
         errors = ", ".join(f"{run.rows.device} {run.error():.1%}" for run in runs)
         log(f"{family}: {mixture}; set aside: {odd or 'none'}; each device left out: {errors}")
     deviations = {family: _deviations(runs) for family, runs in left_out.items()}
@@ -143,26 +155,31 @@ def train(groups: Sequence[Group], seed: int = 0, log: Log = lambda text: None) 
     return replace(model, scales=scales, provenance={"set_aside": aside, "seed": seed}, family_scales=by_family)
 
 
-def set_aside(groups: Sequence[Group], related: Sequence[Group], shares: dict[str, float], seed: int) -> list[str]:
+def set_aside(
+    groups: Sequence[Group],
+    related: Sequence[Group],
+    shares: dict[str, float],
+    seed: int,
+    unseen: Collection[str] = (),
+) -> list[str]:
     """Devices whose rows of a family contradict both the other devices and their own rows of a related family.
 
     Linear layers and batched products are the same arithmetic. Each device is left out, and the core that the others
     give is compared with its rows, in both families: where one family is slower than the core by ``_ODD`` more (median
     log) than the other, its rows were measured with another library or under other conditions.
     """
-    reference = _excess(related, shares, seed)
-    return [
-        device for device, excess in _excess(groups, shares, seed).items() if excess - reference.get(device, 0.0) > _ODD
-    ]
+    reference = _excess(related, shares, seed, unseen)
+    found = _excess(groups, shares, seed, unseen)
+    return [device for device, excess in found.items() if excess - reference.get(device, 0.0) > _ODD]
 
 
-def _excess(groups: Sequence[Group], shares: dict[str, float], seed: int) -> dict[str, float]:
+def _excess(groups: Sequence[Group], shares: dict[str, float], seed: int, unseen: Collection[str]) -> dict[str, float]:
     """Device -> median log of measured time over that of the core fitted to the other devices."""
     found = {}
     for rows, gpu in groups:
         assert rows.seconds is not None
         rest = [group for group in groups if group[0] is not rows]
-        constants = fit_core(rest, shares, seed, quick=True, loss="soft_l1")
+        constants = fit_core(rest, shares, seed, quick=True, loss="soft_l1", unseen=unseen)
         tiles = tile_set(rows) if rows.family in GEMM_FAMILIES else ()
         made = describe(rows, gpu, constants, bandwidth_share(gpu, shares), host_seconds(rows), tiles)
         found[rows.device] = float(np.median(np.log(rows.seconds / made.seconds)[rows.seconds > HOST_TIME]))
@@ -175,12 +192,16 @@ class _LeftOut:
     def __init__(self, rows: Rows, gpu: gpus.Gpu, model: FamilyModel) -> None:
         assert rows.seconds is not None
         # what is tested are kernels, not the host: most measured rows are the shortest
-        self.rows = rows.take(rows.seconds > HOST_TIME)
+        long = np.flatnonzero(rows.seconds > HOST_TIME)
+        if len(long) > _MOST_LEFT_OUT:
+            long = np.sort(np.random.default_rng(len(long)).choice(long, _MOST_LEFT_OUT, replace=False))
+        self.rows = rows.take(long)
         self.gpu, self.model = gpu, model
         self.predict(model.mixture)
 
     def predict(self, mixture: Mixture) -> None:
-        self.prediction = predict_family(self.rows, self.gpu, replace(self.model, mixture=mixture))
+        self.model = replace(self.model, mixture=mixture)
+        self.prediction = predict_family(self.rows, self.gpu, self.model)
         assert self.rows.seconds is not None
         self.residual = np.log(self.rows.seconds / self.prediction.seconds)
 
@@ -190,22 +211,38 @@ class _LeftOut:
 
 
 def _leave_out(
-    own: Sequence[Group], group: Group, pointwise: Sequence[Group], odd: Sequence[str], seed: int
+    own: Sequence[Group],
+    group: Group,
+    pointwise: Sequence[Group],
+    odd: Sequence[str],
+    seed: int,
+    unseen: Collection[str],
 ) -> _LeftOut:
     device = group[0].device
     shares = bandwidth_shares([other for other in pointwise if other[0].device != device])
     rest = [other for other in own if other[0].device != device and other[0].device not in odd]
-    model = fit_family(group[0].family, rest, shares, Mixture(), seed, quick=True)
+    hidden = {*unseen, gpus.key(group[1].title)}
+    model = fit_family(group[0].family, rest, shares, Mixture(), seed, quick=True, unseen=hidden)
     return _LeftOut(*group, model)
 
 
 def _best_mixture(runs: Sequence[_LeftOut]) -> Mixture:
-    def error(mixture: Mixture) -> float:
+    """The barest mixture that is not worse than the best one by more than the standard error of their difference over
+    the left-out devices: a handful of devices chooses between many mixtures by chance."""
+    if not runs:
+        return Mixture()
+    errors: list[list[float]] = []
+    for mixture in _MIXTURES:
+        errors.append([])
         for run in runs:
             run.predict(mixture)
-        return float(np.mean([np.abs(run.residual).mean() for run in runs]))
-
-    return min(_MIXTURES, key=error) if runs else Mixture()
+            long = run.prediction.core > _LONG
+            errors[-1].append(float(np.abs(run.residual[long] if long.sum() >= 50 else run.residual).mean()))
+    table = np.array(errors)
+    best = table[int(table.mean(axis=1).argmin())]
+    worse = table - best
+    doubt = worse.std(axis=1, ddof=1) / math.sqrt(len(runs)) if len(runs) > 1 else np.zeros(len(table))
+    return _MIXTURES[int(np.flatnonzero(worse.mean(axis=1) <= doubt)[0])]
 
 
 def _bands(
@@ -278,6 +315,17 @@ def _deviations(runs: Sequence[_LeftOut]) -> list[float]:
     return [float(f"{max(value, 1e-3):.4g}") for value in spread]
 
 
+def _ways(run: _LeftOut, model: KernelModel) -> list[tuple[Points, Array]]:
+    """The left-out rows and log(measured / predicted) under each library that the device may have."""
+    found = []
+    for tiles in libraries(run.gpu, run.model):
+        made = predict_family(run.rows, run.gpu, run.model, tiles)
+        assert run.rows.seconds is not None
+        left = np.log(run.rows.seconds / made.seconds)
+        found.append((points_of(run.rows.family, made.features, model), left))
+    return found
+
+
 def _few_shot_scales(model: KernelModel, left_out: dict[str, list[_LeftOut]], seed: int) -> Scales:
     """Scales of the adaptation that predict left-out devices best after ten of their rows, and its band."""
     runs = [run for family in left_out.values() for run in family]
@@ -290,18 +338,22 @@ def _few_shot_scales(model: KernelModel, left_out: dict[str, list[_LeftOut]], se
     generator = np.random.default_rng(seed)
     draws = []
     for run in runs:
-        points = points_of(run.rows.family, run.prediction.features, model)
+        ways = _ways(run, model)
         for _ in range(_DRAWS):
             picked = generator.permutation(len(run.rows))
             few, rest = picked[:_SHOTS], picked[_SHOTS : _SHOTS + 400]
             if len(rest) >= 50:
-                draws.append((points.take(few), run.residual[few], points.take(rest), run.residual[rest]))
+                draws.append([(p.take(few), left[few], p.take(rest), left[rest]) for p, left in ways])
 
     def outcome(scales: Scales) -> list[tuple[Array, Array]]:
         found = []
-        for seen, residual, asked, truth in draws:
-            mean, deviation = posterior(scales, seen, residual, asked)
-            found.append((truth - mean, deviation))
+        for ways in draws:
+            weights = likely(scales, [(seen, residual) for seen, residual, _, _ in ways])
+            kept = [way for weight, way in zip(weights, ways, strict=True) if weight > 0]
+            parts = [(posterior(scales, *way[:3]), way[3]) for way in kept]
+            # what is left of the measured time, under each way
+            left = [truth - mean for (mean, _), truth in parts]
+            found.append(mixed(weights[weights > 0], left, [deviation for (_, deviation), _ in parts]))
         return found
 
     def error(scales: Scales) -> float:
@@ -319,4 +371,6 @@ def _few_shot_scales(model: KernelModel, left_out: dict[str, list[_LeftOut]], se
     ]
     best = min(grid, key=error)
     ratios = np.concatenate([np.abs(left) / deviation for left, deviation in outcome(best)])
-    return replace(best, band=round(float(np.quantile(ratios, 0.9)), 3))
+    # one more device than those that the quantile was seen on
+    devices = len({run.rows.device for run in runs})
+    return replace(best, band=round(float(np.quantile(ratios, 0.9)) * math.sqrt(1 + 1 / devices), 3))

@@ -42,6 +42,22 @@ def _support(
 
 
 @compiled
+def _raise(
+    b: int, bottom: int, latest: Ints, first_section: Ints, last_section: Ints, release: Ints, trail: Ints, length: int,
+    blame: Ints,
+) -> int:  # fmt: skip
+    """Raise the release of ``b`` to ``bottom``. Returns the new length of the trail; where it is then too late for
+    ``b``, ``~length``, and its sections are blamed."""
+    if bottom > latest[b]:
+        for section in range(first_section[b], last_section[b] + 1):
+            blame[section] += 1
+        return ~length
+    trail[length, 0], trail[length, 1], trail[length, 2] = RELEASE, b, release[b]
+    release[b] = bottom
+    return length + 1
+
+
+@compiled
 def raise_releases(
     members: Ints, start: int, count: int, touched: Ints, capacity: int, latest: Ints, size: Ints, rank: Ints,
     neighbours_start: Ints, neighbours: Ints, first_section: Ints, last_section: Ints, offsets: Ints, lowest: Ints,
@@ -59,13 +75,9 @@ def raise_releases(
         if first_section[b] <= high and last_section[b] >= low:
             bottom = max(lowest[b], floor[b])
             if bottom > release[b]:
-                if bottom > latest[b]:
-                    for section in range(first_section[b], last_section[b] + 1):
-                        blame[section] += 1
-                    return ~length
-                trail[length, 0], trail[length, 1], trail[length, 2] = RELEASE, b, release[b]
-                length += 1
-                release[b] = bottom
+                length = _raise(b, bottom, latest, first_section, last_section, release, trail, length, blame)
+                if length < 0:
+                    return length
                 begin, end = min(begin, first_section[b]), max(end, last_section[b])
     for section in range(begin, end + 1):
         least[section] = BIG
@@ -89,13 +101,9 @@ def raise_releases(
             continue
         support = _support(b, release[b], floor, size, neighbours_start, neighbours, offsets, lowest)
         if support > release[b]:
-            if support > latest[b]:
-                for section in range(first_section[b], last_section[b] + 1):
-                    blame[section] += 1
-                return ~length
-            trail[length, 0], trail[length, 1], trail[length, 2] = RELEASE, b, release[b]
-            length += 1
-            release[b] = support
+            length = _raise(b, support, latest, first_section, last_section, release, trail, length, blame)
+            if length < 0:
+                return length
     return length
 
 

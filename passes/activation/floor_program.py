@@ -45,11 +45,13 @@ from .problem import JointProblem, Op
 from .simulate import Simulator
 
 #: At most about so many moments, and at least these most crowded ones.
-MOMENTS, CROWDED = 32, 4
+MOMENTS, CROWDED = 16, 4
 #: Layers behind a moment of which what they need is followed.
 REACH = 3
 #: Most values of a mixed-integer program, and the share of the peak from which on a value is among them.
 WHOLE, COUNTS = 100, 1e-3
+#: Where the linear bound is within this share of the peak, no integers are searched.
+FAR = 0.03
 #: Bytes are given to the solver in this unit.
 _UNIT = 1 << 20
 
@@ -117,6 +119,8 @@ class _Program:
         if result.termination.reason != mathopt.TerminationReason.OPTIMAL:
             return 0
         bound = result.termination.objective_bounds.dual_bound
+        if self.run.peak <= bound * _UNIT * (1 + FAR):
+            seconds = 0.0
         counting = [k for v, k in self.kept.items() if self.problem.values[v].bytes >= COUNTS * self.run.peak]
         if seconds and len(counting) <= WHOLE:
             for kept in counting:

@@ -72,12 +72,14 @@ def _members(problem: JointProblem, ops: list[Op], phase: Phase) -> dict[int, se
 
 
 def _buffers(problem: JointProblem, stored: list[Op], phase: Phase) -> list[RegionBuffer]:
-    first: dict[int, int] = {}
-    last: dict[int, int] = {}
+    used: dict[int, list[int]] = {}
+    made: dict[int, int] = {}
     for position, op in enumerate(stored):
         for v in (*phase.sources(op), *op.writes):
-            first.setdefault(v, position)
-            last[v] = position
+            used.setdefault(v, []).append(position)
+        made.update(dict.fromkeys(op.writes, position))
+    first = {v: positions[0] for v, positions in used.items()}
+    last = {v: positions[-1] for v, positions in used.items()}
     outputs = set(problem.forward_outputs)
     root = {v: v for v in first}
     for position, op in enumerate(stored):
@@ -111,6 +113,8 @@ def _buffers(problem: JointProblem, stored: list[Op], phase: Phase) -> list[Regi
             first=min(first[v] for v in shared),
             last=max(last[v] for v in shared),
             values=tuple(label(v) for v in shared if v in outputs or problem.values[v].op < 0),
+            between=tuple(sorted({position for v in shared for position in used[v]})),
+            changed=tuple(sorted({made[v] for v in shared if v in made})),
         )
         for own, shared in groups.items()
     ]

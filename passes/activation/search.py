@@ -52,6 +52,8 @@ class ActivationSearch:
         self.problem = problem
         self.link = link
         self.simulator = Simulator(problem, link)
+        #: What was proven in so many seconds.
+        self._proven: dict[float, int] = {}
         self.blocks: tuple[Block, ...] = blocks_of(problem)
         self.crossing = crossing_values(problem, self.blocks)
         self.plain = evaluate(self.simulator, plain) if plain is not None else self.cuts_evaluated[0]
@@ -181,7 +183,9 @@ class ActivationSearch:
         bound = self.floor_bound
         if self.link is not None or self.smallest.peak <= bound * (1 + CLOSE):
             return bound
-        return max(bound, program_bound(self.simulator, self.blocks, self.smallest, seconds))
+        if seconds not in self._proven:
+            self._proven[seconds] = program_bound(self.simulator, self.blocks, self.smallest, seconds)
+        return max(bound, self._proven[seconds])
 
     def within(self, limit: int, refused: Collection[Key] = ()) -> Candidate | None:
         """The fastest candidate with a peak of at most ``limit`` bytes that is not among ``refused``."""

@@ -7,6 +7,7 @@ where only generated kernels read them; what they read then lives until those ke
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
@@ -14,6 +15,9 @@ from .host_link import Copy, HostLink, copy_windows
 from .phase import Phase
 from .problem import JointProblem, Op
 from .token_shares import Shares, rows_away
+
+#: How many simulations are remembered.
+REMEMBERED = 256
 
 
 @dataclass(frozen=True)
@@ -84,6 +88,8 @@ class Simulator:
         read = [v for op in self.backward_ops for v in op.reads]
         self.asked = [v for v in dict.fromkeys([*read, *problem.backward_outputs]) if v in self.made_forward]
         self.given = problem.primals | problem.tangents | {v.id for v in problem.values if v.op < 0}
+        #: The last choices that were simulated: several searches ask for the same ones.
+        self._known: OrderedDict[tuple[frozenset[int], frozenset[int], Shares], Simulation] = OrderedDict()
 
     def closure(self, saved: frozenset[int]) -> tuple[frozenset[int], frozenset[int]]:
         """Ops of the forward that the backward runs again if ``saved`` is kept, and the kept values that it reads.
@@ -129,6 +135,14 @@ class Simulator:
     ) -> Simulation:
         """The step if ``saved`` is kept, and ``swapped`` spends the time between its uses on the host; of those in
         ``shares`` only some rows do, and the others are computed again."""
+        key = saved, swapped, shares
+        found = self._known.pop(key, None)
+        self._known[key] = found = found or self._simulated(*key)
+        if len(self._known) > REMEMBERED:
+            self._known.popitem(last=False)
+        return found
+
+    def _simulated(self, saved: frozenset[int], swapped: frozenset[int], shares: Shares) -> Simulation:
         problem = self.problem
         again, used, split = self._split(saved | swapped, dict(shares))
         away = used & swapped

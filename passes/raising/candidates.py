@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
+from typing import TYPE_CHECKING
 
 import networkx
 import sympy
@@ -29,6 +30,9 @@ from .ranks import unify_ranks
 from .stages import Level, Stage, Staging
 from .traffic import Copies, TablePrices, traffic
 
+if TYPE_CHECKING:
+    from .chunked import Uncut
+
 #: Rounds in which ops outside that need parts of a component's wide tensors are taken into it.
 _MAX_ABSORBED = 4
 #: A stage whose rewritten form still needs another pass is cut there, at most this many times.
@@ -36,9 +40,11 @@ _MAX_CUTS = 3
 #: Exchange compares all sums of a component with each other; beyond this many Einsums it is not tried.
 _MAX_EXCHANGE = 60
 #: More Einsums than this are no kernel: the residual stream of a whole model, whose work grows with its square.
-_MAX_CORE = 128
+MAX_CORE = 128
 
 _NO_TENSOR = Tensor("", (), "", (), (), False)
+#: In place of a position in the graph.
+_NOBODY = -1
 
 
 class NotFused(Exception):
@@ -67,6 +73,8 @@ class Candidate:
     extracted: list[Extracted] = field(default_factory=list)
     traffic: list[Traffic] = field(default_factory=list)
     parts: list[list[Part]] = field(default_factory=list)
+    #: What ``chunked`` has found out of it.
+    uncut: Uncut | None = None
 
 
 class Candidates:
@@ -89,10 +97,30 @@ class Candidates:
         """What a stage moves and computes, at the prices of the device."""
         return traffic(stage, wanted, space, tensors, self.copies, self.tables, self.raised.shared)
 
+    @cached_property
+    def operands_at(self) -> list[tuple[int, ...]]:
+        """Position of a node -> those of its operands."""
+        return [tuple(self.position[name] for name in names if name in self.position) for names in self.operands]
+
+    @cached_property
+    def leaf_at(self) -> list[bool]:
+        """Position of a node -> whether it is a leaf of the cascade."""
+        tensors, tensor_of = self.raised.tensors, self.raised.tensor_of
+        return [tensors.get(tensor_of.get(node.name, ""), _NO_TENSOR).leaf for node in self.graph.nodes]
+
+    @cached_property
+    def reached(self) -> dict[str, frozenset[str]]:
+        """Graph value -> the tangents that it depends on."""
+        found: dict[str, frozenset[str]] = {}
+        for node, operands in zip(self.graph.nodes, self.operands, strict=True):
+            own = frozenset({node.name}) if node.role == "tangent" else frozenset()
+            found[node.name] = own.union(*(found.get(name, frozenset()) for name in operands))
+        return found
+
     def work_out(self, component: Component) -> Candidate:
         """Raises ``NotFused``."""
-        if len(component.core) > _MAX_CORE:
-            raise NotFused(f"{len(component.core)} Einsums hang together, more than the {_MAX_CORE} of a kernel")
+        if len(component.core) > MAX_CORE:
+            raise NotFused(f"{len(component.core)} Einsums hang together, more than the {MAX_CORE} of a kernel")
         for _ in range(_MAX_ABSORBED):
             found = self._staged(*self._prepared(component))
             leaks = self.leaks(found) | self.unmade(found)
@@ -188,9 +216,9 @@ class Candidates:
         own = {einsum.output for einsum in stage.einsums}
         others = {einsum.output: einsum for other in candidate.stages if other is not stage for einsum in other.einsums}
         again = candidate.component.wide
-        read = {tensor_name(item) for einsum in others.values() for item in einsum.reads} - again
+        read = set().union(*(einsum.read_names for einsum in others.values())) - again
         inside = own | set(others)
-        read |= {tensor_name(i) for e in candidate.space.einsums if e.output not in inside for i in e.reads}
+        read |= {name for e in candidate.space.einsums if e.output not in inside for name in e.read_names}
         order = [einsum.output for einsum in stage.einsums if einsum.output in stage.own]
         return [name for name in order if name in read or name in self.needed]
 
@@ -227,26 +255,29 @@ class Candidates:
         for einsum in candidate.space.einsums:
             by_line.setdefault(einsum.line, set()).add(einsum.output)
         operands = {value_name(candidate.tensors[n]) for each in candidate.extracted for n in each.operands}
-        waiting: list[tuple[str, int | None]] = [(name, None) for name in (*self.graph.output_names(), *operands)]
-        waiting += [(name, None) for name in self.effects]
-        seen: set[tuple[str, int | None]] = set()
+        at_hand = {self.position[name] for name in results if name in self.position}
+        asked = [self.position.get(name, -1) for name in (*self.graph.output_names(), *operands, *self.effects)]
+        # Nothing before the first of its ops needs one of them.
+        first, count = min(covered, default=0), len(self.graph.nodes)
+        waiting = [(at, _NOBODY) for at in asked]
+        seen: set[int] = set()
         leaks: set[str] = set()
         while waiting:
-            name, owner = waiting.pop()
-            at = self.position.get(name)
-            if at is None or name in results or (name, owner) in seen:
+            at, owner = waiting.pop()
+            key = owner * count + at
+            if at < first or key in seen or at in at_hand:
                 continue
-            seen.add((name, owner))
+            seen.add(key)
             if at in covered:
-                if owner is None:
-                    raise NotFused(f"%{name} is needed as such")
+                if owner == _NOBODY:
+                    raise NotFused(f"%{self.graph.nodes[at].name} is needed as such")
                 leaks |= by_line[owner]
                 continue
             # An op that is only a view, or is written into its readers, hands the question on to its reader.
             mine = at if at in by_line else owner
-            if self.raised.tensors.get(self.raised.tensor_of.get(name, ""), _NO_TENSOR).leaf:
-                mine = None
-            waiting += [(operand, mine) for operand in self.operands[at]]
+            if self.leaf_at[at]:
+                mine = _NOBODY
+            waiting += [(operand, mine) for operand in self.operands_at[at]]
         return leaks
 
 
@@ -256,12 +287,12 @@ def _chunks(einsums: Sequence[Einsum]) -> list[list[Einsum]]:
     shared = {
         einsum.output
         for einsum in einsums
-        if einsum.reduction is None and not any(tensor_name(item) in writers for item in einsum.reads)
+        if einsum.reduction is None and not any(name in writers for name in einsum.read_names)
     }
     together = networkx.Graph()
     together.add_nodes_from(writers)
     for einsum in einsums:
-        reads = {tensor_name(item) for item in einsum.reads} & set(writers) - shared
+        reads = einsum.read_names & writers.keys() - shared
         together.add_edges_from((einsum.output, name) for name in reads)
     order = {einsum.output: number for number, einsum in enumerate(einsums)}
     chunks = [sorted(part, key=order.__getitem__) for part in networkx.connected_components(together)]

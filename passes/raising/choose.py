@@ -9,8 +9,9 @@ refused is reported with the reason.
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import networkx
@@ -18,6 +19,7 @@ import sympy
 
 from ...cost_model.devices import Device
 from ...ir.cascade import Cascade, rank
+from ...ir.fused_cascade import FusedCascade
 from ...ir.graph import Graph, Location
 from ...ir.plan import Decision
 from ...logs import logger
@@ -27,7 +29,7 @@ from .candidates import Candidate, Candidates, NotFused, rewritten, value_name
 from .chunked import Chunked, chunked
 from .components import Component, components
 from .emit import Tensor
-from .fusion_choice import Offer, Offers, Variants, choose_offers, left_as_written, once_each
+from .fusion_choice import ALIKE, Offer, Offers, Variants, choose_offers, left_as_written, once_each
 from .group import Group, Rest, Traffic
 from .own_copies import with_own_copies
 from .raise_graph import Raised
@@ -80,7 +82,9 @@ class Choice:
     reductions keep a wide tensor of at least so many bytes, so many times what must be moved anyway, is taken for the
     memory that it saves. ``saved_bytes``: least traffic that a component must save at all. ``chunk_bytes``: of
     a wide tensor, where a component is done in chunks; 0 for never. The caller must know ``Group.early``.
-    ``variants``: the ways to generate a group's kernel; without, its generator's rules decide."""
+    ``variants``: the ways to generate a group's kernel; without, its generator's rules decide. ``price``: seconds of a
+    group's kernel by what its generator makes of it, None where that is not known; then the rates of the component must
+    promise ``gain``, and the prices be below by ``ALIKE``."""
 
     rates: Rates = Rates()
     gain: float = 1.2
@@ -89,6 +93,7 @@ class Choice:
     saved_bytes: int = 1 << 18
     chunk_bytes: int = 0
     variants: Variants | None = None
+    price: Callable[[FusedCascade], float | None] | None = None
 
 
 @dataclass(frozen=True)
@@ -185,8 +190,7 @@ class _Chooser:
         rates = self.choice.rates
         before = sum(rates.written(t) for t in total)
         try:
-            saved, wanted = self._decide(candidate)
-            groups = tuple(self._groups(candidate))
+            saved, wanted, groups = self._decide(candidate)
             ways.append(Offer(_as_kernels(groups), before - saved, groups, _einsums(candidate.stages), wanted))
         except NotFused as error:
             refusal = error
@@ -209,8 +213,7 @@ class _Chooser:
         where = f"{os.path.basename(place.file)}:{place.line}" if place.file else ""
         if not ways:
             assert refusal is not None
-            after = sum(t.flops_fused / rates.fused + rates.moving(t.fused, t.fused) for t in total)
-            self.left.append(left_as_written(name, where, before, after))
+            self.left.append(left_as_written(name, where, before, self._fused(candidate)[0]))
             raise refusal
         return Offers(name, where, before, self._wide_bytes(candidate), min(lines), max(lines), tuple(ways))
 
@@ -224,19 +227,19 @@ class _Chooser:
             return before - total.flops_written / rates.library - rates.moving(total.written, cut.chunk_bytes)
         raise NotFused("no product of a library makes its wide tensors")
 
-    def _decide(self, candidate: Candidate) -> tuple[float, bool]:
-        """Seconds that the component saves, by the rates, and whether it is taken for its memory. Raises ``NotFused``
-        if it is not worth it."""
+    def _decide(self, candidate: Candidate) -> tuple[float, bool, tuple[Group, ...]]:
+        """Seconds that the component saves, whether it is taken for its memory, and its groups. Raises ``NotFused`` if
+        it is not worth it."""
         rates, choice = self.choice.rates, self.choice
         total = candidate.traffic
         saved = sum(t.written - t.fused for t in total)
         before = sum(rates.written(t) for t in total)
-        after = sum(t.flops_fused / rates.fused + rates.moving(t.fused, t.fused) for t in total)
         if saved < choice.saved_bytes:
             raise NotFused(f"it would save {saved} bytes only")
-        if before >= choice.gain * after:
+        after, gain = self._fused(candidate)
+        if before >= gain * after:
             # A gain below 1 asks for it although it is no faster.
-            return before - after, before <= after
+            return before - after, before <= after, tuple(self._groups(candidate))
         wide = self._wide_bytes(candidate)
         core = [self.space.writer[name] for name in candidate.component.core if name in self.space.writer]
         if (
@@ -244,8 +247,21 @@ class _Chooser:
             and wide >= choice.wide_bytes
             and wide >= choice.memory_ratio * sum(t.compulsory for t in total)
         ):
-            return before - after, True
+            return before - after, True, tuple(self._groups(candidate))
         raise NotFused(f"predicted {before * 1e3:.3g} ms as written, {after * 1e3:.3g} ms fused")
+
+    def _fused(self, candidate: Candidate) -> tuple[float, float]:
+        """Seconds of the component as kernels of its own, and the ratio that is asked of them: by their prices, where
+        the rates promise enough and all are known."""
+        rates, choice = self.choice.rates, self.choice
+        total = candidate.traffic
+        rough = sum(t.flops_fused / rates.fused + rates.moving(t.fused, t.fused) for t in total)
+        if choice.price is None or sum(rates.written(t) for t in total) < choice.gain * rough:
+            return rough, choice.gain
+        prices = [choice.price(group.fused) for group in self._groups(candidate)]
+        if None in prices:
+            return rough, choice.gain
+        return math.fsum(price for price in prices if price is not None), min(choice.gain, 1 + ALIKE)
 
     def _wide_bytes(self, candidate: Candidate) -> int:
         """Bytes of the largest wide tensor that is in memory as written: one that a product or several Einsums read."""

@@ -49,8 +49,39 @@ class Chunked:
     wide_bytes: int
 
 
+@dataclass(frozen=True)
+class Uncut:
+    """What chunks of every size have in common. ``sizes``: of the independent ranks; ``row_bytes``: of the largest wide
+    tensor."""
+
+    extracted: Extracted
+    stage: Stage
+    traffic: Traffic
+    early: Early | None
+    sizes: Mapping[sympy.Symbol, int]
+    wide: tuple[str, ...]
+    row_bytes: int
+    wide_bytes: int
+
+
 def chunked(candidates: Candidates, candidate: Candidate, chunk_bytes: int) -> Chunked:
     """``chunk_bytes``: what a wide tensor's chunk may have, if that is rows enough. Raises ``NotFused``."""
+    if candidate.uncut is None:
+        candidate.uncut = _uncut(candidates, candidate)
+    whole = candidate.uncut
+    chunks = _cut(whole.sizes, max(_LEAST_ROWS, chunk_bytes // whole.row_bytes // _ROWS * _ROWS))
+    named = {symbol.name: size for symbol, size in chunks.items()}
+    return Chunked(
+        replace(whole.extracted, fused=replace(whole.extracted.fused, chunks=named, wide=whole.wide)),
+        whole.stage,
+        whole.traffic,
+        whole.early,
+        math.prod(chunks.values()) * whole.row_bytes,
+        whole.wide_bytes,
+    )
+
+
+def _uncut(candidates: Candidates, candidate: Candidate) -> Uncut:
     tangents = _Tangents(candidates, candidate)
     einsums = tangents.with_glue(
         {einsum.output: einsum for stage in candidate.stages for einsum in stage.einsums if einsum.output in stage.own}
@@ -73,14 +104,14 @@ def chunked(candidates: Candidates, candidate: Candidate, chunk_bytes: int) -> C
     component, tensors = candidate.component, candidate.tensors
     largest = max(candidate.space.tensor_elements(name) * element_bytes(tensors[name]) for name in component.wide)
     row_bytes = max(1, largest // max(1, math.prod(sizes.values())))
-    chunks = _cut(sizes, max(_LEAST_ROWS, chunk_bytes // row_bytes // _ROWS * _ROWS))
-    named_chunks = {symbol.name: size for symbol, size in chunks.items()}
-    return Chunked(
-        replace(extracted, fused=replace(fused, chunks=named_chunks, wide=tuple(sorted(wide)))),
+    return Uncut(
+        replace(extracted, fused=fused),
         stage,
         candidates.traffic(stage, wanted, candidate.space, tensors),
         tangents.early(extracted),
-        math.prod(chunks.values()) * row_bytes,
+        sizes,
+        tuple(sorted(wide)),
+        row_bytes,
         largest,
     )
 
@@ -144,7 +175,7 @@ class _Tangents:
         self.graph: Graph = candidates.graph
         self.candidate = candidate
         self.space, self.tensors = candidate.space, candidate.tensors
-        self.reached = _reached_by_tangents(self.graph)
+        self.reached = candidates.reached
         leaves = {name: tensor.nodes[0] for name, tensor in self.tensors.items() if tensor.leaf and tensor.nodes}
         scalar = {node.name for node in self.graph.nodes if node.role == "tangent" and _is_scalar(node.type)}
         outside = {
@@ -156,7 +187,7 @@ class _Tangents:
         """The Einsums with those that bring the scalar to each row, and those that lie between two of them."""
         while True:
             after = self._after(own)
-            read = {tensor_name(item) for einsum in own.values() for item in einsum.reads} - set(own)
+            read = set().union(*(einsum.read_names for einsum in own.values())) - set(own)
             taken = [name for name in read if name in after or self.degree.get(name)]
             taken = [name for name in taken if name in self.space.writer and self._of_rows(self.space.writer[name])]
             if not taken:
@@ -167,7 +198,7 @@ class _Tangents:
         """Tensors outside that are computed from the Einsums' results."""
         found = set(own)
         for einsum in self.space.einsums:
-            if any(tensor_name(item) in found for item in einsum.reads):
+            if not found.isdisjoint(einsum.read_names):
                 found.add(einsum.output)
         return found - set(own)
 
@@ -197,12 +228,3 @@ class _Tangents:
 
 def _is_scalar(kind: object) -> bool:
     return getattr(kind, "shape", None) == ()
-
-
-def _reached_by_tangents(graph: Graph) -> dict[str, frozenset[str]]:
-    """Graph value -> the tangents that it depends on."""
-    found: dict[str, frozenset[str]] = {}
-    for node in graph.nodes:
-        own = frozenset({node.name}) if node.role == "tangent" else frozenset()
-        found[node.name] = own.union(*(found.get(name, frozenset()) for name in node.operands()))
-    return found

@@ -39,7 +39,7 @@ class Space:
         self.writer = {einsum.output: einsum for einsum in self.einsums}
         self.readers: dict[str, list[Einsum]] = {}
         for einsum in self.einsums:
-            for name in {tensor_name(item) for item in einsum.reads}:
+            for name in einsum.read_names:
                 self.readers.setdefault(name, []).append(einsum)
         self.leaf_elements = tensor_sizes
 

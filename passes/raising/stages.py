@@ -56,19 +56,23 @@ class Staging:
         leaf_of = {tensor.nodes[0]: name for name, tensor in self.tensors.items() if tensor.leaf}
         core = frozenset(self.component.core)
         glue: set[str] = set()
+        of = self.nodes
         for position, node in enumerate(self.graph.nodes):
-            level = max((self.nodes.get(name, _FREE) for name in self.operands[position]), default=_FREE)
+            level = _FREE
+            for name in self.operands[position]:
+                if (other := of.get(name, _FREE)) > level:
+                    level = other
             if node.op == "input" and node.role == "tangent" and self.graph.phase == "joint":
                 level = (1, -1)
             if node.name in leaf_of:
                 self.outside[leaf_of[node.name]] = level
             for einsum in by_line.get(position, ()):
                 level = max(level, self._place(einsum, einsum.output in core, glue))
-            self.nodes[node.name] = level
+            of[node.name] = level
         return self._stages(core, glue)
 
     def _place(self, einsum: Einsum, core: bool, glue: set[str]) -> Level:
-        reads = {tensor_name(item) for item in einsum.reads}
+        reads = einsum.read_names
         needs = [self.inside[name] for name in reads if name in self.inside]
         after = [self.outside.get(name, _FREE) for name in reads if name not in self.inside]
         if not core and not (needs and _is_glue(einsum, self.space, self.inside)):
@@ -95,7 +99,7 @@ class Staging:
             if any(self.inside.get(name, level) == level for name in members):
                 order = sorted(members, key=lambda name: self.space.position[name])
                 einsums = tuple(self.space.writer[name] for name in order)
-                read |= {tensor_name(item) for einsum in einsums for item in einsum.reads} - members
+                read |= set().union(*(einsum.read_names for einsum in einsums)) - members
                 owned = frozenset(name for name in members if self.inside.get(name, level) == level)
                 stages.append(Stage(level, einsums, owned))
         return stages[::-1]
@@ -115,8 +119,7 @@ class Staging:
         """The Einsums that compute ``wanted``: of the stage, wide ones, and parts of the same ops."""
         members, waiting = set(wanted), list(wanted)
         while waiting:
-            for item in self.space.writer[waiting.pop()].reads:
-                name = tensor_name(item)
+            for name in self.space.writer[waiting.pop()].read_names:
                 outside = name in hidden and name not in self.inside
                 if name not in members and (name in own or name in self.component.wide or outside):
                     members.add(name)
@@ -129,8 +132,7 @@ class Staging:
         for einsum in reversed(self.space.einsums):
             if einsum.output in kept:
                 level = self.inside[einsum.output]
-                for item in einsum.reads:
-                    name = tensor_name(item)
+                for name in einsum.read_names:
                     if name in glue and self.inside[name] == level:
                         kept.add(name)
         return kept

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import gc
 import random
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -80,11 +81,26 @@ class Diary:
         return f"the peak, during {doing}: {words}{bytes_text(rest)} by gradients, saved and new values"
 
 
+@contextlib.contextmanager
+def _no_collection() -> Iterator[None]:
+    """Python's collector has done its work and rests meanwhile: when it would free what is in cycles depends on what
+    was done before, and a later step may find it later."""
+    on = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if on:
+            gc.enable()
+
+
 def measured(run: Callable[[], Any], diary: Diary, device: torch.device) -> tuple[int | None, str]:
     """The most bytes that ``run()`` held above what was held before, and the diary's mark at that moment. None where
     it cannot be measured, because a profiler is on."""
     if device.type != "cuda":
-        _, growth, mark = torch_internals.peak_and_mark(run, _MARK)
+        with _no_collection():
+            _, growth, mark = torch_internals.peak_and_mark(run, _MARK)
         return growth, mark
     torch.cuda.synchronize(device)
     before = torch.cuda.memory_allocated(device)

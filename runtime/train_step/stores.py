@@ -78,12 +78,19 @@ class FileStore:
     def _start(
         self, copy: Callable[[Region, int], None], place: Region, storage: torch.UntypedStorage, offset: int
     ) -> Copy:
-        def run(kept: torch.UntypedStorage) -> None:
-            begin = time.perf_counter()
-            copy(place, kept.data_ptr() + offset)
-            self.copied, self.seconds = self.copied + place.bytes, self.seconds + time.perf_counter() - begin
+        # The thread owns the memory while it copies and no longer: who waits for the copy may then ask who else owns it,
+        # and is the one that frees it. A thread lets go of its arguments when it likes, so they are emptied here.
+        kept = [storage]
 
-        return _Running(self.threads.submit(run, storage))
+        def run() -> None:
+            try:
+                begin = time.perf_counter()
+                copy(place, kept[0].data_ptr() + offset)
+                self.copied, self.seconds = self.copied + place.bytes, self.seconds + time.perf_counter() - begin
+            finally:
+                kept.clear()
+
+        return _Running(self.threads.submit(run))
 
 
 @dataclass

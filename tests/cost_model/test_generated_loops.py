@@ -7,6 +7,7 @@ import torch
 from effcc import torch_internals
 from effcc.cost_model.devices import Figure
 from effcc.cost_model.generated_loops import issued_seconds, loops_of, nests
+from torch._inductor import config
 
 KERNEL = """
 extern "C"  void  kernel(const float* in_ptr0, const bool* in_ptr1, float* out_ptr0, float* out_ptr1)
@@ -94,3 +95,14 @@ def test_what_inductor_writes_is_understood() -> None:
     assert nest.calls["exp"] == 64 * 48
     lanes = 64 * 48 / nest.vectors * 4  # load, exp, product, store
     assert lanes in (4, 8, 16)
+
+
+@torch_internals.without_code_cache()
+def test_sums_into_places_that_data_choose_go_element_by_element() -> None:
+    def step(x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        return torch.zeros(8, 48).index_put((rows,), x, accumulate=True)
+
+    with config.patch({"cpp.threads": 2}):  # one thread alone just adds
+        source = source_of(step, torch.rand(64, 48), torch.randint(0, 8, (64,)))
+    nests_of_all = [nest for kernel in loops_of(source).values() for nest in kernel]
+    assert sum(nest.calls.get("atomic_add", 0) for nest in nests_of_all) == 64 * 48

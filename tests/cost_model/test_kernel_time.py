@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 from effcc.cost_model.devices import list_devices
-from effcc.cost_model.kernel_time import adaptation, features, gpus, model, model_file, rows, trees
-from effcc.cost_model.kernel_time.core_gemm import FMA_SHARE, TILES, GemmConstants, gemm_time
+from effcc.cost_model.kernel_time import adaptation, features, gpus, model, model_file, power, rows, trees
+from effcc.cost_model.kernel_time.core_gemm import TILES, GemmConstants, gemm_time, sustained_clock
 from effcc.cost_model.kernel_time.core_memory import MemoryConstants, norm_time, pointwise_time, softmax_time
 from effcc.errors import DeviceError, KernelDataError
 from fresh_seed import fresh_random
@@ -132,6 +132,10 @@ def test_rows_are_grouped_and_profiling_columns_kept_unread(tmp_path: Path) -> N
         ("OPName,Device,B,H\nadd,T4,1\n", "3 cells under 4 columns"),
         ("OPName,Device,B\nadd,T4,1\n", "column H is missing"),
         ("OPName,Device,B,H\nlinear,T4,1,2\n", "column M is missing"),
+        (
+            "OPName,Device,DType,B,H\nadd,T4,fp32,1,2\nadd,T4,bf16,1,2\n",
+            "DType is 'bf16'; kernel times are modelled for f32",
+        ),
     ],
 )
 def test_bad_rows_are_refused_where_they_are(text: str, says: str) -> None:
@@ -164,7 +168,11 @@ def test_products_keep_to_the_hardware_s_limits() -> None:
             assert (time.seconds > moved / gpu.bandwidth).all()
             twice = gemm_time(2 * batch, down, across, depth, gpu, 0.9, 0.0, tiles, GemmConstants())
             full = time.tiles > 100 * gpu.units
-            assert twice.seconds[full] / time.seconds[full] == pytest.approx(2.0, rel=0.05)
+            ratio = twice.seconds[full] / time.seconds[full]
+            # a short kernel is over before the power limit acts, one of twice the length may not be
+            assert ((ratio > 1.95) & (ratio < 2.05 / sustained_clock(gpu, GemmConstants()))).all()
+            if sustained_clock(gpu, GemmConstants()) > 0.97:
+                assert ratio == pytest.approx(2.0, rel=0.05)
 
 
 def test_single_issue_lanes_leave_less_to_multiply_adds() -> None:
@@ -172,10 +180,11 @@ def test_single_issue_lanes_leave_less_to_multiply_adds() -> None:
     assert gpus.packaged()["h100-sxm"].lanes_to_issue == gpus.packaged()["rtx3090"].lanes_to_issue == 1
     assert gpus.packaged()["a100-pcie-40g"].lanes_to_issue == gpus.packaged()["p4"].lanes_to_issue == 0.5
     one = np.array([8192.0])
-    gpu = replace_gpu("h100-sxm", base_mhz=1980)
-    time = gemm_time(np.ones(1), one, one, one, gpu, 0.9, 0.0, ((128, 128),), GemmConstants())
+    gpu = replace_gpu("h100-sxm", power_w=7000)
+    constants = GemmConstants()
+    time = gemm_time(np.ones(1), one, one, one, gpu, 0.9, 0.0, ((128, 128),), constants)
     rate = 2 * 8192**3 / float(time.seconds[0])
-    assert 0.8 * FMA_SHARE < rate / gpu.peak <= FMA_SHARE
+    assert 0.8 * constants.single_issue < rate / gpu.peak <= constants.single_issue
 
 
 def replace_gpu(name: str, **figures: float) -> gpus.Gpu:
@@ -184,14 +193,46 @@ def replace_gpu(name: str, **figures: float) -> gpus.Gpu:
     return msgspec.structs.replace(gpus.packaged()[name], **figures)
 
 
-def test_power_holds_the_clock_down() -> None:
-    one = np.array([8192.0])
+def test_power_holds_the_clock_of_long_kernels_down() -> None:
+    def rate(power: float, size: float) -> float:
+        one = np.array([size])
+        gpu = replace_gpu("t4", power_w=power)
+        time = gemm_time(np.ones(1), one, one, one, gpu, 0.9, 0.0, ((128, 128),), GemmConstants())
+        return 2 * size**3 / float(time.seconds[0])
 
-    def rate(base: float) -> float:
-        gpu = replace_gpu("a100-pcie-40g", base_mhz=base)
-        return 1 / float(gemm_time(np.ones(1), one, one, one, gpu, 0.9, 0.0, ((128, 128),), GemmConstants()).seconds[0])
+    assert rate(40, 8192) < 0.75 * rate(70, 8192) < 0.75 * rate(150, 8192) < rate(300, 8192) <= rate(3000, 8192)
+    # a product of a fifth of a millisecond is over before the limit acts
+    assert rate(70, 768) > 0.9 * rate(3000, 768)
 
-    assert rate(500) < 0.8 * rate(800) < rate(1000) == rate(1400)
+
+def test_a_newer_process_needs_less_power_and_an_unknown_board_has_a_clock() -> None:
+    constants = GemmConstants()
+    clocks = [sustained_clock(replace_gpu("t4", process_nm=nm), constants) for nm in (16, 12, 10, 8, 7, 6, 5, 4)]
+    assert clocks[0] == clocks[1] and clocks == sorted(clocks)
+    assert sustained_clock(replace_gpu("t4", power_w=0), constants) == 0.9
+    assert sustained_clock(replace_gpu("t4", process_nm=0), constants) == 0.9
+
+
+def test_what_power_sustains_is_predicted_for_boards_that_were_never_read() -> None:
+    """Rates of square f32 products (8192 squared, 1e12/s) published for boards that the table leaves out:
+    github.com/zzc0721/torch-performance-test-data, issues 79, 112 (an H800 PCIe), 120; the A100's, at
+    5120 x 4096 x 4096, in github.com/Yinghan-Li/YHs_Sample, issue 4. All within 8 %."""
+    optimize = pytest.importorskip("scipy.optimize", reason="needs the extra train")
+    constants = GemmConstants(**power.fit_power((), optimize))
+    published = {"h100-sxm": 51.81, "h100-pcie": 37.77, "l4": 10.66, "a100-pcie-80g": 18.88}
+    titles = {gpus.key(board.title) for board in power.boards()}
+    for name, rate in published.items():
+        gpu = gpus.packaged()[name]
+        assert gpus.key(gpu.title) not in titles
+        share = 0.932 * min(1.0, constants.single_issue / gpu.lanes_to_issue) * sustained_clock(gpu, constants)
+        assert share * gpu.peak / 1e12 == pytest.approx(rate, rel=0.08), name
+
+
+def test_published_rates_of_unseen_devices_are_not_read() -> None:
+    optimize = pytest.importorskip("scipy.optimize", reason="needs the extra train")
+    assert {board.title for board in power.boards()} - {board.title for board in power.boards({"t4"})} == {"Tesla T4"}
+    assert all(board.source.startswith("https://") for board in power.boards())
+    assert power.fit_power((), optimize) != power.fit_power({"t4"}, optimize)
 
 
 def test_streams_take_their_bytes_over_the_bandwidth() -> None:
@@ -322,6 +363,27 @@ def test_a_measurement_gone_wrong_does_not_drag_the_rest() -> None:
     assert mean[0] == pytest.approx(0.1, abs=0.06)
 
 
+def test_several_measurements_gone_wrong_do_not_drag_the_rest() -> None:
+    scales = adaptation.Scales(device=0.05, family=0.2, smooth=0.1, noise=0.05, reach=2.0)
+    generator = fresh_generator()
+    residual = generator.normal(0.1, 0.03, 10)
+    residual[generator.choice(10, 3, replace=False)] = generator.choice([-4.0, 3.0, 6.0], 3)
+    mean, _ = adaptation.posterior(scales, points(0, *np.linspace(0, 9, 10)), residual, points(0, 5.5))
+    assert mean[0] == pytest.approx(0.1, abs=0.12)
+
+
+def test_rows_choose_the_way_that_leaves_least_and_few_poor_ones_leave_it_at_the_expected() -> None:
+    scales = adaptation.Scales(device=0.02, family=0.1, smooth=0.1, noise=0.05, reach=1.0)
+    generator = fresh_generator()
+    where = points(0, *np.linspace(0, 9, 10))
+    small, wild = generator.normal(0.0, 0.05, 10), generator.choice([-0.6, 0.6], 10)
+    assert adaptation.likely(scales, [(where, wild), (where, small)])[1] > 0.9
+    assert adaptation.likely(scales, [(where, small), (where, wild), (where, wild)])[0] > 0.9
+    assert adaptation.likely(scales, [(where, small), (where, small)])[0] == pytest.approx(0.8)
+    mean, deviation = adaptation.mixed(np.array([0.5, 0.5]), [np.zeros(1), np.ones(1)], [np.ones(1), np.ones(1)])
+    assert (mean[0], deviation[0]) == pytest.approx((0.5, math.sqrt(1.25)))
+
+
 # --- the model and its file -------------------------------------------------------------------------------------------
 
 
@@ -353,14 +415,14 @@ def test_a_model_survives_its_file(packaged: model.KernelModel) -> None:
 def test_damaged_model_files_are_refused(packaged: model.KernelModel, tmp_path: Path) -> None:
     data = model_file.encode(packaged)
     value = json.loads(gzip.decompress(data))
-    broken = [b"", data[: len(data) // 2], gzip.compress(b"{}"), gzip.compress(b"[1]"), gzip.compress(b'{"format": 1}')]
+    broken = [b"", data[: len(data) // 2], gzip.compress(b"{}"), gzip.compress(b"[1]"), gzip.compress(b'{"format": 2}')]
     lost = {**value, "families": {"bmm": {**value["families"]["bmm"], "experts": []}}}
     broken.append(gzip.compress(json.dumps(lost).encode()))
     for each in broken:
         with pytest.raises(KernelDataError, match="not a kernel-time model"):
             model_file.decode(each, "x")
-    newer = gzip.compress(json.dumps({**value, "format": 2}).encode())
-    with pytest.raises(KernelDataError, match="this program reads 1"):
+    newer = gzip.compress(json.dumps({**value, "format": 3}).encode())
+    with pytest.raises(KernelDataError, match="this program reads 2"):
         model_file.decode(newer, "x")
     with pytest.raises(KernelDataError, match="cannot read"):
         model_file.load(tmp_path / "none.json.gz")
@@ -394,6 +456,24 @@ def test_few_rows_move_a_device_and_narrow_its_band(packaged: model.KernelModel)
     other = model.adapt(made_rows("softmax", B=[32768], H=[2048]), gpu, [few], packaged)
     alone = model.predict(made_rows("softmax", B=[32768], H=[2048]), gpu, packaged)
     assert 1.0 < float(other.seconds[0] / alone.seconds[0]) < 1.2
+
+
+def test_few_rows_tell_which_tiles_a_library_uses(packaged: model.KernelModel) -> None:
+    """Rows as a library with 32 x 32 tiles alone would take them: products of one tile's height then come out right."""
+    gpu = gpus.find("NVIDIA L4")
+    generator = fresh_generator()
+    batch, depth = generator.integers(50, 800, 60), generator.integers(64, 1024, 60)
+    down, across = generator.integers(16, 600, 60), generator.integers(16, 600, 60)
+    sizes = dict(zip("BMNK", ([float(x) for x in each] for each in (batch, down, depth, across)), strict=True))
+    asked = made_rows("bmm", **sizes)
+    truth = model.predict_family(asked, gpu, packaged.families["bmm"], ((32, 32),)).seconds
+    few, rest = np.arange(10), np.arange(10, 60)
+    made = model.adapt(asked.take(rest), gpu, [replace(asked.take(few), seconds=truth[few])], packaged)
+    plain = model.predict(asked.take(rest), gpu, packaged)
+    before, after = (float(np.abs(each.seconds / truth[rest] - 1).mean()) for each in (plain, made))
+    assert after < 0.12 and after < 0.6 * before
+    known = gpus.find("Tesla T4")
+    assert len(model.libraries(known, packaged.families["bmm"])) == 1
 
 
 def test_features_have_names_and_are_finite(packaged: model.KernelModel) -> None:

@@ -67,7 +67,10 @@ def test_gradients_live_from_where_they_are_made_to_the_optimizer() -> None:
     )
     gradients = [b for b in plan.buffers if b.role == "gradient"]
     first_backward = next(i for i, s in enumerate(plan.steps) if s.phase == "backward")
-    writers = {w: i for i, s in enumerate(plan.steps) for w in s.writes}
+    writers: dict[int, int] = {}
+    for i, step in enumerate(plan.steps):  # the first: a gradient may take over memory that was written before
+        for written in step.writes:
+            writers.setdefault(written, i)
     for b in gradients:
         assert first_backward <= b.lower == writers[b.id] and b.upper == len(plan.steps)
         assert b.id in plan.steps[-1].reads

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -130,3 +132,15 @@ def test_what_layers_look_up_together_is_written_once() -> None:
         assert sum(t.tables_written for t in tables(layers, 16, INDEXED)) == pytest.approx(
             INDEXED.written_lookup * 2 * 200 * 200, rel=1e-3
         )
+
+
+def test_what_the_kernels_cost_decides_where_it_is_known() -> None:
+    raised = raise_graph(graph_of(attention, 2200, 64))
+    by_time = replace(CPU, wide_bytes=1 << 40)  # none is taken for its memory
+    for price, taken in ((1e-9, True), (1e3, False)):
+        chosen = choose(raised, replace(by_time, price=lambda fused, price=price: price))  # type: ignore[misc]
+        assert bool(chosen.groups) == taken
+        (decision,) = (each for each in chosen.decisions if each.alternatives[-1].what == "one kernel")
+        assert decision.alternatives[-1].value == pytest.approx(price)
+        assert (decision.chosen == "one kernel") == taken
+    assert choose(raised, replace(by_time, price=lambda fused: None)).groups, "by the rates, where no price is known"

@@ -27,7 +27,8 @@ graph @g phase=inference {
   %e: f32[4] = aten.add.Tensor(%d, %a)
   %m: (f32[], i64[]) = aten.max.dim(%e, 0)
   %v: f32[] = getitem(%m, 0)
-  %f: f32[4] = mylib.custom.default(%e)
+  %l: f32[4] = mylib.custom.default(%e)
+  %f: f32[4] = _c10d_functional.wait_tensor.default(%l)
   %n: i64[s0, 1] = aten.nonzero.default(%f)
   %h: f32[4] = aten.mul.Tensor(%f, %v)
   return (%h, %n)
@@ -43,7 +44,7 @@ def test_runs_between_calls_and_lone_ops() -> None:
     graph = Regions().apply(parse_graph(TEXT))
     verify(graph)
     assert numbers(graph) == {
-        "p": None, "a": 0, "b": 0, "c": None, "d": None, "e": 1, "m": 1, "v": 1, "f": 2, "n": 3, "h": 4,
+        "p": None, "a": 0, "b": 0, "c": None, "d": None, "e": 1, "m": 1, "v": 1, "l": 1, "f": 2, "n": 3, "h": 4,
     }  # fmt: skip
     assert numbers(graph.subgraphs["layer"]) == {"x": None, "y": 0}
 
@@ -59,7 +60,7 @@ def test_units_in_order() -> None:
     assert [(u.kind, [n.name for n in u.nodes]) for u in units] == [
         ("region", ["a", "b"]),
         ("call", ["c"]),
-        ("region", ["e", "m", "v"]),
+        ("region", ["e", "m", "v", "l"]),
         ("region", ["f"]),
         ("region", ["n"]),
         ("region", ["h"]),
@@ -75,7 +76,7 @@ def test_region_as_a_graph_has_its_reads_as_inputs_and_its_uses_as_outputs() -> 
     assert first.output_names() == ["a", "b"]
     second = region_graph(graph, units[2].nodes, "r")
     assert [n.name for n in second.inputs] == ["d", "a"]
-    assert second.output_names() == ["e", "v"]
+    assert second.output_names() == ["v", "l"]
 
 
 INTERLEAVED = """
