@@ -78,8 +78,8 @@ class FileStore:
     def _start(
         self, copy: Callable[[Region, int], None], place: Region, storage: torch.UntypedStorage, offset: int
     ) -> Copy:
-        # The thread owns the memory while it copies and no longer: who waits for the copy may then ask who else owns it,
-        # and is the one that frees it. A thread lets go of its arguments when it likes, so they are emptied here.
+        # The thread owns the memory while it copies and no longer: who waits may then ask who else owns it, and is the
+        # one that frees it. A thread lets go of its arguments when it likes, so they are emptied here.
         kept = [storage]
 
         def run() -> None:
