@@ -364,9 +364,11 @@ def _both_ways(forward: Callable[[], torch.Tensor], seconds: float) -> tuple[flo
 
 
 def in_turn(run: Callable[..., Any], sets: list[Any]) -> Callable[[], Any]:
-    """``run`` on the next of the sets of operands, at each call."""
+    """``run`` on the next of the sets of operands, at each call; as many results are held, so that none lies where one
+    has just been written."""
     turns = itertools.cycle(sets)
-    return lambda: run(*next(turns))
+    held: collections.deque[Any] = collections.deque(maxlen=len(sets))
+    return lambda: held.append(run(*next(turns)))
 
 
 def sets_of(size: int) -> int:

@@ -7,6 +7,7 @@ process.
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import itertools
 import json
@@ -128,8 +129,8 @@ def layout(stride: tuple[int, int], shape: tuple[int, int]) -> str:
 
 
 def measure(product: Product) -> dict[str, float] | None:
-    """Seconds of each library: the median of interleaved rounds, on operands of the product's layout, which take turns:
-    in a step they are in no near cache. None when other processes (a C++ compiler in the background) took so much of
+    """Seconds of each library: the median of interleaved rounds, on operands of the product's layout, which take turns as
+    results do: in a step they are in no near cache. None when other processes (a C++ compiler in the background) took so much of
     the processor that the figures mean nothing."""
     with real_tensors():
         return _measure(product)
@@ -160,11 +161,12 @@ def _measure(product: Product) -> dict[str, float] | None:
         run(*sets[-1])
     begin, used = time.perf_counter(), time.process_time()
     turn = itertools.cycle(sets)
+    held: collections.deque[torch.Tensor] = collections.deque(maxlen=count)
     for done in range(ROUNDS):
         for name, run in candidates.items():
             operands = next(turn)
             start = time.perf_counter()
-            run(*operands)
+            held.append(run(*operands))
             spent[name].append(time.perf_counter() - start)
         if done + 1 >= FEWEST and time.perf_counter() - begin > ROUND_SECONDS:
             break
