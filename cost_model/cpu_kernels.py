@@ -368,7 +368,12 @@ def in_turn(run: Callable[..., Any], sets: list[Any]) -> Callable[[], Any]:
     has just been written."""
     turns = itertools.cycle(sets)
     held: collections.deque[Any] = collections.deque(maxlen=len(sets))
-    return lambda: held.append(run(*next(turns)))
+
+    def turn() -> Any:
+        held.append(run(*next(turns)))
+        return held[-1]
+
+    return turn
 
 
 def sets_of(size: int) -> int:

@@ -129,9 +129,9 @@ def layout(stride: tuple[int, int], shape: tuple[int, int]) -> str:
 
 
 def measure(product: Product) -> dict[str, float] | None:
-    """Seconds of each library: the median of interleaved rounds, on operands of the product's layout, which take turns as
-    results do: in a step they are in no near cache. None when other processes (a C++ compiler in the background) took so much of
-    the processor that the figures mean nothing."""
+    """Seconds of each library: the median of interleaved rounds, on operands of the product's layout, which take turns
+    as results do: in a step they are in no near cache. None when other processes (a C++ compiler in the background)
+    took so much of the processor that the figures mean nothing."""
     with real_tensors():
         return _measure(product)
 
