@@ -27,6 +27,8 @@ ELEMENTS, WIDTH = 1 << 18, 512
 SETS, RUNGS = 8, tuple(1 << power for power in range(16, 28, 2))
 #: Bytes of operands that are walked in turn while a product is measured, and most sets of them.
 WALKED, MOST_SETS = 32 << 20, 24
+#: Bytes of results that are held meanwhile.
+HELD = 8 << 20
 _NAME = re.compile(r"cpp_fused_(?:\w+_)?(\d+)$")
 
 
@@ -364,15 +366,18 @@ def _both_ways(forward: Callable[[], torch.Tensor], seconds: float) -> tuple[flo
 
 
 def in_turn(run: Callable[..., Any], sets: list[Any]) -> Callable[[], Any]:
-    """``run`` on the next of the sets of operands, at each call; as many results are held, so that none lies where one
-    has just been written."""
+    """``run`` on the next of the sets of operands, at each call; some results are held, so that none lies where one
+    has just been written. Called before it is measured until it has the memory that it needs."""
     turns = itertools.cycle(sets)
-    held: collections.deque[Any] = collections.deque(maxlen=len(sets))
+    size = run(*sets[0]).nbytes
+    held: collections.deque[Any] = collections.deque(maxlen=max(1, min(len(sets), HELD // max(1, size))))
 
     def turn() -> Any:
         held.append(run(*next(turns)))
         return held[-1]
 
+    for _ in range((held.maxlen or 0) + 1):
+        turn()
     return turn
 
 
