@@ -179,8 +179,10 @@ def _calls(rounds: int, depth: int = 16) -> tuple[float, float, float, float]:
         return x
 
     def step(model: torch.nn.Module) -> float:
-        # Not the model itself: Dynamo would remember this size with its class's code.
-        compiled: Any = torch.compile(lambda x: model(x), backend="inductor", dynamic=False)
+        def run(x: torch.Tensor) -> Any:  # the model itself would have Dynamo remember this size with its class's code
+            return model(x)
+
+        compiled: Any = torch.compile(run, backend="inductor", dynamic=False)
         spent = []
         for _ in range(rounds):
             between.add_(1.0)
