@@ -12,7 +12,6 @@ Nothing here is measured, and nothing but quotients of one kernel's prices is me
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
@@ -185,15 +184,7 @@ class _Launch(_Pricing):
     def read(self, source: AppliedUndef, place: _Place) -> None:
         """An operand in memory: all of it comes from there once, and again from the cache, if that holds what blocks
         that run at once read between two visits."""
-        ranks = {symbol for index in source.args for symbol in index.free_symbols}
-        once = self.elements(ranks) * self.item(source)
-        moved = once * place.times
-        whole = math.prod(float(self.size(rank)) for rank in ranks) * self.item(source)
-        between = once
-        for loop in reversed(place.loops):
-            if loop.rank not in ranks:
-                break
-            between *= self.trips(loop)
+        moved, whole, between = self.visited(source, place)
         together = min(whole, between * self.gpu.units * self.launched.resident)
         self.from_cache += moved
         self.from_memory += min(moved, whole) if together <= self.gpu.cache_bytes else moved

@@ -202,9 +202,8 @@ class _Pricing:
     def item(self, source: AppliedUndef) -> int:
         return _BYTES.get(self.tensors[tensor_name(source)].dtype, 4)
 
-    def read(self, source: AppliedUndef, place: _Place) -> None:
-        """An operand in memory: all of it comes from there once, and again from the cache that holds what is read
-        between two visits, for every loop that walks none of its ranks."""
+    def visited(self, source: AppliedUndef, place: _Place) -> tuple[float, float, float]:
+        """Bytes of an operand that are read in all, that it has, and that are read between two visits of one place."""
         ranks = {symbol for index in source.args for symbol in index.free_symbols}
         once = self.elements(ranks) * self.item(source)
         moved = once * place.times
@@ -214,6 +213,12 @@ class _Pricing:
             if loop.rank not in ranks:
                 break
             between *= self.trips(loop)
+        return moved, whole, between
+
+    def read(self, source: AppliedUndef, place: _Place) -> None:
+        """An operand in memory: all of it comes from there once, and again from the cache that holds what is read
+        between two visits, for every loop that walks none of its ranks."""
+        moved, whole, between = self.visited(source, place)
         first = min(moved, whole)
         self.work += self.rates.moving(first, self.rates.ladder[-1][0])
         self.work += self.rates.moving(moved - first, min(2 * between, self.rates.ladder[-1][0]))
