@@ -116,7 +116,7 @@ def measure_product(dtype: str, layout: str, m: int, k: int, n: int, seconds: fl
         return torch.ops.mkldnn._linear_pointwise(left, right.t(), None, "none", [], "")
 
     candidates = {"blas": in_turn(torch.mm, sets)}
-    if _has_onednn():
+    if _has_onednn(dtype):
         candidates["onednn"] = in_turn(onednn, sets)
     best = _interleaved(candidates, seconds)
     flop = 2.0 * m * k * n
@@ -189,11 +189,14 @@ def _with_kernels(device: Device, seconds: float, source: str, fresh: float) -> 
     )
 
 
-def _has_onednn() -> bool:
+def _has_onednn(dtype: str) -> bool:
+    """Whether oneDNN has products in ``dtype`` on this processor: bf16 takes more than AVX2."""
     import torch
 
     available: Any = torch.backends.mkldnn.is_available
-    return bool(available()) and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    if not available() or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        return False
+    return dtype != "bf16" or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def _interleaved(candidates: dict[str, Callable[[], Any]], seconds: float) -> dict[str, float]:
