@@ -25,11 +25,28 @@ def workspace_bytes(node: Node, table: TensorTable, device: Device) -> int:
         return _attention(Call(node, table), device, 0)
     if base in ATTENTION_BACKWARD:
         return _attention(Call(node, table), device, 1)
-    if base == "aten.convolution_backward":  # operands reordered to oneDNN's blocks
-        return sum(tensor.bytes for tensor in table.read(node)[:2])
-    if base in CONVOLUTION:  # the result in oneDNN's layout before it is copied out
-        return sum(tensor.bytes for tensor in table.of(node.name))
+    if base in CONVOLUTION:
+        read = [tensor.bytes for tensor in table.read(node)]
+        made = [tensor.bytes for tensor in table.of(node.name)]
+        parts = table.spans(node.name)
+        if base == "aten.convolution_backward" and parts is not None and len(read) >= 3:
+            to_given, to_weight = (sum(made[part]) for part in parts[:2])
+            return _convolution_backward(read, to_given, to_weight)
+        return max(sum(read[:2]), sum(made))  # operands and result in oneDNN's layout, then the result in both
     return 0
+
+
+def _convolution_backward(read: list[int], to_given: int, to_weight: int) -> int:
+    """``read``: bytes of the result's gradient, the input and the weight; then those of the gradients made. First the
+    input's gradient, then the weight's, each from operands reordered to oneDNN's blocks of channels, and for a moment
+    in both layouts. (Blocks that are not full are padded; the few channels of an image are not reordered.)"""
+    gradient, given, weight = read[:3]
+    phases = [0]
+    if to_given:
+        phases += [gradient + weight + to_given, 2 * to_given]
+    if to_weight:
+        phases += [to_given + gradient + given + to_weight, to_given + 2 * to_weight]
+    return max(0, max(phases) - to_given - to_weight)
 
 
 def _attention(call: Call, device: Device, first: int) -> int:

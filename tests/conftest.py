@@ -26,6 +26,9 @@ CACHE = Path(os.environ.get("EFFCC_TEST_CACHE") or _default)
 # Before torch is imported by any test: subprocesses and Inductor's workers inherit them.
 os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(CACHE / "inductor"))
 os.environ.setdefault("EFFCC_CACHE_DIR", str(CACHE / "effcc"))
+# Workers that test side by side share the processor: threads that wait for one another would double the time.
+if _workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // _workers)))
 # The models of the tests are too shallow to share layers by themselves.
 os.environ.setdefault("EFFCC_MINIMUM_REPEATS", "3")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")

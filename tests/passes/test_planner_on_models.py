@@ -174,10 +174,11 @@ def test_peak_of_op_by_op_execution_is_the_allocators(name: str) -> None:
 
 
 def test_peak_with_convolutions_is_close_to_the_allocators() -> None:
-    """Convolutions reorder their operands inside; what they hold meanwhile is only known approximately."""
+    """Convolutions reorder their operands inside; what they hold meanwhile is only known approximately: oneDNN's scratch
+    for dilated and transposed ones depends on the processor and on the number of threads."""
     captured = example("residual_net")
     plan = make_plan("m", captured.graphs, load_device("cpu"), region_buffers=one_kernel_an_op, place=False)
-    assert predicted_peak(plan) == pytest.approx(measured_peak(captured), rel=0.1)
+    assert predicted_peak(plan) == pytest.approx(measured_peak(captured), rel=0.15)
 
 
 def test_fusing_needs_less_memory_than_op_by_op() -> None:
