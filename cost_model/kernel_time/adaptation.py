@@ -43,6 +43,8 @@ _ROBUST_ROUNDS = 3
 #: of the rows' evidence for others counts, since what the process leaves is alike in rows that are alike.
 _EXPECTED = 0.8
 _TEMPER = 0.5
+#: Alternatives of up to so many rows are weighed together.
+_MOST_AT_ONCE = 64
 #: Alternatives less likely than this are left out.
 _UNLIKELY = 0.02
 
@@ -50,7 +52,7 @@ _UNLIKELY = 0.02
 @dataclass(frozen=True)
 class Points:
     """Rows of any families as the process sees them: family numbers, and features in their deviations (padded with
-    zeros to one width)."""
+    zeros to one width). Further axes before the rows' are alternatives."""
 
     family: npt.NDArray[np.int64]
     features: Array
@@ -83,7 +85,7 @@ def likely(scales: Scales, alternatives: Sequence[tuple[Points, Array]]) -> Arra
     if len(alternatives) == 1:
         return np.ones(1)
     others = (1 - _EXPECTED) / (len(alternatives) - 1)
-    found = np.array([_TEMPER * _evidence(scales, *each) for each in alternatives])
+    found = _TEMPER * _evidences(scales, alternatives)
     found += np.log([_EXPECTED, *[others] * (len(alternatives) - 1)])
     weights = np.exp(found - found.max())
     weights /= weights.sum()
@@ -100,12 +102,23 @@ def mixed(weights: Array, means: Sequence[Array], deviations: Sequence[Array]) -
     return mean, np.sqrt(variance)
 
 
-def _evidence(scales: Scales, seen: Points, residual: Array) -> float:
-    """Log density of the residuals under the process, up to a constant."""
-    seen, residual = _most(seen, residual)
+def _evidences(scales: Scales, alternatives: Sequence[tuple[Points, Array]]) -> Array:
+    """Log density of each alternative's residuals under the process, up to a constant."""
+    if len(alternatives[0][1]) > _MOST_AT_ONCE:
+        return np.array([float(_evidence(scales, *_most(*each))) for each in alternatives])
+    families = np.stack([seen.family for seen, _ in alternatives])
+    features = np.stack([seen.features for seen, _ in alternatives])
+    return _evidence(scales, Points(families, features), np.stack([residual for _, residual in alternatives]))
+
+
+def _evidence(scales: Scales, seen: Points, residual: Array) -> Array:
     covariance = _robust(scales, seen, residual)
-    half = float(np.log(np.diag(np.linalg.cholesky(covariance))).sum())
-    return -0.5 * float(residual @ np.linalg.solve(covariance, residual)) - half
+    half = np.log(np.diagonal(np.linalg.cholesky(covariance), axis1=-2, axis2=-1)).sum(axis=-1)
+    return np.asarray(-0.5 * (residual * _solved(covariance, residual)).sum(axis=-1) - half)
+
+
+def _solved(matrix: Array, right: Array) -> Array:
+    return np.asarray(np.linalg.solve(matrix, right[..., None])[..., 0])
 
 
 def _most(seen: Points, residual: Array) -> tuple[Points, Array]:
@@ -116,22 +129,25 @@ def _most(seen: Points, residual: Array) -> tuple[Points, Array]:
 
 
 def _robust(scales: Scales, seen: Points, residual: Array) -> Array:
-    """Covariance of the measured rows. A measurement that went wrong must not drag the rest: what lies far out from
-    the others has its noise raised until it is no further out than they are."""
+    """Covariance of the measured rows, of each alternative. A measurement that went wrong must not drag the rest: what
+    lies far out from the others has its noise raised until it is no further out than they are."""
     clean = _covariance(scales, seen, seen)
-    apart = np.abs(residual - np.median(residual))
-    wild = np.where(apart > max(5 * 1.4826 * float(np.median(apart)), _WILD), apart, 0.0) ** 2
+    one = np.eye(residual.shape[-1])
+    apart = np.abs(residual - np.median(residual, axis=-1, keepdims=True))
+    usual = 5 * 1.4826 * np.median(apart, axis=-1, keepdims=True)
+    wild = np.where(apart > np.maximum(usual, _WILD), apart, 0.0) ** 2
     noise = np.maximum(scales.noise**2, wild)
     for _ in range(_ROBUST_ROUNDS):
-        left = residual - clean @ np.linalg.solve(clean + np.diag(noise), residual)
-        spread = max(1.4826 * float(np.median(np.abs(left))), scales.noise)
-        noise = np.maximum(scales.noise**2 * np.maximum(np.abs(left) / (2.5 * spread), 1.0) ** 2, wild)
-    return clean + np.diag(noise)
+        explained = (clean @ _solved(clean + noise[..., None] * one, residual)[..., None])[..., 0]
+        left = np.abs(residual - explained)
+        spread = np.maximum(1.4826 * np.median(left, axis=-1, keepdims=True), scales.noise)
+        noise = np.maximum(scales.noise**2 * np.maximum(left / (2.5 * spread), 1.0) ** 2, wild)
+    return np.asarray(clean + noise[..., None] * one)
 
 
 def _covariance(scales: Scales, one: Points, other: Points) -> Array:
-    same = one.family[:, None] == other.family[None, :]
-    squares = (one.features**2).sum(axis=1)[:, None] + (other.features**2).sum(axis=1)[None, :]
-    apart = np.maximum(squares - 2 * one.features @ other.features.T, 0.0)
+    same = one.family[..., :, None] == other.family[..., None, :]
+    squares = (one.features**2).sum(axis=-1)[..., :, None] + (other.features**2).sum(axis=-1)[..., None, :]
+    apart = np.maximum(squares - 2 * one.features @ np.swapaxes(other.features, -1, -2), 0.0)
     smooth = scales.smooth**2 * np.exp(-0.5 * apart / scales.reach**2)
     return np.asarray(scales.device**2 + same * (scales.family**2 + smooth))

@@ -35,6 +35,9 @@ TILES: dict[Tile, tuple[int, int]] = {
 }
 #: Registers of one unit (all CUDA devices of capability 5.0 and later).
 REGISTERS = 65536
+#: Bytes of memory whose translations a unit has at hand, and its cycles for a row of a tile that lies beyond them.
+_REACH = 64.0 * 2**20
+_WALK_CYCLES = 6.0
 
 
 @dataclass(frozen=True)
@@ -95,6 +98,8 @@ class GemmTime:
     edge: Array
     area: Array
     traffic: Array
+    #: Share (of the log) of the power limit's effect on the clock that acts within the kernel.
+    held: Array
 
 
 def sustained_clock(gpu: Gpu, constants: GemmConstants) -> float:
@@ -118,12 +123,18 @@ def gemm_time(
     host: float,
     tiles: tuple[Tile, ...],
     constants: GemmConstants,
+    *,
+    clock: float = 0.0,
+    walking: bool = False,
 ) -> GemmTime:
     """Time of ``batch`` products (rows x depth) @ (depth x columns) with the fastest of the ``tiles`` that the library
-    uses on such devices; ``host`` is the seconds that the host takes to call it."""
+    uses on such devices; ``host`` is the seconds that the host takes to call it. ``clock``: the sustained share of
+    the boost clock, where it is known better than the board's power tells. ``walking``: rows far apart are waited for
+    (``_walks``)."""
     best: GemmTime | None = None
+    clock = clock or sustained_clock(gpu, constants)
     for tile in tiles:
-        made = _with_tile(batch, rows, columns, depth, gpu, bandwidth_share, tile, constants)
+        made = _with_tile(batch, rows, columns, depth, gpu, bandwidth_share, tile, constants, clock, walking)
         if best is None:
             best = made
             continue
@@ -151,6 +162,8 @@ def _with_tile(
     bandwidth_share: float,
     tile: Tile,
     constants: GemmConstants,
+    clock: float,
+    walking: bool,
 ) -> GemmTime:
     tile_rows, tile_columns = tile
     threads, registers = TILES[tile]
@@ -164,8 +177,10 @@ def _with_tile(
     compute = each * work * (1 + constants.hiding / in_flight) / rate
     # the power limit takes a while to pull the clock down: measurements of short kernels are over before
     held = 1 / (1 + (constants.burst_ms * 1e-3 / compute) ** constants.burst_power)
-    compute = compute * sustained_clock(gpu, constants) ** -held
+    compute = compute * clock**-held
     compute = compute + constants.round_us * 1e-6 * np.ceil(each / resident)
+    if walking:
+        compute = compute + each * _walks(tile, depth, np.minimum(each, resident), gpu)
     # a wave of resident tiles runs along the columns first; operands are read once for a wave
     wave = np.minimum(resident * gpu.units, tiles)
     bands_across = np.maximum(1.0, across / wave)
@@ -181,7 +196,17 @@ def _with_tile(
     fill = tiles / (each * gpu.units)
     edge = (rows * columns) / (across * tile_columns * down * tile_rows)
     area = np.full_like(tiles, float(tile_rows * tile_columns))
-    return GemmTime(seconds, compute, memory, tiles, fill, edge, area, traffic)
+    return GemmTime(seconds, compute, memory, tiles, fill, edge, area, traffic, held)
+
+
+def _walks(tile: Tile, depth: Array, resident: Array, gpu: Gpu) -> Array:
+    """Seconds that a tile of a linear layer waits where a unit's translations of addresses reach no further than its
+    tiles' rows: both operands are contiguous along the depth, so each step along it touches every row of the tile, and
+    rows far apart lie in pages of their own. Seen on the P100 (half of its speed is lost where rows are 64 KiB apart)
+    and, if less, on the P4, not on later devices."""
+    touched = float(sum(tile))
+    missing = _missing(4.0 * depth * touched * resident / _REACH)
+    return touched * np.ceil(depth / 8) * _WALK_CYCLES / (gpu.boost_mhz * 1e6) * missing
 
 
 def _missing(size: Array) -> Array:

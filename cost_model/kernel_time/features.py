@@ -56,10 +56,12 @@ def describe(
     bandwidth_share: float,
     host: float,
     tiles: tuple[Tile, ...] = (),
+    clock: float = 0.0,
+    walking: bool = False,
 ) -> Described:
     """Analytic time and features of rows of one family on one device, whose host takes ``host`` seconds a call."""
     if isinstance(constants, GemmConstants):
-        return _describe_gemm(rows, gpu, constants, bandwidth_share, host, tiles)
+        return _describe_gemm(rows, gpu, constants, bandwidth_share, host, tiles, clock, walking)
     batch, width = rows.sizes["B"], rows.sizes["H"]
     if rows.family == "pointwise":
         time = pointwise_time(batch * width, rows.operands, gpu, bandwidth_share, host, constants)
@@ -93,10 +95,20 @@ def describe(
 
 
 def _describe_gemm(
-    rows: Rows, gpu: Gpu, constants: GemmConstants, bandwidth_share: float, host: float, tiles: tuple[Tile, ...]
+    rows: Rows,
+    gpu: Gpu,
+    constants: GemmConstants,
+    bandwidth_share: float,
+    host: float,
+    tiles: tuple[Tile, ...],
+    clock: float,
+    walking: bool,
 ) -> Described:
     batch, down, depth, across = (rows.sizes[name] for name in "BMNK")
-    time = gemm_time(batch, down, across, depth, gpu, bandwidth_share, host, tiles, constants)
+    walking = walking and rows.family == "linear"
+    time = gemm_time(
+        batch, down, across, depth, gpu, bandwidth_share, host, tiles, constants, clock=clock, walking=walking
+    )
 
     def edge(tile_rows: float, tile_columns: float) -> Array:
         area = np.ceil(down / tile_rows) * tile_rows * np.ceil(across / tile_columns) * tile_columns

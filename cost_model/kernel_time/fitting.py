@@ -5,6 +5,7 @@ Needs scipy and LightGBM (the extra ``train``); predicting needs neither.
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
 from collections.abc import Collection, Sequence
@@ -16,7 +17,7 @@ import numpy.typing as npt
 
 from ...errors import MissingExtraError
 from . import core_gemm, core_memory
-from .core_gemm import TILES, GemmConstants, Tile
+from .core_gemm import TILES, GemmConstants, Tile, gemm_time, sustained_clock
 from .core_memory import MemoryConstants
 from .features import bandwidth_class, describe
 from .gpus import Gpu
@@ -45,6 +46,11 @@ _PRIOR_ROWS = 0.15
 _PRIOR_STEP = 0.05
 #: Share of a device's rows below which a tile is no part of its library's set.
 _TILE_SHARE = 0.02
+#: Rows that tell the clock: the power limit acts for most of them, arithmetic takes this much longer than memory, and
+#: there are this many.
+_HELD = 0.5
+_BOUND = 2.0
+_FEW = 50
 
 
 def extra(module: str) -> Any:
@@ -110,13 +116,14 @@ def fit_constants(
     loss: str = "cauchy",
     *,
     carry_over: bool = True,
+    clocks: Sequence[float] = (),
 ) -> Constants:
     """The constants that fit the groups' rows best, in log seconds with a robust loss. If they are to ``carry_over`` to
     other devices, then not far from their start, and devices' own levels hardly move them."""
     optimize = extra("scipy.optimize")
     generator = np.random.default_rng(seed)
-    samples: list[tuple[Rows, Gpu, float, tuple[Tile, ...], float, Array, Array]] = []
-    for (rows, gpu), tile, host in zip(groups, tiles, hosts, strict=True):
+    samples: list[tuple[Rows, Gpu, float, tuple[Tile, ...], float, float, Array, Array]] = []
+    for (rows, gpu), tile, host, clock in zip(groups, tiles, hosts, clocks or [0.0] * len(groups), strict=True):
         assert rows.seconds is not None
         long = np.flatnonzero(rows.seconds > HOST_TIME)
         if len(long) > most:
@@ -126,7 +133,7 @@ def fit_constants(
         picked = rows.take(long)
         assert picked.seconds is not None
         weight = np.sqrt(np.minimum(picked.seconds / 5e-4, 6.0) / len(long))
-        samples.append((picked, gpu, host, tile, bandwidth_share(gpu, shares), np.log(picked.seconds), weight))
+        samples.append((picked, gpu, host, tile, bandwidth_share(gpu, shares), clock, np.log(picked.seconds), weight))
     names = list(bounds)
     first = np.array([asdict(start)[name] for name in names])
     low, high, spread = (np.array([bounds[name][place] for name in names]) for place in (0, 1, 2))
@@ -134,8 +141,8 @@ def fit_constants(
     def residuals(values: Array) -> Array:
         constants = replace(start, **dict(zip(names, map(float, values), strict=True)))
         parts = [np.repeat(_PRIOR_STEP * (values - first) / spread, int(_PRIOR_ROWS * most * carry_over))]
-        for rows, gpu, host, tile, share, log, weight in samples:
-            off = np.log(describe(rows, gpu, constants, share, host, tile).seconds) - log
+        for rows, gpu, host, tile, share, clock, log, weight in samples:
+            off = np.log(describe(rows, gpu, constants, share, host, tile, clock).seconds) - log
             parts.append((off - _LEVEL * carry_over * np.median(off)) * weight * np.sqrt(most))
         return np.asarray(np.concatenate(parts))
 
@@ -193,6 +200,7 @@ def fit_core(
     loss: str = "cauchy",
     unseen: Collection[str] = (),
     carry_over: bool = True,
+    clocks: Sequence[float] = (),
 ) -> GemmConstants | MemoryConstants:
     """The constants of a family's analytic core; ``loss`` is one of scipy's, the default hardly moved by outliers.
     Published rates of the ``unseen`` devices (their names as ``gpus.key`` spells them) are not read either."""
@@ -204,7 +212,9 @@ def fit_core(
     if gemm:
         products = GemmConstants(**fit_power(unseen, extra("scipy.optimize")))
         limits = core_gemm.BOUNDS
-        return fit_constants(products, limits, groups, shares, tiles, hosts, seed, most, loss, carry_over=carry_over)
+        return fit_constants(
+            products, limits, groups, shares, tiles, hosts, seed, most, loss, carry_over=carry_over, clocks=clocks
+        )
     bounds = dict(core_memory.BOUNDS)
     if family == "pointwise":
         bounds = {"call_share": bounds["call_share"]}
@@ -221,17 +231,59 @@ def fit_family(
     *,
     quick: bool = False,
     unseen: Collection[str] = (),
+    aside: Sequence[Group] = (),
 ) -> FamilyModel:
-    """The model of a family from its measured groups, without bands; nothing of the ``unseen`` devices is read."""
+    """The model of a family from its measured groups, without bands; nothing of the ``unseen`` devices is read. Of the
+    groups set ``aside`` only the tiles that their kernels are named after are."""
     constants = fit_core(groups, shares, seed, quick=quick, unseen=unseen)
-    measured = fit_core(groups, shares, seed, quick=quick, unseen=unseen, carry_over=False)
+    clocks = measured_clocks(groups, shares, constants)
+    measured = fit_core(groups, shares, seed, quick=quick, unseen=unseen, carry_over=False, clocks=clocks)
     experts = []
-    for rows, gpu in groups:
+    for (rows, gpu), clock in zip(groups, clocks, strict=True):
         assert rows.seconds is not None
         tiles = tile_set(rows) if family in GEMM_FAMILIES else ()
         host = host_seconds(rows)
-        described = describe(rows, gpu, measured, bandwidth_share(gpu, shares), host, tiles)
+        described = describe(rows, gpu, measured, bandwidth_share(gpu, shares), host, tiles, clock)
         target = np.log(rows.seconds / described.seconds)
         trees = fit_trees(described.features, target, row_weights(rows.seconds), seed, quick=quick)
-        experts.append(Expert(gpu, host, tiles, trees))
+        experts.append(Expert(gpu, host, tiles, trees, clock))
+    for rows, gpu in aside:
+        experts.append(Expert(gpu, host_seconds(rows), tile_set(rows) if family in GEMM_FAMILIES else ()))
     return FamilyModel(constants, tuple(experts), mixture, shares, measured_constants=measured)
+
+
+def measured_clocks(
+    groups: Sequence[Group], shares: dict[str, float], constants: GemmConstants | MemoryConstants
+) -> list[float]:
+    """Share of the boost clock that each device sustained while its rows were measured: what its long products that
+    arithmetic bounds say beyond the core. It may lie below what the power law says by as much again (log): where power
+    hardly binds, rows are slow for another reason. 0 (not known) where there are few, and where kernels are no
+    products."""
+    if not isinstance(constants, GemmConstants):
+        return [0.0] * len(groups)
+    found = []
+    for rows, gpu in groups:
+        assert rows.seconds is not None
+        batch, down, depth, across = (rows.sizes[name] for name in "BMNK")
+        law = clock = sustained_clock(gpu, constants)
+        for _ in range(3):
+            time = gemm_time(
+                batch,
+                down,
+                across,
+                depth,
+                gpu,
+                bandwidth_share(gpu, shares),
+                host_seconds(rows),
+                tile_set(rows),
+                constants,
+                clock=clock,
+            )
+            long = (time.held > _HELD) & (time.compute > _BOUND * time.memory)
+            if long.sum() < _FEW:
+                clock = 0.0
+                break
+            slower = np.log(rows.seconds / time.seconds)[long] / time.held[long]
+            clock = min(max(clock * math.exp(-float(np.median(slower))), law**2), 1.0)
+        found.append(float(f"{clock:.4g}"))
+    return found

@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from ...errors import KernelDataError
 from .adaptation import Points, Scales, likely, mixed, posterior
-from .core_gemm import TILES, GemmConstants, Tile
+from .core_gemm import TILES, GemmConstants, Tile, sustained_clock
 from .core_memory import MemoryConstants
 from .features import bandwidth_class, describe, feature_names
 from .gpus import Gpu
@@ -46,6 +46,8 @@ class Expert:
     host: float
     tiles: tuple[Tile, ...] = ()
     trees: Trees | None = None
+    #: Share of the boost clock that the device sustained while it was measured; 0 where that is not known.
+    clock: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -105,34 +107,65 @@ def distance(one: Gpu, other: Gpu) -> float:
     return float(np.linalg.norm(likeness_point(one) - likeness_point(other)))
 
 
-def libraries(gpu: Gpu, model: FamilyModel) -> list[tuple[Tile, ...]]:
-    """Sets of tiles that the device's library may use: the one that is expected first, then those of other measured
-    devices and each tile alone. A device that was measured, and kernels without tiles, have one."""
+@dataclass(frozen=True)
+class Library:
+    """How a device may run products: the tiles that its library picks from, and whether its units wait for rows of
+    linear layers that lie far apart (``core_gemm``)."""
+
+    tiles: tuple[Tile, ...] = ()
+    walking: bool = False
+
+
+def libraries(gpu: Gpu, model: FamilyModel, *, linear: bool = False) -> list[Library]:
+    """The ways in which the device may run the family: the one that is expected first, then those of other measured
+    devices and each tile alone, then, for ``linear`` layers, measured devices' tiles where far rows are waited for. A
+    device that was measured, and kernels without tiles, have one."""
     distances = np.array([distance(gpu, expert.gpu) for expert in model.experts])
     # libraries choose tiles by generation
     generation = np.array([abs(gpu.capability - expert.gpu.capability) for expert in model.experts])
     sets = [model.experts[int(number)].tiles for number in np.lexsort((distances, generation))]
     if not isinstance(model.constants, GemmConstants) or any(distances[i] < SAME_DEVICE for i in _learned(model)):
-        return sets[:1]
-    return list(dict.fromkeys([*sets, *((tile,) for tile in TILES)]))
+        return [Library(sets[0])]
+    near = list(dict.fromkeys([*sets, *((tile,) for tile in TILES)]))
+    waiting = [Library(tiles, walking=True) for tiles in dict.fromkeys(sets)] if linear else []
+    return [*(Library(tiles) for tiles in near), *waiting]
 
 
 def _learned(model: FamilyModel) -> list[int]:
     return [number for number, expert in enumerate(model.experts) if expert.trees is not None]
 
 
-def predict_family(rows: Rows, gpu: Gpu, model: FamilyModel, tiles: tuple[Tile, ...] | None = None) -> Prediction:
-    """Predicted seconds of rows of the model's family on a device, with the tiles expected there or those given."""
+def blended_clock(measured: float, gpu: Gpu, constants: GemmConstants | MemoryConstants) -> float:
+    """Clock (share of the boost clock) to expect of a device that sustained ``measured`` while its rows were taken.
+
+    That was one board in one host, whose cooling is part of the figure; the law of the board's power is of many boards,
+    but not of this kind alone. Their geometric mean takes both to be as uncertain."""
+    if measured <= 0 or not isinstance(constants, GemmConstants):
+        return 0.0
+    return math.sqrt(measured * sustained_clock(gpu, constants))
+
+
+def predict_family(
+    rows: Rows,
+    gpu: Gpu,
+    model: FamilyModel,
+    library: Library | None = None,
+    said: dict[int, Array] | None = None,
+) -> Prediction:
+    """Predicted seconds of rows of the model's family on a device, run as expected there or by the given library.
+    ``said`` keeps what experts predict, for a caller that mixes them in several ways."""
     share = bandwidth_share(gpu, model.shares)
     distances = np.array([distance(gpu, expert.gpu) for expert in model.experts])
     nearest = model.experts[int(distances.argmin())]
-    tiles = libraries(gpu, model)[0] if tiles is None else tiles
+    library = library or libraries(gpu, model)[0]
+    tiles, walking = library.tiles, library.walking
     learned = _learned(model)
     own = [number for number in learned if distances[number] < SAME_DEVICE]
     host = nearest.host if own else float(np.median([expert.host for expert in model.experts]))
     corrected = model.measured_constants or model.constants
     constants = corrected if own else model.constants
-    described = describe(rows, gpu, constants, share, host, tiles)
+    clock = blended_clock(model.experts[own[0]].clock, gpu, constants) if own else 0.0
+    described = describe(rows, gpu, constants, share, host, tiles, clock, walking)
     if own:
         weights, chosen = np.ones(1), own[:1]
     else:
@@ -140,13 +173,16 @@ def predict_family(rows: Rows, gpu: Gpu, model: FamilyModel, tiles: tuple[Tile, 
         weights, chosen = raw / (raw.sum() + model.mixture.core), learned
     if weights.max() < _NO_WEIGHT:
         weights = np.zeros_like(weights)
-    near = described if own or not weights.any() else describe(rows, gpu, corrected, share, host, tiles)
+    near = described if own or not weights.any() else describe(rows, gpu, corrected, share, host, tiles, clock, walking)
     core = np.log(described.seconds)
     made = core.copy()
+    said = {} if said is None else said
     for weight, number in zip(weights, chosen, strict=True):
         trees = model.experts[number].trees
         if trees is not None and weight > 0:
-            made += weight * (np.log(near.seconds) + trees.predict(near.features) - core)
+            if number not in said:
+                said[number] = np.log(near.seconds) + trees.predict(near.features)
+            made += weight * (said[number] - core)
     call = constants.call_share * host
     least = float(distances[learned].min())
     return Prediction(np.exp(made), described.seconds, described.features, bool(own), least, call)
@@ -241,13 +277,14 @@ def adapt(asked: Rows, gpu: Gpu, measured: Sequence[Rows], model: KernelModel) -
     family, scales = family_model(model, asked.family), model.scales_of(asked.family)
     others = [_seen(rows, gpu, model, None) for rows in given if rows.family != asked.family]
     same = [rows for rows in given if rows.family == asked.family]
-    sets = libraries(gpu, family) if same else libraries(gpu, family)[:1]
-    ways = [_joined([*others, *(_seen(rows, gpu, model, tiles) for rows in same)]) for tiles in sets]
+    known = libraries(gpu, family, linear=asked.family == "linear")
+    sets = known if same else known[:1]
+    ways = [_joined([*others, *(_seen(rows, gpu, model, library) for rows in same)]) for library in sets]
     weights = likely(scales, ways)
     means, deviations = [], []
-    for weight, tiles, (points, residual) in zip(weights, sets, ways, strict=True):
+    for weight, library, (points, residual) in zip(weights, sets, ways, strict=True):
         if weight > 0:
-            made = predict_family(asked, gpu, family, tiles)
+            made = predict_family(asked, gpu, family, library)
             mean, deviation = posterior(scales, points, residual, points_of(asked.family, made.features, model))
             means.append(np.log(made.seconds) + mean)
             deviations.append(deviation)
@@ -259,9 +296,9 @@ def adapt(asked: Rows, gpu: Gpu, measured: Sequence[Rows], model: KernelModel) -
     return Banded(seconds, seconds / width, seconds * width)
 
 
-def _seen(rows: Rows, gpu: Gpu, model: KernelModel, tiles: tuple[Tile, ...] | None) -> tuple[Points, Array]:
+def _seen(rows: Rows, gpu: Gpu, model: KernelModel, library: Library | None) -> tuple[Points, Array]:
     """Measured rows as adaptation sees them, and log(measured / predicted)."""
-    made = predict_family(rows, gpu, family_model(model, rows.family), tiles)
+    made = predict_family(rows, gpu, family_model(model, rows.family), library)
     assert rows.seconds is not None
     return points_of(rows.family, made.features, model), np.log(rows.seconds / made.seconds)
 

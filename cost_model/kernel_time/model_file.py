@@ -27,7 +27,7 @@ from .rows import FAMILIES, GEMM_FAMILIES
 #: The model that comes with the package.
 PACKAGED = Path(__file__).parent / "kernel_times.json.gz"
 #: A newer form is refused.
-FORMAT = 2
+FORMAT = 3
 #: Bytes of the unpacked file that are read at most.
 _MOST_BYTES = 64 * 2**20
 
@@ -61,6 +61,7 @@ def _family(family: FamilyModel) -> dict[str, Any]:
                 "gpu": msgspec.to_builtins(expert.gpu),
                 "host": expert.host,
                 "tiles": expert.tiles,
+                "clock": expert.clock,
                 "trees": None if expert.trees is None else trees.to_json(expert.trees),
             }
             for expert in family.experts
@@ -117,7 +118,9 @@ def _read_family(name: str, value: dict[str, Any], where: str) -> FamilyModel:
         if any(tile not in TILES for tile in tiles) or (name in GEMM_FAMILIES and not tiles):
             raise ValueError(f"tiles {tiles} are not known")
         grown = None if each["trees"] is None else trees.from_json(each["trees"], width, where)
-        experts.append(Expert(msgspec.convert(each["gpu"], type=Gpu), float(each["host"]), tiles, grown))
+        experts.append(
+            Expert(msgspec.convert(each["gpu"], type=Gpu), float(each["host"]), tiles, grown, float(each["clock"]))
+        )
     if not experts:
         raise ValueError(f"{name} has no measured device")
     bands = {

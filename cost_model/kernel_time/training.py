@@ -46,6 +46,8 @@ _ODD = 0.4
 _MIXTURES = [Mixture(0.3, 0.3), *(Mixture(reach, core) for core in (3.0, 1.0, 0.3) for reach in (0.5, 0.8, 1.2, 2.0))]
 #: Weights are chosen on left-out rows longer than this (seconds): they are what predictions are asked for.
 _LONG = 1e-3
+#: Errors (mean absolute log) below this are alike.
+_LEAST_ERROR = 0.02
 #: Rows of a left-out device that are looked at.
 _MOST_LEFT_OUT = 3000
 #: Upper ends (predicted seconds) of the bins that have bands of their own.
@@ -125,6 +127,7 @@ def train(
     families: dict[str, FamilyModel] = {}
     aside: dict[str, list[str]] = {}
     left_out: dict[str, list[_LeftOut]] = {}
+    teaching: dict[str, list[Group]] = {}
     for family in FAMILIES:
         own = [group for group in groups if group[0].family == family]
         if not own:
@@ -132,20 +135,26 @@ def train(
         related = [group for group in groups if group[0].family == _RELATED.get(family)]
         odd = set_aside(own, related, shares, seed, unseen) if min(len(own), len(related)) >= 3 else []
         used = [group for group in own if group[0].device not in odd]
-        runs = [_leave_out(own, group, pointwise, odd, seed, unseen) for group in used] if len(used) >= 3 else []
-        mixture = _best_mixture(runs)
-        for run in runs:
-            run.predict(mixture)
-        fitted = fit_family(family, used, shares, mixture, seed, unseen=unseen)
-        families[family] = replace(fitted, bands=_bands(fitted, used, runs, seed))
-        left_out[family] = runs
+        left_out[family] = (
+            [_leave_out(own, group, pointwise, odd, seed, unseen) for group in used] if len(used) >= 3 else []
+        )
+        teaching[family] = used
         if odd:
             aside[family] = odd
+    mixture = _best_mixture(list(left_out.values()))
+    log(f"mixture: {mixture}")
+    for family, used in teaching.items():
+        runs = left_out[family]
+        for run in runs:
+            run.predict(mixture)
+        others = [group for group in groups if group[0].family == family and group[0].device in aside.get(family, [])]
+        fitted = fit_family(family, used, shares, mixture, seed, unseen=unseen, aside=others)
+        families[family] = replace(fitted, bands=_bands(fitted, used, runs, seed))
         errors = ", ".join(f"{run.rows.device} {run.error():.1%}" for run in runs)
-        log(f"{family}: {mixture}; set aside: {odd or 'none'}; each device left out: {errors}")
+        log(f"{family}: set aside: {aside.get(family, 'none')}; each device left out: {errors}")
     deviations = {family: _deviations(runs) for family, runs in left_out.items()}
     model = KernelModel(families, deviations, Scales())
-    scales = _few_shot_scales(model, left_out, seed)
+    scales = _few_shot_scales(model, left_out, seed, draws=2)
     log(f"few-shot: {scales}")
     by_family = {
         family: _few_shot_scales(model, {family: runs}, seed) for family, runs in left_out.items() if len(runs) >= 3
@@ -197,11 +206,12 @@ class _LeftOut:
             long = np.sort(np.random.default_rng(len(long)).choice(long, _MOST_LEFT_OUT, replace=False))
         self.rows = rows.take(long)
         self.gpu, self.model = gpu, model
+        self.said: dict[int, Array] = {}
         self.predict(model.mixture)
 
     def predict(self, mixture: Mixture) -> None:
         self.model = replace(self.model, mixture=mixture)
-        self.prediction = predict_family(self.rows, self.gpu, self.model)
+        self.prediction = predict_family(self.rows, self.gpu, self.model, said=self.said)
         assert self.rows.seconds is not None
         self.residual = np.log(self.rows.seconds / self.prediction.seconds)
 
@@ -222,27 +232,33 @@ def _leave_out(
     shares = bandwidth_shares([other for other in pointwise if other[0].device != device])
     rest = [other for other in own if other[0].device != device and other[0].device not in odd]
     hidden = {*unseen, gpus.key(group[1].title)}
-    model = fit_family(group[0].family, rest, shares, Mixture(), seed, quick=True, unseen=hidden)
+    aside = [other for other in own if other[0].device != device and other[0].device in odd]
+    model = fit_family(group[0].family, rest, shares, Mixture(), seed, quick=True, unseen=hidden, aside=aside)
     return _LeftOut(*group, model)
 
 
-def _best_mixture(runs: Sequence[_LeftOut]) -> Mixture:
-    """The barest mixture that is not worse than the best one by more than the standard error of their difference over
-    the left-out devices: a handful of devices chooses between many mixtures by chance."""
-    if not runs:
-        return Mixture()
-    errors: list[list[float]] = []
-    for mixture in _MIXTURES:
-        errors.append([])
-        for run in runs:
+def _best_mixture(families: Sequence[Sequence[_LeftOut]]) -> Mixture:
+    """One mixture for all families: the barest that is not surely (19 in 20, by Student's t over the left-out devices)
+    worse than the best one.
+
+    Likeness of devices is one thing whatever runs on them, and the few devices of a family would choose between so many
+    mixtures by chance. A device's families are not independent, so each device counts once: by the mean of the logs of
+    its families' errors, so that none decides by being hard to predict."""
+    errors: dict[str, list[list[float]]] = {}
+    for run in itertools.chain.from_iterable(families):
+        found = []
+        for mixture in _MIXTURES:
             run.predict(mixture)
             long = run.prediction.core > _LONG
-            errors[-1].append(float(np.abs(run.residual[long] if long.sum() >= 50 else run.residual).mean()))
-    table = np.array(errors)
-    best = table[int(table.mean(axis=1).argmin())]
-    worse = table - best
-    doubt = worse.std(axis=1, ddof=1) / math.sqrt(len(runs)) if len(runs) > 1 else np.zeros(len(table))
-    return _MIXTURES[int(np.flatnonzero(worse.mean(axis=1) <= doubt)[0])]
+            error = float(np.abs(run.residual[long] if long.sum() >= 50 else run.residual).mean())
+            found.append(math.log(max(error, _LEAST_ERROR)))
+        errors.setdefault(run.rows.device, []).append(found)
+    if len(errors) < 3:
+        return Mixture()
+    table = np.array([np.mean(found, axis=0) for found in errors.values()])
+    worse = table - table[:, [int(table.mean(axis=0).argmin())]]
+    doubt = _STUDENT_95[min(len(errors) - 1, len(_STUDENT_95))] * worse.std(axis=0, ddof=1) / math.sqrt(len(errors))
+    return _MIXTURES[int(np.flatnonzero(worse.mean(axis=0) <= doubt)[0])]
 
 
 def _bands(
@@ -318,15 +334,15 @@ def _deviations(runs: Sequence[_LeftOut]) -> list[float]:
 def _ways(run: _LeftOut, model: KernelModel) -> list[tuple[Points, Array]]:
     """The left-out rows and log(measured / predicted) under each library that the device may have."""
     found = []
-    for tiles in libraries(run.gpu, run.model):
-        made = predict_family(run.rows, run.gpu, run.model, tiles)
+    for library in libraries(run.gpu, run.model, linear=run.rows.family == "linear"):
+        made = predict_family(run.rows, run.gpu, run.model, library)
         assert run.rows.seconds is not None
         left = np.log(run.rows.seconds / made.seconds)
         found.append((points_of(run.rows.family, made.features, model), left))
     return found
 
 
-def _few_shot_scales(model: KernelModel, left_out: dict[str, list[_LeftOut]], seed: int) -> Scales:
+def _few_shot_scales(model: KernelModel, left_out: dict[str, list[_LeftOut]], seed: int, draws: int = _DRAWS) -> Scales:
     """Scales of the adaptation that predict left-out devices best after ten of their rows, and its band."""
     runs = [run for family in left_out.values() for run in family]
     if not runs:
@@ -336,18 +352,18 @@ def _few_shot_scales(model: KernelModel, left_out: dict[str, list[_LeftOut]], se
         "smooth": float(np.sqrt(np.mean([np.var(run.residual) for run in runs]))),
     }
     generator = np.random.default_rng(seed)
-    draws = []
+    drawn = []
     for run in runs:
         ways = _ways(run, model)
-        for _ in range(_DRAWS):
+        for _ in range(draws):
             picked = generator.permutation(len(run.rows))
             few, rest = picked[:_SHOTS], picked[_SHOTS : _SHOTS + 400]
             if len(rest) >= 50:
-                draws.append([(p.take(few), left[few], p.take(rest), left[rest]) for p, left in ways])
+                drawn.append([(p.take(few), left[few], p.take(rest), left[rest]) for p, left in ways])
 
     def outcome(scales: Scales) -> list[tuple[Array, Array]]:
         found = []
-        for ways in draws:
+        for ways in drawn:
             weights = likely(scales, [(seen, residual) for seen, residual, _, _ in ways])
             kept = [way for weight, way in zip(weights, ways, strict=True) if weight > 0]
             parts = [(posterior(scales, *way[:3]), way[3]) for way in kept]

@@ -205,6 +205,62 @@ def test_power_holds_the_clock_of_long_kernels_down() -> None:
     assert rate(70, 768) > 0.9 * rate(3000, 768)
 
 
+def test_far_rows_of_linear_layers_are_waited_for_where_translations_reach_no_further() -> None:
+    """As measured on the P100 (NeuSight's training rows, tiles of 128 x 32): two thirds of the peak at rows of 4 KiB, a
+    quarter (here a third at most) at rows of 192 KiB."""
+    gpu = gpus.packaged()["p100-pcie-16g"]
+    down, across, depth = np.full(2, 4096.0), np.full(2, 4096.0), np.array([1024.0, 49152.0])
+    rate = []
+    for walking in (False, True):
+        tiles = ((128, 32),)
+        time = gemm_time(
+            np.ones(2), down, across, depth, gpu, 0.75, 0.0, tiles, GemmConstants(pipe_narrow=0.8), walking=walking
+        )
+        rate.append(2 * down * across * depth / time.seconds / gpu.peak)
+    assert rate[0][0] == pytest.approx(rate[0][1], rel=0.05)
+    assert rate[1][0] == pytest.approx(rate[0][0], rel=0.05)
+    assert 0.2 < rate[1][1] < 0.36
+
+
+def test_a_clock_that_is_known_replaces_the_one_that_power_tells() -> None:
+    gpu, one, size = gpus.packaged()["t4"], np.ones(1), np.array([8192.0])
+    law = sustained_clock(gpu, GemmConstants())
+    made = [
+        float(gemm_time(one, size, size, size, gpu, 0.75, 0.0, ((128, 128),), GemmConstants(), clock=clock).seconds[0])
+        for clock in (0.0, law, law / 2)
+    ]
+    assert made[0] == made[1]
+    assert made[2] == pytest.approx(2 * made[0], rel=0.05)
+
+
+def test_a_clock_measured_once_counts_as_much_as_the_law() -> None:
+    gpu, constants = gpus.packaged()["t4"], GemmConstants()
+    law = sustained_clock(gpu, constants)
+    assert model.blended_clock(law / 2, gpu, constants) == pytest.approx(law / math.sqrt(2))
+    assert model.blended_clock(0.0, gpu, constants) == 0.0
+    assert model.blended_clock(0.4, gpu, MemoryConstants()) == 0.0
+
+
+def test_clocks_are_read_from_long_products_where_power_binds() -> None:
+    """Rows at seven tenths of the T4's clock tell it; those of a board with power to spare were slow for another
+    reason."""
+    pytest.importorskip("scipy.optimize", reason="needs the extra train")
+    from effcc.cost_model.kernel_time import fitting
+
+    generator, constants = fresh_generator(), GemmConstants()
+    batch, down, depth, across = (generator.integers(low, 1024, 400) for low in (64, 256, 256, 256))
+    sizes = dict(zip("BMNK", ([float(x) for x in each] for each in (batch, down, depth, across)), strict=True))
+    for name, share in (("t4", 0.7), ("a100-pcie-40g", 1.0)):
+        gpu = gpus.packaged()[name]
+        law = sustained_clock(gpu, constants)
+        arrays = [np.array(sizes[key]) for key in "BMKN"]
+        time = gemm_time(*arrays, gpu, 0.8, 0.0, ((128, 128),), constants, clock=0.7 * law)
+        names = ["x_sgemm_128x128_nn"] * 400
+        measured = replace(made_rows("bmm", gpu.title, **sizes), seconds=time.seconds, kernels=names)
+        clock = fitting.measured_clocks([(measured, gpu)], {features.bandwidth_class(gpu): 0.8}, constants)[0]
+        assert clock == pytest.approx(max(share, law) * law, rel=0.08), name
+
+
 def test_a_newer_process_needs_less_power_and_an_unknown_board_has_a_clock() -> None:
     constants = GemmConstants()
     clocks = [sustained_clock(replace_gpu("t4", process_nm=nm), constants) for nm in (16, 12, 10, 8, 7, 6, 5, 4)]
@@ -404,6 +460,14 @@ def test_the_packaged_model_names_what_it_was_trained_on(packaged: model.KernelM
     assert model_file.PACKAGED.stat().st_size < 2**20
 
 
+def test_one_mixture_serves_all_families_and_clocks_are_of_products(packaged: model.KernelModel) -> None:
+    assert len({each.mixture for each in packaged.families.values()}) == 1
+    for family, each in packaged.families.items():
+        for expert in each.experts:
+            learned = family in rows.GEMM_FAMILIES and expert.trees is not None
+            assert 0.1 < expert.clock <= 1 if learned else expert.clock == 0
+
+
 def test_a_model_survives_its_file(packaged: model.KernelModel) -> None:
     again = model_file.decode(model_file.encode(packaged), "x")
     assert model_file.encode(again) == model_file.encode(packaged)
@@ -415,14 +479,14 @@ def test_a_model_survives_its_file(packaged: model.KernelModel) -> None:
 def test_damaged_model_files_are_refused(packaged: model.KernelModel, tmp_path: Path) -> None:
     data = model_file.encode(packaged)
     value = json.loads(gzip.decompress(data))
-    broken = [b"", data[: len(data) // 2], gzip.compress(b"{}"), gzip.compress(b"[1]"), gzip.compress(b'{"format": 2}')]
+    broken = [b"", data[: len(data) // 2], gzip.compress(b"{}"), gzip.compress(b"[1]"), gzip.compress(b'{"format": 3}')]
     lost = {**value, "families": {"bmm": {**value["families"]["bmm"], "experts": []}}}
     broken.append(gzip.compress(json.dumps(lost).encode()))
     for each in broken:
         with pytest.raises(KernelDataError, match="not a kernel-time model"):
             model_file.decode(each, "x")
-    newer = gzip.compress(json.dumps({**value, "format": 3}).encode())
-    with pytest.raises(KernelDataError, match="this program reads 2"):
+    newer = gzip.compress(json.dumps({**value, "format": 4}).encode())
+    with pytest.raises(KernelDataError, match="this program reads 3"):
         model_file.decode(newer, "x")
     with pytest.raises(KernelDataError, match="cannot read"):
         model_file.load(tmp_path / "none.json.gz")
@@ -466,7 +530,7 @@ def test_few_rows_tell_which_tiles_a_library_uses(packaged: model.KernelModel) -
     down, across = generator.integers(16, 600, 60), generator.integers(16, 600, 60)
     sizes = dict(zip("BMNK", ([float(x) for x in each] for each in (batch, down, depth, across)), strict=True))
     asked = made_rows("bmm", **sizes)
-    truth = model.predict_family(asked, gpu, packaged.families["bmm"], ((32, 32),)).seconds
+    truth = model.predict_family(asked, gpu, packaged.families["bmm"], model.Library(((32, 32),))).seconds
     few, rest = np.arange(10), np.arange(10, 60)
     made = model.adapt(asked.take(rest), gpu, [replace(asked.take(few), seconds=truth[few])], packaged)
     plain = model.predict(asked.take(rest), gpu, packaged)
@@ -474,6 +538,25 @@ def test_few_rows_tell_which_tiles_a_library_uses(packaged: model.KernelModel) -
     assert after < 0.12 and after < 0.6 * before
     known = gpus.find("Tesla T4")
     assert len(model.libraries(known, packaged.families["bmm"])) == 1
+
+
+def test_few_rows_tell_whether_far_rows_are_waited_for(packaged: model.KernelModel) -> None:
+    gpu = gpus.find("NVIDIA L4")
+    generator = fresh_generator()
+    down, across = generator.integers(512, 4096, 60), generator.integers(512, 4096, 60)
+    depth = 2.0 ** generator.uniform(8, 16, 60)
+    sizes = dict(zip("MNK", ([float(int(x)) for x in each] for each in (down, depth, across)), strict=True))
+    asked = made_rows("linear", B=[1.0] * 60, **sizes)
+    family = packaged.families["linear"]
+    found = model.libraries(gpu, family, linear=True)
+    waiting = next(each for each in found if each.walking)
+    assert not any(each.walking for each in model.libraries(gpu, packaged.families["bmm"]))
+    truth = model.predict_family(asked, gpu, family, waiting).seconds
+    few, rest = np.arange(10), np.arange(10, 60)
+    made = model.adapt(asked.take(rest), gpu, [replace(asked.take(few), seconds=truth[few])], packaged)
+    plain = model.predict(asked.take(rest), gpu, packaged)
+    before, after = (float(np.abs(each.seconds / truth[rest] - 1).mean()) for each in (plain, made))
+    assert after < 0.12 and after < 0.6 * before
 
 
 def test_features_have_names_and_are_finite(packaged: model.KernelModel) -> None:
