@@ -5,8 +5,9 @@
 Calibrates first (its seconds are in the result), then compiles every model with its loss, takes the prediction of the
 plan that was compiled (``--offline``: and of the plan made offline), and measures all steps in interleaved rounds, each
 step after one of its own kind, as in training. ``error``: predicted over the median measured time, less one. The
-variants are one model compiled with memory budgets, cascades on and off and libraries of products; Spearman's
-correlation is that of their predicted and measured times.
+variants are one model compiled without and with four memory budgets (shares of the way from the floor that a refusal
+names to the peak without a budget), cascades on and off and libraries of products: twenty; Spearman's correlation is
+that of their predicted and measured times.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from __future__ import annotations
 import argparse
 import gc
 import itertools
+import re
 import statistics
 import time
 from collections.abc import Callable
@@ -26,8 +28,10 @@ from effcc import torch_internals
 from effcc.calibrating import calibrate_machine
 from scipy.stats import spearmanr
 
-#: Of the peak without a budget.
-SHARES = (None, 0.8, 0.65, 0.5, 0.35)
+#: Budgets, as shares of the way from the least that works to the peak without a budget.
+SHARES = (None, 0.8, 0.55, 0.3, 0.05)
+#: A budget that no step keeps, so that its refusal names the least that works.
+IMPOSSIBLE = 1 << 14
 
 
 def compiled_step(sample: models.Sample, options: dict[str, Any]) -> tuple[Callable[[], Any], float]:
@@ -46,6 +50,39 @@ def compiled_step(sample: models.Sample, options: dict[str, Any]) -> tuple[Calla
     step()
     plan = effcc.reports()[-1].plan
     return step, plan.seconds if plan is not None else float("nan")
+
+
+def refusal(error: Exception) -> int:
+    """The least budget that a refused one's error names, in bytes. Raises what is no such error."""
+    cause = torch_internals.compile_error_cause(error)  # torch wraps what a backend raises
+    named = re.search(r"(\d+) bytes", getattr(cause, "remedy", ""))
+    if not isinstance(cause, effcc.errors.BudgetError) or named is None:
+        raise error
+    return int(named[1])
+
+
+def least_budget(sample: models.Sample, options: dict[str, Any]) -> int:
+    try:
+        compiled_step(sample, options | {"memory_budget": IMPOSSIBLE})
+    except Exception as error:
+        return refusal(error)
+    raise ValueError(f"a step within {IMPOSSIBLE} bytes is no model's")
+
+
+def step_within(
+    sample: models.Sample, options: dict[str, Any], floor: int, peak: int, share: float
+) -> tuple[Callable[[], Any], float, int]:
+    """A step with a budget so far up from the floor, its predicted seconds, and the floor: the one that is named where
+    the budget is refused after all."""
+    while True:
+        try:
+            budget = int(floor + share * (peak - floor))
+            return (*compiled_step(sample, options | {"memory_budget": budget}), floor)
+        except Exception as error:
+            named = refusal(error)
+            if named <= floor or named > peak:
+                raise
+            floor = named
 
 
 def offline(sample: models.Sample) -> float:
@@ -88,26 +125,25 @@ def variant_rows(name: str, size: str, rounds: int) -> tuple[list[dict[str, Any]
     config = getattr(sample.model, "config", None)
     if config is not None:
         config._attn_implementation = "eager"  # attention written out: what cascades fuse
-    plain, _ = compiled_step(sample, {"cascades": False})
-    peak = allocator_peak(plain, sample.model)
     held = sum(value.nbytes for value in (*sample.model.parameters(), *sample.model.buffers()))
-    steps, predicted = {}, {}
-    for cascades, gemm, share in itertools.product((True, False), ("measure", "blas"), SHARES):
-        options: dict[str, Any] = {"cascades": cascades, "gemm": gemm}
-        if share is not None:
-            options["memory_budget"] = int(share * peak + held)
-        label = f"cascades={cascades} gemm={gemm} budget={share}"
-        try:
-            steps[label], predicted[label] = compiled_step(sample, options)
-        except Exception as error:  # torch wraps what a backend raises; a budget below the floor is no variant
-            cause = torch_internals.compile_error_cause(error)
-            if not isinstance(cause, effcc.errors.BudgetError):
-                raise
-            print(f"{label}: {str(getattr(cause, 'message', cause)).splitlines()[0][:160]}", flush=True)
+    steps, predicted, budgets = {}, {}, {}
+    for cascades, gemm in itertools.product((True, False), ("measure", "blas")):
+        floor = peak = 0
+        for share in SHARES:
+            label = f"cascades={cascades} gemm={gemm} budget={share}"
+            options: dict[str, Any] = {"cascades": cascades, "gemm": gemm}
+            if share is None:
+                steps[label], predicted[label] = compiled_step(sample, options)
+                peak = allocator_peak(steps[label], sample.model) + held
+                floor = least_budget(sample, options)
+                continue
+            steps[label], predicted[label], floor = step_within(sample, options, floor, peak, share)
+            budgets[label] = int(floor + share * (peak - floor))
     seconds = interleaved(steps, rounds, settle=1)
     rows = [
         {
             "variant": label,
+            "budget MB": budgets.get(label, 0) / 1e6,
             "measured ms": statistics.median(seconds[label]) * 1e3,
             "predicted ms": predicted[label] * 1e3,
             "error %": 100 * (predicted[label] / statistics.median(seconds[label]) - 1),

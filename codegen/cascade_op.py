@@ -39,6 +39,8 @@ _rewritten: dict[str, Rewriting] = {}
 _kernels: dict[str, CpuKernel] = {}
 #: Text of a cascade without its workspace -> the op's text.
 _texts: dict[str, str] = {}
+#: The same for GPUs, with all that the kernel depends on besides, and the kernel: equal layers have equal ones.
+_on_gpu: dict[tuple[str, Target, str, bool], tuple[str, PlacedKernel[TritonKernel]]] = {}
 
 
 def cascade_text(fused: FusedCascade) -> str:
@@ -61,15 +63,18 @@ def prepare_on_gpu(
 ) -> tuple[str, PlacedKernel[TritonKernel]]:
     """``prepare`` for a GPU. What the op runs is compiled, with a settled schedule, at its first call. Raises
     ``NotLowerable``."""
-    from .triton_tiles.kernel import prepare_triton
+    from .triton_tiles.kernel import float32_precision, is_interpreted, prepare_triton
     from .triton_tiles.schedule import chosen
 
-    settings = chosen(fused.schedule)
-    kernel = prepare_with(prepare_triton, fused, rewriting, wide=frozenset(fused.wide), target=target, **settings)
-    text = cascade_text(replace(fused, thread_bytes=0, shared_bytes=kernel.kernel.buffer_bytes))
-    if rewriting is not None:
-        _rewritten.setdefault(text, rewriting)
-    return text, kernel
+    key = (cascade_text(replace(fused, thread_bytes=0, shared_bytes=0)), target, float32_precision(), is_interpreted())
+    if key not in _on_gpu:
+        settings = chosen(fused.schedule)
+        kernel = prepare_with(prepare_triton, fused, rewriting, wide=frozenset(fused.wide), target=target, **settings)
+        text = cascade_text(replace(fused, thread_bytes=0, shared_bytes=kernel.kernel.buffer_bytes))
+        if rewriting is not None:
+            _rewritten.setdefault(text, rewriting)
+        _on_gpu[key] = text, kernel
+    return _on_gpu[key]
 
 
 def gpu_source(text: str, target: Target) -> str:

@@ -37,7 +37,7 @@ WARPS, STAGES = (4, 8), (2, 3, 4)
 #: and backward, for sm_90 and sm_80.
 _HOPPER, _BEFORE = (40, 1.2), (100, 1.0)
 #: What a price must be below that of the rules' kernel to speak against it, as a share: these prices were not measured.
-TOLD_APART = 0.25
+GPU_ALIKE = 0.25
 #: Rows of a tile that an instruction multiplies which reads shared memory itself, from Hopper on.
 _ROWS = 64
 
@@ -71,7 +71,7 @@ class GpuKernelVariants:
                 continue
             if made is not None:
                 found[key] = made
-        return _told_apart(list(found.values()))
+        return tuple(found.values())
 
     def lowered(self, fused: FusedCascade, rewriting: Rewriting, tile: tuple[int, int] | None) -> tuple[Prepared, int]:
         """Programs with these tiles, and the bytes of an element of what is multiplied."""
@@ -110,7 +110,7 @@ class GpuKernelVariants:
             schedule = {"rows": tile[0], "streamed": tile[1]} | settings if tile is not None else {}
             told = ", ".join(dict.fromkeys(f"{each.warps} warps {each.stages} stages" for each in launches))
             what = f"{words(lowered.programs)}, {told}{'' if schedule else ' (rule)'}"
-            best = KernelVariant(what, seconds, tuple(schedule.items()), buffer_bytes(lowered))
+            best = KernelVariant(what, seconds, tuple(schedule.items()), buffer_bytes(lowered), alike=GPU_ALIKE)
         return best
 
     def launches(self) -> Iterator[Launch]:
@@ -134,13 +134,3 @@ class GpuKernelVariants:
         operand = "f64" if double else "bf16" if narrow == 2 else "f32"
         parts = 3 if operand == "f32" and float32_precision() == "tf32x3" else 1
         return Launched(chosen.warps, chosen.stages, held, chosen.stages * streamed, operand, parts)
-
-
-def _told_apart(found: list[KernelVariant]) -> tuple[KernelVariant, ...]:
-    """Without those that are cheaper than the rules' kernel, the first, by less than prices are good for."""
-    rule = found[0]
-    kept = [each for each in found if each.seconds >= rule.seconds or each.seconds < (1 - TOLD_APART) * rule.seconds]
-    left = len(found) - len(kept)
-    if left:
-        kept[0] = replace(rule, what=f"{rule.what}; {left} a little cheaper, not told apart")
-    return tuple(kept)

@@ -42,8 +42,9 @@ from .region_store import source_digest
 from .tiles.errors import NotLowerable
 
 #: How far quotients of two variants' prices are from those of their times: nine in ten are nearer
-#: (``benchmarks/kernel_choice.py`` on a CPU). On a GPU prices are not told apart below a quarter.
-ERROR, GPU_ERROR = 0.12, 0.25
+#: (``benchmarks/kernel_choice.py`` on a CPU). Where a variant's price is not told apart even above that, as on a GPU,
+#: that counts.
+ERROR = 0.12
 #: Variants of one kernel that are timed at most, the rules' one included; rounds; seconds after which no more follow.
 MOST, ROUNDS, ROUND_SECONDS = 4, 15, 0.5
 #: Bytes of operands and results beyond which a kernel is not timed: the model itself has to fit, too.
@@ -66,7 +67,7 @@ class TimedVariants:
 
     def __call__(self, group: Group) -> tuple[KernelVariant, ...]:
         found = self.priced(group)
-        close = close_ones(found, GPU_ERROR if self.on_gpu else ERROR)
+        close = close_ones(found, ERROR)
         if not close or _bytes(group.fused) > LARGEST or (self.on_gpu and not torch.cuda.is_available()):
             return found
         seconds = self.known(group.fused) or {}
@@ -120,20 +121,22 @@ class TimedVariants:
 
 
 def close_ones(found: Sequence[KernelVariant], error: float) -> list[KernelVariant]:
-    """The rules' variant, the first, and the cheapest of those whose prices may be wrong about which is the fastest;
-    none where one price speaks against all others."""
+    """The rules' variant, the first, and the cheapest of those whose prices may be wrong about which is the fastest, by
+    ``error`` or what is told apart of each; none where one price speaks against all others."""
     least = min((each.seconds for each in found), default=0.0)
-    close = sorted((each for each in found if each.seconds <= (1 + error) * least), key=lambda each: each.seconds)
+    close = [each for each in found if each.seconds <= (1 + max(error, each.alike)) * least]
+    close.sort(key=lambda each: each.seconds)
     if len(close) < 2:
         return []
     return [found[0], *[each for each in close if each is not found[0]][: MOST - 1]]
 
 
 def with_times(found: Sequence[KernelVariant], seconds: dict[KernelVariant, float]) -> tuple[KernelVariant, ...]:
-    """Times in place of prices; what was not timed has its price by the rules' variant's time."""
+    """Times in place of prices: one that is shorter than the rules' variant's speaks for itself. What was not timed has
+    its price by the rules' variant's time, told apart as before."""
     scale = seconds[found[0]] / found[0].seconds
     return tuple(
-        replace(each, what=f"{each.what}, measured", seconds=seconds[each])
+        replace(each, seconds=seconds[each], measured=True, alike=0.0)
         if each in seconds
         else replace(each, seconds=scale * each.seconds)
         for each in found

@@ -18,7 +18,7 @@ from . import op_classes
 from .calibrate import calibration_folder, machine
 from .cascade_cost import kernel_seconds, map_seconds
 from .devices import Device, GemmMeasurement
-from .flops import Call, contraction_flop, executed_fraction
+from .flops import FORMULAS, Call, contraction_flop, executed_fraction
 from .fusion import Kernel, group_kernels
 from .generated_loops import Nest, issued_seconds
 from .grouped_products import GROUPED, LOOPS, grouped_shapes
@@ -28,7 +28,7 @@ from .op_additions import added_seconds
 from .op_classes import kind_of, packet
 from .product_cost import chosen_library, laws_of, timed_product
 from .storages import StorageTable, storage_table
-from .tensors import Bindings, Tensor, TensorTable, called, evaluate
+from .tensors import Bindings, TensorTable, called, evaluate
 
 
 @dataclass(frozen=True)
@@ -383,10 +383,9 @@ def _vector_flop(node: Node, table: TensorTable) -> int:
 
 
 def _dtype(nodes: list[Node], table: TensorTable) -> str:
-    """The dtype that decides the rate: of the operands of a matrix product, else of the largest tensor."""
-    best: Tensor | None = None
-    for node in nodes:
-        for tensor in (*table.read(node), *table.of(node.name)):
-            if best is None or tensor.elements > best.elements:
-                best = tensor
-    return best.dtype if best is not None else "f32"
+    """The dtype that decides the rate: of the largest operand of the matrix products (a mask or an index is none), else
+    of the largest tensor."""
+    operands = [tensor for node in nodes if packet(node.op) in FORMULAS for tensor in table.read(node)]
+    floating = [tensor for tensor in operands if tensor.dtype.startswith(("f", "bf"))]
+    every = floating or [tensor for node in nodes for tensor in (*table.read(node), *table.of(node.name))]
+    return max(every, key=lambda tensor: tensor.elements).dtype if every else "f32"

@@ -91,8 +91,9 @@ class ScheduleProblem:
 
 @dataclass(frozen=True)
 class ScheduleAnswer:
-    """``taken[c]``: position of the way of each choice. No answer takes fewer seconds than ``bound``. ``peak``: bytes
-    at once. ``circles``: sets of ways that were ruled out. ``fits``: the limit is kept."""
+    """``taken[c]``: position of the way of each choice. ``seconds`` are with what the ways are averse to
+    (``seconds_of``); no answer takes fewer of them than ``bound``. ``peak``: bytes at once. ``circles``: sets of ways
+    that were ruled out. ``fits``: the limit is kept."""
 
     taken: tuple[int, ...]
     seconds: float
@@ -115,8 +116,13 @@ def no_circles(taken: Sequence[int]) -> Collection[int]:
 
 
 def seconds_of(problem: ScheduleProblem, taken: Sequence[int]) -> float:
-    """With what they are averse to."""
+    """With what they are averse to: what is minimized."""
     return sum(choice.ways[way].price for choice, way in zip(problem.choices, taken, strict=True))
+
+
+def time_of(problem: ScheduleProblem, taken: Sequence[int]) -> float:
+    """Seconds that they take, without what they are averse to: what the user is told."""
+    return sum(choice.ways[way].seconds for choice, way in zip(problem.choices, taken, strict=True))
 
 
 def peak_of(problem: ScheduleProblem, taken: Sequence[int]) -> int:

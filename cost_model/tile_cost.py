@@ -35,18 +35,23 @@ _COMPARISONS = {
     "LessEqual": operator.le, "Less": operator.lt, "GreaterEqual": operator.ge, "Greater": operator.gt,
     "Equal": operator.eq, "NotEqual": operator.ne,
 }  # fmt: skip
+#: Prices of one kernel in two shapes are not told apart below this share of them.
+ALIKE = 0.05
 _BYTES = {"f64": 8, "i64": 8, "bf16": 2, "f16": 2, "i16": 2, "i8": 1, "u8": 1, "b1": 1}
 
 
 @dataclass(frozen=True)
 class KernelVariant:
-    """One way to generate a kernel. ``schedule``: what the generator is told (``FusedCascade.schedule``), nothing for
-    its own rules. ``bytes``: what the kernel holds while it runs."""
+    """One way to generate a kernel. ``seconds``: its price, or its time where it was ``measured``. ``schedule``: what
+    the generator is told (``FusedCascade.schedule``), nothing for its own rules. ``bytes``: what the kernel holds while
+    it runs. ``alike``: share by which ``seconds`` must be below those of the rules' variant to speak against it."""
 
     what: str
     seconds: float
     schedule: tuple[tuple[str, int], ...] = ()
     bytes: int = 0
+    measured: bool = False
+    alike: float = ALIKE
 
 
 @dataclass(frozen=True)

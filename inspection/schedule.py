@@ -57,7 +57,8 @@ STAGES = (
 CHOSEN = (*STAGES[0].kinds, *STAGES[3].kinds)
 #: What the kinds of decisions are, and how to read their rows.
 LEGEND = {
-    "fusion": "reductions that depend on each other, named by their largest tensor and its place in the source",
+    "fusion": "reductions that depend on each other, named by their largest tensor and its place in the source; what "
+    "is fused for memory may be slower, and no choice that saves as much takes fewer seconds than the bound",
     "kernel": "tile lengths of each launch by rank (letters are the kernel's own); 'of N': parts of N coordinates that "
     "run at once and are merged; (rule): what the generator's rules make",
     "candidates": "the graph with its kernels and as written, run and timed where predictions are too close",
@@ -285,6 +286,8 @@ def chosen_words(decision: Decision) -> str:
         return f"{decision.chosen} (slower, for the memory that it saves)"
     if decision.kind == "kernel" and value is not None and value > least * 1.001:
         return f"{decision.chosen} (prices this near are not told apart)"
+    if any(each.measured and each.what == decision.chosen for each in decision.alternatives):
+        return f"{decision.chosen} (measured)"
     return decision.chosen
 
 

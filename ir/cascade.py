@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache, cached_property
+from functools import cache, cached_property, lru_cache
 from typing import Any
 
 import sympy
@@ -161,8 +161,14 @@ def _tensor(name: str) -> Any:
 
 def accesses(expression: sympy.Expr) -> list[AppliedUndef]:
     """The tensor accesses of an expression, in a fixed order."""
+    return list(_accesses(expression))
+
+
+@lru_cache(maxsize=1 << 16)
+def _accesses(expression: sympy.Expr) -> tuple[AppliedUndef, ...]:
+    """Passes ask for those of the same bodies again and again."""
     found = expression.atoms(AppliedUndef)
-    return sorted(found, key=sympy.default_sort_key) if len(found) > 1 else list(found)
+    return tuple(sorted(found, key=sympy.default_sort_key) if len(found) > 1 else found)
 
 
 def tensor_name(item: AppliedUndef) -> str:

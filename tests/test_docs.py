@@ -96,7 +96,7 @@ def test_a_command_that_fails_names_the_page_and_docs_shows_it(effcc: Effcc) -> 
 
 
 @pytest.fixture
-def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def folder_of_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with the examples in it, as a clone of the repository has them."""
     (tmp_path / "examples").symlink_to(ROOT / "examples")
     monkeypatch.chdir(tmp_path)
@@ -109,15 +109,15 @@ def _is_slow(block: Block) -> bool:
 
 
 @pytest.mark.parametrize("name", [n for n in NAMES if any(not _is_slow(b) for b in read(ROOT / n).blocks)])
-def test_blocks(name: str, workplace: Path, effcc: Effcc) -> None:
-    _run(read(ROOT / name), False, workplace, effcc)
+def test_blocks(name: str, folder_of_files: Path, effcc: Effcc) -> None:
+    _run(read(ROOT / name), False, folder_of_files, effcc)
 
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("clean_compiler")
 @pytest.mark.parametrize("name", [n for n in NAMES if any(_is_slow(b) for b in read(ROOT / n).blocks)])
-def test_all_blocks_those_that_compile_too(name: str, workplace: Path, effcc: Effcc) -> None:
-    _run(read(ROOT / name), True, workplace, effcc)
+def test_all_blocks_those_that_compile_too(name: str, folder_of_files: Path, effcc: Effcc) -> None:
+    _run(read(ROOT / name), True, folder_of_files, effcc)
 
 
 def test_blocks_that_cannot_be_run_say_why_and_are_few() -> None:

@@ -120,6 +120,19 @@ def test_the_documentation_has_every_option_with_its_default() -> None:
     assert rows == {field.name: repr(field.default).replace("'", '"') for field in fields(Options)}
 
 
+def test_the_documentation_has_every_environment_variable() -> None:
+    text = (ROOT / "docs" / "options.md").read_text()
+    section = text.partition("## Environment")[2].partition("### ")[0]
+    outside = {"tests", "benchmarks", "examples", "docs", "build", "dist"}
+    read = set()
+    for path in ROOT.rglob("*.py"):
+        folders = path.relative_to(ROOT).parts[:-1]
+        if not folders or (folders[0] not in outside and not folders[0].startswith(".")):
+            read |= set(re.findall(r"[\"'](EFFCC_[A-Z_]+)[\"']", path.read_text()))
+    assert {"EFFCC_CACHE_DIR", "EFFCC_LOGS"} <= read
+    assert read <= set(re.findall(r"^\| `(EFFCC_[A-Z_]+)` \|", section, re.MULTILINE))
+
+
 def test_public_names() -> None:
     """Everything in ``__all__`` is there, and what is not public says so."""
     for name in effcc.__all__:

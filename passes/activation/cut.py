@@ -12,6 +12,9 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+from numpy.typing import NDArray
+
 from .simulate import Simulator
 
 #: Resolution of seconds in the solver's integers, and the capacity that stands for "never".
@@ -19,6 +22,21 @@ _RESOLUTION = 1e13
 _NEVER = 1 << 58
 #: Seconds that decide between keeping a value that crosses layers and one of equal size that does not.
 _TIE = 1e-8
+
+
+@dataclass(frozen=True)
+class _Network:
+    """Arcs and their seconds, infinite where a cut must not be; those of ``made`` values are at ``priced``, with what a
+    price is counted on, what their copies cost, and what keeping them does."""
+
+    start: NDArray[np.int32]
+    end: NDArray[np.int32]
+    seconds: NDArray[np.float64]
+    priced: NDArray[np.int64]
+    bytes: NDArray[np.float64]
+    swap: NDArray[np.float64]
+    keep: NDArray[np.float64]
+    made: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -57,6 +75,7 @@ class PricedCuts:
         made = {v for index in self.ops for v in problem.ops[index].writes}
         self.values = sorted(made - simulator.handed_out)
         self.always = reached[1] - set(self.values)
+        self._network = self._arcs()
 
     def _reachable(self) -> set[int]:
         problem, made = self.problem, self.simulator.made_forward - self.simulator.handed_out
@@ -83,44 +102,57 @@ class PricedCuts:
             return math.inf
         return self.swap_seconds(value)
 
+    def _arcs(self) -> _Network:
+        """Of a node for each op and each value, after the source and the sink; once for all prices."""
+        problem, simulator = self.problem, self.simulator
+        number = {v: 2 + len(self.ops) + n for n, v in enumerate(self.values)}
+        direct = {v for op in simulator.backward_ops for v in op.reads} | set(problem.backward_outputs)
+        arcs: list[tuple[int, int, float]] = []
+        priced: list[int] = []
+        made: list[int] = []
+        for node, index in enumerate(self.ops, start=2):
+            op = problem.ops[index]
+            fixed = simulator.fixed(op)
+            arcs.append((0, node, math.inf if fixed else max(op.seconds, 1e-12)))
+            if not fixed:
+                arcs += [(number[v], node, math.inf) for v in op.reads if v in number]
+            for v in op.writes:
+                if v not in number:
+                    continue
+                made.append(v)
+                priced.append(len(arcs))
+                arcs.append((node, number[v], 0.0))
+                if v in direct:
+                    arcs.append((number[v], 1, math.inf))
+        start, end = (np.array([arc[side] for arc in arcs], np.int32) for side in (0, 1))
+        return _Network(
+            start,
+            end,
+            np.array([arc[2] for arc in arcs], np.float64),
+            np.array(priced, np.int64),
+            np.array([float(problem.values[v].bytes) for v in made], np.float64),
+            np.array([self.swap_cost(v) for v in made], np.float64),
+            np.array([self.keep_seconds(v) for v in made], np.float64),
+            tuple(made),
+        )
+
     def best(self, weights: Mapping[int, float] | None, price: float) -> Cut:
         """The cheapest choice where keeping v costs ``price · weights[v]`` (its bytes if None) and its writing."""
         from ortools.graph.python.max_flow import SimpleMaxFlow
 
-        problem, simulator = self.problem, self.simulator
+        problem, found = self.problem, self._network
+        weighed = found.bytes if weights is None else np.array([weights.get(v, 0.0) for v in found.made], np.float64)
+        seconds_of = found.seconds.copy()
+        seconds_of[found.priced] = np.minimum(price * weighed, found.swap) + found.keep + 1e-12
+        capacity = np.minimum(np.rint(seconds_of * _RESOLUTION), float(_NEVER)).astype(np.int64)
         solver = SimpleMaxFlow()
-        number = {("op", index): 2 + n for n, index in enumerate(self.ops)}
-        number |= {("value", v): 2 + len(self.ops) + n for n, v in enumerate(self.values)}
-        direct = {v for op in simulator.backward_ops for v in op.reads} | set(problem.backward_outputs)
-
-        def arc(start: int, end: int, seconds: float | None) -> None:
-            capacity = _NEVER if seconds is None else min(_NEVER, round(seconds * _RESOLUTION))
-            if capacity > 0:
-                solver.add_arc_with_capacity(start, end, capacity)
-
-        for index in self.ops:
-            op = problem.ops[index]
-            node = number["op", index]
-            arc(0, node, None if simulator.fixed(op) else max(op.seconds, 1e-12))
-            if not simulator.fixed(op):
-                for v in op.reads:
-                    if ("value", v) in number:
-                        arc(number["value", v], node, None)
-            for v in op.writes:
-                if ("value", v) not in number:
-                    continue
-                entry = problem.values[v]
-                weight = float(entry.bytes) if weights is None else weights.get(v, 0.0)
-                held = min(price * weight, self.swap_cost(v))
-                arc(node, number["value", v], held + self.keep_seconds(v) + 1e-12)
-                if v in direct:
-                    arc(number["value", v], 1, None)
-        if solver.num_arcs() and solver.solve(0, 1) == SimpleMaxFlow.OPTIMAL:
-            below = set(solver.get_sink_side_min_cut())
-        else:
-            below = set()
-        again = {index for index in self.ops if number["op", index] in below}
-        wanted = {v for v in self.values if number["value", v] in below}
+        below: set[int] = set()
+        if len(capacity):
+            solver.add_arcs_with_capacity(found.start, found.end, capacity)
+            if solver.solve(0, 1) == SimpleMaxFlow.OPTIMAL:
+                below = set(solver.get_sink_side_min_cut())
+        again = {index for node, index in enumerate(self.ops, start=2) if node in below}
+        wanted = {v for node, v in enumerate(self.values, start=2 + len(self.ops)) if node in below}
         kept = frozenset(v for v in wanted if problem.values[v].op not in again)
 
         def weight_of(v: int) -> float:

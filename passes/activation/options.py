@@ -85,22 +85,24 @@ def options_of(
     owner = block_of_entries(problem, blocks)
     size = problem.values
     count = len(blocks)
+    own = [frozenset(block.values) for block in blocks]
     start: int | None = None
     table: list[dict[Key, Option]] = [{} for _ in blocks]
     for candidate in uniform:
         run = candidate.simulation
-        saved = [frozenset(candidate.saved & frozenset(block.values)) for block in blocks]
+        saved = [frozenset(candidate.saved & values) for values in own]
         bytes_ = [sum(size[v].bytes for v in each) for each in saved]
         earlier = [sum(bytes_[:i]) for i in range(count)]
         peaks = [0] * count
         crowded = 0
         held = sum(bytes_)
         first = next((i for i, entry in enumerate(run.entries) if entry.backward), len(run.entries))
+        needed_in = _needed_in(run.entries, owner)
         for position, entry in enumerate(run.entries):
             if not entry.backward:
                 crowded = run.memory[position] if position == first - 1 else crowded
                 continue
-            asked_by = _needed_in(run.entries, position, owner) if entry.again else owner[entry.op]
+            asked_by = needed_in[position]
             if asked_by == count - 1:
                 crowded = max(crowded, run.memory[position])
             peaks[asked_by] = max(peaks[asked_by], run.memory[position])
@@ -110,7 +112,7 @@ def options_of(
             transient = peaks[i] - earlier[i]
             seconds = sum(problem.ops[index].seconds * run.portion(index) for index in block.ops if index in again)
             seconds += sum(size[v].keep_seconds for v in saved[i])
-            away = candidate.swapped & frozenset(block.values)
+            away = candidate.swapped & own[i]
             seconds += sum(size[v].keep_seconds for v in away)
             if link is not None and not link.overlapped:
                 seconds += sum(link.both_seconds(bytes_on_host(size[v], candidate.shares)) for v in away)
@@ -128,12 +130,18 @@ def options_of(
     return options, Moments(start or 0, tuple(forward), tuple(backward))
 
 
-def _needed_in(entries: Sequence[Entry], position: int, owner: dict[int, int]) -> int:
-    """The block whose backward asked for the op that runs again at ``position``."""
-    for entry in entries[position:]:
-        if not entry.again:
-            return owner[entry.op]
-    return 0
+def _needed_in(entries: Sequence[Entry], owner: dict[int, int]) -> list[int]:
+    """For each entry of the backward the block that it belongs to: of an op that runs again, the one whose backward
+    asked for it, by the next op that does not."""
+    found = [0] * len(entries)
+    block = 0
+    for position in range(len(entries) - 1, -1, -1):
+        if not entries[position].backward:
+            break
+        if not entries[position].again:
+            block = owner[entries[position].op]
+        found[position] = block
+    return found
 
 
 def _with_crossing(options: list[Option], crossing: frozenset[int]) -> list[Option]:

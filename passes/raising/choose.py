@@ -14,10 +14,10 @@ import os
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-import networkx
 import sympy
 
 from ...cost_model.devices import Device
+from ...cost_model.tile_cost import ALIKE
 from ...ir.cascade import Cascade, rank
 from ...ir.fused_cascade import FusedCascade
 from ...ir.graph import Graph, Location
@@ -29,42 +29,51 @@ from .candidates import Candidate, Candidates, NotFused, rewritten, value_name
 from .chunked import Chunked, chunked
 from .components import Component, components
 from .emit import Tensor
-from .fusion_choice import ALIKE, Offer, Offers, Variants, choose_offers, left_as_written, once_each
+from .fusion_choice import Offer, Offers, Variants, choose_offers, left_as_written, once_each
 from .group import Group, Rest, Traffic
 from .own_copies import with_own_copies
 from .raise_graph import Raised
+from .run_order import RunOrder
 from .stages import Stage
 from .traffic import INDEXED, SEARCHED, TablePrices, element_bytes, is_contraction
 
 _log = logger("cascades")
 
+#: Types that kernels for CPUs turn into f32 when they read them.
+_HALF = ("bf16", "f16")
 #: A place that is not known.
 _NOWHERE = Location()
 
 
 @dataclass(frozen=True)
 class Rates:
-    """What is compared: operations a second in a library's matrix product and in a fused kernel, bytes a second from
-    memory and, for what fits into it, from each cache: (its bytes, bytes a second), the smallest first; what tables
-    cost in a fused kernel. The defaults are of the order of two cores with AVX-512."""
+    """What is compared: operations a second in a library's matrix product and in a fused kernel, on f32 and (dtype,
+    library, fused) on ``others``; bytes a second from memory and, for what fits into it, from each cache: (its bytes,
+    bytes a second), the smallest first; what tables cost in a fused kernel. The defaults are of the order of two cores
+    with AVX-512."""
 
     library: float = 4e11
     fused: float = 4e11
     bandwidth: float = 2e10
     caches: tuple[tuple[float, float], ...] = ()
     tables: TablePrices = INDEXED
+    others: tuple[tuple[str, float, float], ...] = ()
 
     @classmethod
-    def of(cls, device: Device, dtype: str = "f32") -> Rates:
-        peak = device.matrix_rate(dtype)
+    def of(cls, device: Device) -> Rates:
+        library, fused = device.efficiency_of("gemm"), device.efficiency_of("cascade")
+        peak = device.matrix_rate("f32")
+        kinds = sorted({*device.matrix, *_HALF, "f64"} - {"f32", "tf32"})
+        made_in = {kind: "f32" if device.kind == "cpu" and kind in _HALF else kind for kind in kinds}
         caches = sorted((cache.bytes.value, max(cache.bandwidth.value, device.bandwidth)) for cache in device.caches)
         memory = device.efficiency_of("memory")
         return cls(
-            peak * device.efficiency_of("gemm"),
-            peak * device.efficiency_of("cascade"),
+            peak * library,
+            peak * fused,
             device.bandwidth * memory,
             tuple((size, rate * memory) for size, rate in caches),
             INDEXED if device.kind == "cpu" else SEARCHED,
+            tuple((k, device.matrix_rate(k) * library, device.matrix_rate(own) * fused) for k, own in made_in.items()),
         )
 
     def moving(self, moved: float, together: float) -> float:
@@ -73,7 +82,31 @@ class Rates:
 
     def written(self, t: Traffic) -> float:
         """Seconds that a stage takes as it is written."""
-        return (t.flops_written + t.tables_written) / self.library + self.moving(t.written, t.largest)
+        counted = t.flops_written + t.tables_written
+        return self._seconds(counted, _as_written(t), fused=False) + self.moving(t.written, t.largest)
+
+    def products(self, t: Traffic) -> float:
+        """Seconds that a library takes for a stage's products."""
+        return self._seconds(t.flops_written, _as_written(t), fused=False)
+
+    def products_at_least(self, t: Traffic) -> float:
+        """The same in a fused kernel that makes none of them twice."""
+        return self._seconds(t.flops_written, _as_written(t), fused=True)
+
+    def kernels(self, t: Traffic) -> float:
+        """Seconds that a stage's products and tables take in a fused kernel."""
+        return self._seconds(t.flops_fused, {kind: count for kind, _, count in t.other}, fused=True)
+
+    def _seconds(self, operations: int, other: Mapping[str, int], *, fused: bool) -> float:
+        """Of so many operations, of which ``other`` are on other types than f32."""
+        plain = self.fused if fused else self.library
+        rates = {kind: in_kernel if fused else library for kind, library, in_kernel in self.others}
+        parts = (count / rates.get(kind, plain) for kind, count in other.items())
+        return (operations - sum(other.values())) / plain + math.fsum(parts)
+
+    def library_of(self, dtype: str) -> float:
+        """Operations a second of a library's products of such operands."""
+        return next((library for kind, library, _ in self.others if kind == dtype), self.library)
 
 
 @dataclass(frozen=True)
@@ -140,7 +173,7 @@ class _Chooser:
                 owners.append(component)
             except NotFused as refusal:
                 self._refuse(component, str(refusal))
-        made = choose_offers(found, lambda groups: _acyclic(self.graph, groups), self.choice.variants)
+        made = choose_offers(found, RunOrder(self.graph).runnable, self.choice.variants)
         groups: list[Group] = []
         for component, offer, why in zip(owners, made.taken, made.why, strict=True):
             if offer is None:
@@ -175,7 +208,7 @@ class _Chooser:
         if saved < choice.saved_bytes:
             raise NotFused(f"it would save {max(saved, 0)} bytes only")
         before = rates.written(total)
-        least = total.flops_written / rates.fused
+        least = rates.products_at_least(total)
         if before < choice.gain * least and _most_passes_over(Cascade(tuple(core)), component.pair) == 1:
             raise NotFused(
                 f"{total.flops_written / 1e9:.3g} GFLOP to {total.written / 1e6:.3g} MB: computing, not memory, takes "
@@ -224,7 +257,7 @@ class _Chooser:
             raise NotFused(f"its largest tensor has {cut.wide_bytes} bytes only")
         if any(is_contraction(einsum) for einsum in cut.stage.einsums if einsum.output in candidate.component.wide):
             before = rates.written(total)
-            return before - total.flops_written / rates.library - rates.moving(total.written, cut.chunk_bytes)
+            return before - rates.products(total) - rates.moving(total.written, cut.chunk_bytes)
         raise NotFused("no product of a library makes its wide tensors")
 
     def _decide(self, candidate: Candidate) -> tuple[float, bool, tuple[Group, ...]]:
@@ -255,7 +288,7 @@ class _Chooser:
         the rates promise enough and all are known."""
         rates, choice = self.choice.rates, self.choice
         total = candidate.traffic
-        rough = sum(t.flops_fused / rates.fused + rates.moving(t.fused, t.fused) for t in total)
+        rough = sum(rates.kernels(t) + rates.moving(t.fused, t.fused) for t in total)
         if choice.price is None or sum(rates.written(t) for t in total) < choice.gain * rough:
             return rough, choice.gain
         prices = [choice.price(group.fused) for group in self._groups(candidate)]
@@ -346,26 +379,17 @@ class _Chooser:
         return groups
 
 
+def _as_written(t: Traffic) -> dict[str, int]:
+    """Operations of a stage's products as written, by the types that are no f32."""
+    return {kind: count for kind, count, _ in t.other}
+
+
 def _as_kernels(groups: Sequence[Group]) -> str:
     return "one kernel" if len(groups) == 1 else f"{len(groups)} kernels"
 
 
 def _einsums(stages: Sequence[Stage]) -> frozenset[str]:
     return frozenset(einsum.output for stage in stages for einsum in stage.einsums)
-
-
-def _acyclic(graph: Graph, groups: Sequence[Group]) -> bool:
-    """Whether the groups can be run one after the other, each at once."""
-    order = networkx.DiGraph()
-    made = {name: group.name for group in groups for name in group.results}
-    made |= {rest.value: group.name for group in groups for rest in group.rests}
-    for node in graph.nodes:
-        if node.name not in made:
-            order.add_edges_from((made.get(name, name), node.name) for name in node.operands())
-    for group in groups:
-        order.add_edges_from((made.get(name, name), f"group {group.name}") for name in group.operands)
-        order.add_edge(f"group {group.name}", group.name)
-    return bool(networkx.is_directed_acyclic_graph(order))
 
 
 def _rounded(stage: Stage, tensors: Mapping[str, Tensor]) -> tuple[str, ...]:

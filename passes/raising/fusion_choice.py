@@ -20,9 +20,9 @@ from ...cost_model.schedule_model import (
     ScheduleProblem,
     Span,
     Way,
-    answer_of,
     choose_ways,
     greedy,
+    time_of,
 )
 from ...cost_model.tile_cost import KernelVariant
 from ...ir.plan import Alternative, Decision
@@ -64,9 +64,6 @@ class Offers:
 
 #: The ways to generate a group's kernel, those of the generator's own rules first; none where there is no choice.
 Variants = Callable[[Group], Sequence[KernelVariant]]
-#: What a variant has to be faster than the generator's rules to be taken: prices of one kernel in two shapes are not
-#: told apart below that.
-ALIKE = 0.05
 #: Whether groups can be run one after the other, each at once.
 Runnable = Callable[[Sequence[Group]], bool]
 
@@ -147,14 +144,14 @@ def _kernels(found: Sequence[Offers], variants: Variants) -> list[_Kernel]:
 
 
 def _kernel_choice(found: Sequence[Offers], kernel: _Kernel) -> Choice:
-    """What each variant changes of the time that the rules' kernel takes: the same share as of its price."""
+    """What each variant changes of the time that the rules' kernel takes: the same share as of its price. It has to be
+    faster by what its price is not told apart from the rules' below."""
     offers, rule = found[kernel.part.choice], kernel.variants[0]
-    alike = ALIKE * kernel.seconds
     ways = []
     for each in kernel.variants:
         held = (Span(offers.first, offers.last, each.bytes),)
         change = kernel.seconds * (each.seconds / rule.seconds - 1)
-        ways.append(Way(each.what, change, frozenset(), held, each.bytes, alike))
+        ways.append(Way(each.what, change, frozenset(), held, each.bytes, each.alike * kernel.seconds))
     ways[0] = replace(ways[0], aversion=0.0)
     like = f"{offers.shape} kernel {kernel.group} of way {kernel.part.way}: {rule.what}"
     subject = f"kernel {kernel.group + 1} of {_subject(offers.name, offers.where)}"
@@ -178,7 +175,9 @@ def _kernel_decisions(found: Sequence[Offers], kernels: Sequence[_Kernel], answe
             kind="kernel",
             subject=f"kernel {kernel.group + 1} of {_subject(offers.name, offers.where)}",
             chosen=kernel.variants[way - 1].what,
-            alternatives=tuple(Alternative(what=each.what, value=each.seconds) for each in kernel.variants),
+            alternatives=tuple(
+                Alternative(what=each.what, value=each.seconds, measured=each.measured) for each in kernel.variants
+            ),
             bound=min(each.seconds for each in kernel.variants),
         )
         made.setdefault((offers.shape, kernel.part.way, kernel.group), []).append(decision)
@@ -245,16 +244,30 @@ def _decisions(
             )
         )
     if len(found) > 0:
-        written = answer_of(problem, [0] * len(problem.choices), 0.0)
-        ways = {"as written": written.seconds, "what saves most first": answer_of(problem, plain, 0.0).seconds}
-        ways["together"] = answer.seconds
+        choices = {"as written": [0] * len(problem.choices), "what saves most first": plain, "together": answer.taken}
+        seconds = {what: time_of(problem, taken) for what, taken in choices.items()}
+        slower = _slower(problem, answer.taken, len(found))
+        why = f", {slower} of them fused for the memory that it saves though it is slower" if slower else ""
         made.append(
             Decision(
                 kind="fusion",
-                subject=f"{len(found)} components as one model",
+                subject=f"{len(found)} components as one model{why}",
                 chosen="together",
-                alternatives=tuple(Alternative(what=what, value=value) for what, value in ways.items()),
-                bound=answer.bound,
+                alternatives=tuple(Alternative(what=what, value=value) for what, value in seconds.items()),
+                # Whatever is as averse as the answer, or less, takes no fewer seconds than this.
+                bound=max(0.0, answer.bound - (answer.seconds - seconds["together"])),
             )
         )
     return made
+
+
+def _slower(problem: ScheduleProblem, taken: Sequence[int], components: int) -> int:
+    """How many components are made kernels of although they are faster as they are written."""
+    seconds = [problem.choices[number].ways[taken[number]].seconds for number in range(components)]
+    for choice, way in zip(problem.choices, taken, strict=True):
+        if choice.part is not None:
+            seconds[choice.part.choice] += choice.ways[way].seconds
+    return sum(
+        way > 0 and each > choice.ways[0].seconds
+        for choice, way, each in zip(problem.choices, taken, seconds, strict=False)
+    )

@@ -18,8 +18,9 @@ _NOWHERE = Location()
 class Traffic:
     """Bytes moved to and from memory: by the ops as written (a matrix product is a kernel, and so is each stretch of
     other ops between them), by the fused kernel at least, and the compulsory ones (every operand read once, every
-    result written once). ``flops_written`` and ``flops_fused`` count contractions; ``largest``: bytes of the written
-    kernel that moves most; ``tables_written``: what takes as long as so many of them to look tables up."""
+    result written once). ``flops_written`` and ``flops_fused`` count contractions; ``other``: those of them, of either,
+    whose operands are no f32: (dtype, written, fused); ``largest``: bytes of the written kernel that moves most;
+    ``tables_written``: what takes as long as so many of f32 to look tables up (in ``flops_fused`` it is counted)."""
 
     written: int
     fused: int
@@ -28,6 +29,7 @@ class Traffic:
     flops_fused: int = 0
     largest: int = 0
     tables_written: int = 0
+    other: tuple[tuple[str, int, int], ...] = ()
 
 
 @dataclass(frozen=True)

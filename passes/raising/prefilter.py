@@ -45,5 +45,5 @@ def _is_wide(node: Node, table: TensorTable, choice: Choice) -> bool:
     flops, moved = 2 * made.elements * k, _MOVES * made.bytes
     rates = choice.rates
     return made.bytes >= choice.wide_bytes or (
-        rates.moving(moved, made.bytes) >= (choice.gain - 1) * flops / rates.library
+        rates.moving(moved, made.bytes) >= (choice.gain - 1) * flops / rates.library_of(table.read(node)[-1].dtype)
     )

@@ -84,6 +84,25 @@ def operations(einsums: Collection[Einsum], space: Space) -> int:
     return sum(2 * space.size(einsum.space) for einsum in einsums if is_contraction(einsum))
 
 
+def other_operations(
+    written: Collection[Einsum], fused: Collection[Einsum], space: Space, tensors: Mapping[str, Tensor]
+) -> tuple[tuple[str, int, int], ...]:
+    """(dtype, operations as written, operations fused) of contractions of other operands than f32."""
+    found: dict[str, list[int]] = {}
+    for place, einsums in enumerate((written, fused)):
+        for einsum in einsums:
+            if is_contraction(einsum) and (dtype := product_dtype(einsum, tensors)) != "f32":
+                found.setdefault(dtype, [0, 0])[place] += operations([einsum], space)
+    return tuple((dtype, *counts) for dtype, counts in sorted(found.items()))  # type: ignore[misc]
+
+
+def product_dtype(einsum: Einsum, tensors: Mapping[str, Tensor]) -> str:
+    """The widest floating type of a contraction's operands: what its products are made in."""
+    kinds = {tensors[tensor_name(item)].dtype for item in einsum.reads}
+    floating = {kind for kind in kinds if kind.startswith(("f", "bf"))}
+    return max(floating or kinds, key=lambda kind: (DTYPES[kind][1], kind))
+
+
 class Copies:
     """Bytes that a graph copies to lay a matrix product's operands out: heads repeated for grouped queries, transposes.
 
@@ -150,7 +169,8 @@ def traffic(
     compulsory = sum(size(name) for name in inputs | outputs)
     flops = operations(own, space), operations(stage.einsums, space) + tables.fused(stage.einsums, space)
     looked_up = tables.written(own, space, shared)
-    return Traffic(sum(moved), compulsory, compulsory, *flops, max(moved, default=0), looked_up)
+    other = other_operations(own, stage.einsums, space, tensors)
+    return Traffic(sum(moved), compulsory, compulsory, *flops, max(moved, default=0), looked_up, other)
 
 
 def _libraries(einsums: Collection[Einsum]) -> list[int]:

@@ -5,16 +5,20 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from attention_variants import VARIANTS
 from command_line import Effcc
+from effcc.cascade_fusion import variants_for
 from effcc.codegen.cascade_op import prepare_on_gpu
-from effcc.codegen.gpu_kernel_variants import TILES, TOLD_APART, GpuKernelVariants
-from effcc.codegen.triton_tiles.target import Target
-from effcc.cost_model.devices import load_device
+from effcc.codegen.gpu_kernel_variants import GPU_ALIKE, TILES, GpuKernelVariants
+from effcc.codegen.triton_tiles.target import CAPABILITIES, Target
+from effcc.codegen.variant_timing import close_ones
+from effcc.cost_model.devices import list_devices, load_device
 from effcc.cost_model.gpu_tile_cost import Launched, program_seconds
+from effcc.errors import DeviceError
 from effcc.ir.parser import parse_fused_cascade
 from effcc.passes.raising.choose import choose
 from effcc.passes.raising.group import Group
@@ -58,14 +62,20 @@ def test_few_blocks_are_filled_with_shorter_tiles(group: Group) -> None:
     best = dict(min(found, key=lambda each: each.seconds).schedule)
     assert best["rows"] < 128
     assert (best["rows"], best["streamed"]) in TILES
-    cheaper = [each for each in found[1:] if each.seconds < found[0].seconds]
-    assert all(each.seconds < (1 - TOLD_APART) * found[0].seconds for each in cheaper), "the others are left out"
+    assert {(each.measured, each.alike) for each in found} == {(False, GPU_ALIKE)}
 
 
 def test_with_blocks_enough_the_rule_stays(larger: Group) -> None:
     """One for each of an L4's multiprocessors, and more: no other tiles are clearly cheaper."""
     found = variants_of("l4")(larger)
-    assert min(found, key=lambda each: each.seconds) is found[0]
+    assert min(each.seconds for each in found) >= (1 - GPU_ALIKE) * found[0].seconds
+
+
+def test_what_is_a_little_cheaper_is_there_to_be_timed(larger: Group) -> None:
+    """It is not taken for its price, but it is among those that ``measure_candidates`` runs."""
+    found = variants_of("l4")(larger)
+    little = [each for each in found if (1 - GPU_ALIKE) * found[0].seconds <= each.seconds < found[0].seconds]
+    assert little and set(close_ones(found, 0.12)[1:]) & set(little)
 
 
 def test_no_kernel_is_cheaper_than_its_products_and_its_bytes(group: Group) -> None:
@@ -83,6 +93,27 @@ def test_what_is_reduced_without_products_is_left_to_the_rules() -> None:
     (run,) = record(mean_and_variance, [torch.randn(512, 256)])
     for each in choose(raise_graph(run.graph), EVERYTHING).groups:
         assert variants_of("h100")(each) == ()
+
+
+@pytest.mark.parametrize("name", list_devices())
+def test_every_device_file_is_a_target_or_is_refused(name: str) -> None:
+    """NVIDIA's GPUs have a capability, whose table of shared memory agrees with the file; kernels are made for no other
+    device."""
+    device = load_device(name)
+    if device.kind != "cuda":
+        with pytest.raises(DeviceError, match="compute capability"):
+            Target.of_device(name)
+        return
+    target = Target.of_device(name)
+    known = {"h100": 90, "h200": 90, "a100-80g": 80, "l4": 89, "rtx4090": 89}
+    assert target.capability == known.get(name, target.capability)
+    assert (target.units, target.shared) == (device.units.value, device.unit_scratch.value)
+    assert target.shared == Target.of_capability(target.capability).shared
+    assert variants_for(device) is not None, "its kernels' tiles are chosen"
+
+
+def test_no_target_is_without_its_device_file() -> None:
+    assert set(CAPABILITIES) == {name for name in list_devices() if load_device(name).kind == "cuda"}
 
 
 def price_of(group: Group, launched: Launched) -> float:
@@ -113,6 +144,28 @@ def test_the_kernel_has_the_chosen_tiles_and_warps(group: Group) -> None:
     assert {64, 32} <= {loop.step for loop in placed.kernel.programs[0].loops} <= {1, 64, 32}
 
 
+def test_equal_layers_are_lowered_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Attention of two layers, written down as one op: its kernel, and then its source, are made once."""
+    from effcc.codegen import cascade_op
+
+    made = 0
+    original = cascade_op.prepare_with
+
+    def counting(*args: Any, **more: Any) -> Any:
+        nonlocal made
+        made += 1
+        return original(*args, **more)
+
+    monkeypatch.setattr(cascade_op, "prepare_with", counting)
+    target = Target.of_device("l4")
+    texts = {prepare_on_gpu(each.fused, each.rewriting, target)[0] for each in (group_of(3, 320, 352) for _ in "ab")}
+    (text,) = texts
+    assert "@triton.jit" in cascade_op.gpu_source(text, target)
+    assert made == 1
+    prepare_on_gpu(parse_fused_cascade(text), None, Target.of_device("h100"))
+    assert made == 2, "another GPU has another kernel"
+
+
 MODEL = """
 import torch
 
@@ -140,7 +193,7 @@ def test_a_plan_for_a_gpu_says_how_its_kernels_are_generated(effcc: Effcc, tmp_p
     prices = {each["what"]: each["value"] for each in kernel["alternatives"]}
     assert any("(rule" in what for what in prices) and all("warps" in what for what in prices)
     rule = next(value for what, value in prices.items() if "(rule" in what)
-    assert prices[kernel["chosen"]] == rule or prices[kernel["chosen"]] < (1 - TOLD_APART) * rule
+    assert prices[kernel["chosen"]] == rule or prices[kernel["chosen"]] < (1 - GPU_ALIKE) * rule
     out = effcc("explain", plan, "--schedule").out
     assert "what is fused into one kernel, and each kernel's tiles, parts, warps" in out
     assert "kernel: tile lengths of each launch by rank" in out

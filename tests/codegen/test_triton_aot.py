@@ -9,8 +9,7 @@ from pathlib import Path
 
 import pytest
 from attention_cascades import BACKWARD, FORWARD, GROUPED
-from effcc.cost_model.devices import load_device
-from effcc.errors import CompileError, DeviceError
+from effcc.errors import CompileError
 from effcc.ir.cascade_parser import parse_cascade
 
 pytest.importorskip("triton")
@@ -102,13 +101,3 @@ def test_occupancy() -> None:
     assert hopper.resident(threads=32, registers=16, shared=0) == 32
     assert hopper.occupancy(threads=128, registers=128, shared=0) == 0.25
     assert Target.of_capability(89).occupancy(threads=256, registers=40, shared=0) == 1.0
-
-
-def test_targets_of_devices() -> None:
-    for name, capability in (("h100", 90), ("h200", 90), ("a100-80g", 80), ("l4", 89)):
-        target = Target.of_device(name)
-        assert target.capability == capability
-        assert target.units == load_device(name).units.value
-        assert target.shared == load_device(name).unit_scratch.value
-    with pytest.raises(DeviceError, match="compute capability"):
-        Target.of_device("mi300x")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -31,13 +32,17 @@ def test_only_what_prices_do_not_tell_apart_is_timed() -> None:
     rule, second, third = found = priced(1.0, 0.5, 0.52)
     assert close_ones(found, 0.12) == [rule, second, third], "the rule's time is the measure of the others"
     assert len(close_ones(priced(*[1.0] * 9), 0.12)) == MOST
+    found = (rule, replace(second, seconds=1.2, alike=0.25), replace(third, seconds=1.2))
+    assert close_ones(found, 0.12) == list(found[:2]), "each by what is told apart of it"
 
 
 def test_times_and_prices_are_in_one_measure() -> None:
     rule, second, _ = found = priced(1.0, 1.05, 2.0)
     made = with_times(found, {rule: 3.0, second: 2.5})
     assert [each.seconds for each in made] == [3.0, 2.5, 6.0]
-    assert [each.what for each in made] == ["way 0, measured", "way 1, measured", "way 2"]
+    assert [each.what for each in made] == ["way 0", "way 1", "way 2"]
+    assert [each.measured for each in made] == [True, True, False]
+    assert [each.alike for each in made] == [0.0, 0.0, found[2].alike], "a time needs no doubt, a price does"
     assert [each.schedule for each in made] == [each.schedule for each in found]
 
 
@@ -57,7 +62,7 @@ def test_a_kernel_is_timed_once(group: Group, tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(variant_timing, "MOST", 2)  # two are compiled
     variants = TimedVariants(KernelVariants(RATES), tmp_path)
     found = variants(group)
-    timed = [each for each in found if each.what.endswith("measured")]
+    timed = [each for each in found if each.measured]
     assert len(timed) == 2 and timed[0] is found[0]
     assert all(0 < each.seconds < 10 for each in timed)
     (stored,) = read_measurements(tmp_path / "kernels.json")[machine_name()].values()

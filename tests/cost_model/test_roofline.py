@@ -111,6 +111,22 @@ def test_causal_attention_counts_whole_but_takes_half_the_time() -> None:
     assert fraction == pytest.approx((4096 + 1) / (2 * 4096), rel=1e-6)
 
 
+def test_a_mask_does_not_decide_the_rate_of_a_product() -> None:
+    """Scores of one head of 64: the mask has more elements than queries, keys and values together."""
+    inputs: dict[str, Type] = {name: TensorType("bf16", (1, 1, 2048, 64)) for name in "qkv"}
+    heads = TensorType("bf16", (1, 1, 2048, 64))
+    plain = graph_of("aten.scaled_dot_product_attention", inputs, (Ref("q"), Ref("k"), Ref("v")), heads)
+    masked = graph_of(
+        "aten.scaled_dot_product_attention",
+        inputs | {"mask": TensorType("b1", (1, 1, 2048, 2048))},
+        (Ref("q"), Ref("k"), Ref("v"), Ref("mask")),
+        heads,
+    )
+    slow = cost_of(masked, "l4").seconds
+    read = 2048 * 2048 / load_device("l4").bandwidth
+    assert slow <= cost_of(plain, "l4").seconds + 2 * read
+
+
 def test_large_product_is_compute_bound_and_a_copy_is_memory_bound() -> None:
     h100 = load_device("h100")
     big = TensorType("bf16", (8192, 8192))

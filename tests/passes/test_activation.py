@@ -9,8 +9,9 @@ import pytest
 from effcc.passes.activation.candidates import evaluate
 from effcc.passes.activation.cut import PricedCuts
 from effcc.passes.activation.floor_program import program_bound
+from effcc.passes.activation.options import _needed_in
 from effcc.passes.activation.search import ActivationSearch
-from effcc.passes.activation.simulate import Simulator
+from effcc.passes.activation.simulate import Entry, Simulator
 from fresh_seed import fresh_random
 from random_joints import every_choice, random_joint
 
@@ -75,6 +76,20 @@ def test_the_floor_is_proven_where_layers_are_computed_from_layers_before() -> N
         assert parts <= whole <= least
         better += whole > search.floor_bound
     assert better, "no program was better than the look at one op at a time"
+
+
+def test_what_runs_again_belongs_to_the_backward_that_asked_for_it() -> None:
+    """In one walk over the entries, as a look ahead from each of them finds it."""
+    rng = fresh_random()
+    for _ in range(50):
+        ops = [Entry(number, False, False) for number in range(rng.randint(0, 5))]
+        ops += [Entry(rng.randint(5, 20), True, rng.random() < 0.6) for _ in range(rng.randint(0, 30))]
+        owner = {number: rng.randint(0, 4) for number in range(21)}
+        found = _needed_in(ops, owner)
+        for position, entry in enumerate(ops):
+            if entry.backward:
+                asked = next((owner[each.op] for each in ops[position:] if not each.again), 0)
+                assert found[position] == asked
 
 
 def test_what_the_caller_holds_is_kept_at_no_cost() -> None:

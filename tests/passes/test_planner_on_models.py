@@ -174,7 +174,7 @@ def test_peak_of_op_by_op_execution_is_the_allocators(name: str) -> None:
 
 
 def test_peak_with_convolutions_is_close_to_the_allocators() -> None:
-    """Convolutions reorder their operands inside; what they hold meanwhile is only known approximately: oneDNN's scratch
+    """Convolutions reorder their operands inside; what they hold meanwhile is known approximately: oneDNN's scratch
     for dilated and transposed ones depends on the processor and on the number of threads."""
     captured = example("residual_net")
     plan = make_plan("m", captured.graphs, load_device("cpu"), region_buffers=one_kernel_an_op, place=False)

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from effcc.cost_model.devices import load_device
+from effcc.cost_model.devices import list_devices, load_device
 from effcc.ir.graph import Graph
 from effcc.passes.raising.candidates import Candidates
 from effcc.passes.raising.choose import Choice, Rates, choose
@@ -101,6 +101,30 @@ def test_rates_are_those_of_the_device() -> None:
     assert rates.moving(1e6, 1e6) < rates.moving(1e6, 1e9), "what fits into a cache moves faster"
     gpu = load_device("h100")
     assert gpu.efficiency_of("cascade") == gpu.efficiency_of("attention")
+
+
+@pytest.mark.parametrize("device", list_devices())
+@pytest.mark.parametrize("dtype", ["f32", "bf16", "f16", "f64"])
+def test_products_are_priced_at_the_rate_of_their_operands(device: str, dtype: str) -> None:
+    found = load_device(device)
+    rates = Rates.of(found)
+    count = 10**12
+    stage = Traffic(0, 0, 0, count, count, other=() if dtype == "f32" else ((dtype, count, count),))
+    assert rates.products(stage) == pytest.approx(count / (found.matrix_rate(dtype) * found.efficiency_of("gemm")))
+    # Kernels for a CPU turn what is narrow into f32.
+    made_in = "f32" if found.kind == "cpu" and dtype != "f64" else dtype
+    assert rates.kernels(stage) == pytest.approx(count / (found.matrix_rate(made_in) * found.efficiency_of("cascade")))
+    assert rates.written(stage) == pytest.approx(rates.products(stage))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_a_stage_knows_what_its_products_are_made_in(dtype: torch.dtype) -> None:
+    (run,) = record(attention, [torch.randn(1, 2, 300, 16, dtype=dtype) for _ in range(3)])
+    found = Candidates(with_own_copies(raise_graph(run.graph)), INDEXED)
+    (stage,) = [t for each in components(found.space) for t in found.work_out(each).traffic]
+    name = {torch.bfloat16: "bf16", torch.float16: "f16", torch.float64: "f64"}.get(dtype)
+    assert stage.flops_written == 2 * 2 * 2 * 300 * 300 * 16
+    assert stage.other == (((name, stage.flops_written, stage.flops_written),) if name else ())
 
 
 def tables(layers: int, places: int, prices: TablePrices) -> list[Traffic]:
