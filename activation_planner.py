@@ -8,13 +8,15 @@ the graph is compiled again with as much less to aim at.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch.fx as fx
 
 from . import torch_internals
+from .codegen.kernel_order import little_memory
+from .codegen.wrapper_memory import reordered_bytes
 from .cost_model.devices import Device
 from .errors import EffccError
 from .frontend.fx_import import from_fx
@@ -151,19 +153,30 @@ class ActivationPlanner:
             backward_only=torch_internals.backward_only_nodes(gm),
             outside=self.elsewhere.bytes,
             outside_loss=True,
+            workspaces=reordered_bytes,
             rows=RowGraph(gm).facts() if self.swap else None,
         )
 
-    def fusions(self, phase: str) -> AbstractContextManager[None]:
+    def fusions(self, phase: str) -> AbstractContextManager[Any]:
         """Inside, what is computed again for one layer does not become a kernel with another layer's: its results would
-        wait for their turn in memory that the simulation does not count."""
+        wait for their turn in memory that the simulation does not count. Nor do a product's operands wait for what it
+        is added to, and kernels run in an order of little memory. Where all counts, nothing is fused across a library's
+        calls, and no random numbers are stored."""
         if phase != "backward" or self.choice is None or self.choice.rule != "planned":
             return nullcontext()
-        return torch_internals.fusions_within(NEAR)
+        stack = ExitStack()
+        stack.enter_context(torch_internals.fusions_within(NEAR, between_calls=self.exhausted))
+        stack.enter_context(torch_internals.products_within(NEAR))
+        stack.enter_context(little_memory())
+        if self.exhausted:
+            stack.enter_context(torch_internals.inlined_random())
+        return stack
 
     def exceeded(self, peak: int) -> bool:
         """The compiled step needs ``peak`` bytes, everything counted. Returns whether another attempt is worth it."""
         self.least = peak if self.least is None else min(self.least, peak)
+        # What is compiled may need a little less than the simulation says, and what is there is no proof's match.
+        self.proven = min(self.proven, self.least)
         if self.choice is None:
             return False
         if not self.frugal:

@@ -13,7 +13,10 @@ from dataclasses import dataclass, field
 
 import msgspec
 
+from ..cost_model.flops import Call
 from ..cost_model.region_memory import RegionBuffer, RegionKernel, RegionMemory
+from ..cost_model.tensors import TensorTable
+from ..ir.graph import Node
 from ..ir.types import DTYPES, SHORT_DTYPE
 
 #: Inductor rounds allocations inside its wrappers up to nothing; torch's CPU allocator aligns to 64 bytes without cost.
@@ -289,6 +292,17 @@ class _Reader:
 
 #: Op, position of its weight, and how many more times the weight it holds while it runs.
 _REORDERS = (("convolution_backward", 2, 2), ("convolution", 1, 1))
+
+
+def reordered_bytes(node: Node, table: TensorTable) -> int:
+    """Bytes that the call which an op becomes holds for itself, as ``wrapper_memory`` counts them."""
+    call = Call(node, table)
+    for op, operand, copies in _REORDERS:
+        if op in node.op:
+            weight = call.tensor(operand)
+            return copies * weight.storage if weight is not None else 0
+    return 0
+
 
 _ARITHMETIC: tuple[tuple[type[ast.operator], Callable[[int, int], int]], ...] = (
     (ast.Add, lambda a, b: a + b),

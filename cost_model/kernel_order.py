@@ -38,12 +38,14 @@ LONGEST, SMALLEST = 4000, 1 << 20
 
 @dataclass(frozen=True)
 class Value:
-    """``made``: the kernel that makes it, -1 for what is there at the start. ``kept``: it stays to the end."""
+    """``made``: the kernel that makes it, -1 for what is there at the start. ``kept``: it stays to the end. ``over``:
+    values that it is written over, each if its maker is the last to read that one: it then needs no memory besides."""
 
     bytes: int
     made: int
     used: tuple[int, ...]
     kept: bool = False
+    over: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -75,12 +77,21 @@ def use_over(problem: OrderProblem, order: Sequence[int]) -> list[int]:
     """Bytes held while each kernel of ``order`` runs, by position."""
     position = {kernel: at for at, kernel in enumerate(order)}
     change = [0] * (len(order) + 1)
+    ends: list[int] = []
     for value in problem.values:
         first = position[value.made] if value.made >= 0 else 0
         change[first] += value.bytes
+        ends.append(len(order))
         if not value.kept:
-            last = max([position[kernel] for kernel in value.used] or [first])
-            change[max(first, last) + 1] -= value.bytes
+            ends[-1] = max([first, *(position[kernel] for kernel in value.used)])
+            change[ends[-1] + 1] -= value.bytes
+    for value in problem.values:
+        for other in value.over:
+            if ends[other] == position[value.made]:
+                change[ends[other]] -= problem.values[other].bytes
+                change[ends[other] + 1] += problem.values[other].bytes
+                ends[other] = -1  # once only
+                break
     held, running = [], 0
     for each in change[:-1]:
         running += each
@@ -109,12 +120,16 @@ def lower_bound(problem: OrderProblem) -> int:
     for kernel in range(problem.count):
         own = 1 << kernel
         past, future = earlier[kernel] | own, later[kernel] | own
-        held = 0
+        held = taken = 0
+        room: set[int] = set()
         for value, maker, reader in zip(problem.values, makers, readers, strict=True):
             there = not maker or maker & past
             if there and (value.kept or reader & future or maker & own):
                 held += value.bytes
-        best = max(best, held)
+            if value.over and maker & own:
+                taken += value.bytes
+                room.update(value.over)
+        best = max(best, held - min(taken, sum(problem.values[other].bytes for other in room)))
     return best
 
 

@@ -50,7 +50,7 @@ from .observing import (
     peak_growth,
     structured_trace,
 )
-from .scheduling import KernelValue, fusions_within, kernel_order
+from .scheduling import KernelValue, fusions_within, inlined_random, kernel_order, marked, products_within
 from .settings import (
     cache_directory,
     cudagraphs_wanted,
@@ -78,10 +78,12 @@ __all__ = [
     "cudagraphs_wanted",
     "debug_directory", "divert_cpp_kernels", "donated_inputs", "donating", "fake_mode_of", "fake_result", "first_look",
     "fusions_within",
-    "graph_breaks", "graph_settings", "has_bodies", "inductor_settings", "is_invoke_subgraph", "is_primal",
+    "graph_breaks", "graph_settings", "has_bodies", "inductor_settings", "inlined_random", "is_invoke_subgraph",
+    "is_primal",
     "is_recompilation", "joint_partitioner", "joint_pass", "kernel_order", "knapsack_partition", "load_cpp_kernel",
-    "load_region", "lowering_error_target", "memory_timeline", "minimum_cut_partition", "mode_options",
-    "peak_and_mark", "peak_growth", "plain_tensors", "prepare_joint", "record_offset", "refresh_values",
+    "load_region", "lowering_error_target", "marked", "memory_timeline", "minimum_cut_partition", "mode_options",
+    "peak_and_mark", "peak_growth", "plain_tensors", "prepare_joint", "products_within", "record_offset",
+    "refresh_values",
     "region_settings", "remembered_toolchain", "report_output_strides", "saved_outputs", "split_joint",
     "stable_topological_sort", "start_cpp_library", "storage_key", "storage_owners", "structured_trace",
     "tensor_owners", "unhooked_step", "weak_storage", "without_code_cache",

@@ -9,12 +9,16 @@ from typing import Any, NamedTuple
 
 
 class KernelValue(NamedTuple):
-    """A buffer: ``made`` by a kernel (-1: an input that may be freed), ``used`` by kernels, ``kept``: an output."""
+    """A buffer: ``made`` by a kernel (-1: an input that may be freed), ``used`` by kernels, ``kept``: an output;
+    ``over``: places of the buffers that its kernel writes it over, where that is the last to read them. ``lent``: a
+    gradient that a backward was given: Inductor takes it to stay, but it is freed like others. These come last."""
 
     bytes: int
     made: int
     used: tuple[int, ...]
     kept: bool
+    over: tuple[int, ...] = ()
+    lent: bool = False
 
 
 #: (kernels that must run before each, buffers, order that Inductor's heuristics chose) -> order, and a line of text
@@ -39,34 +43,95 @@ def kernel_order(choose: Choose, name: str) -> Iterator[None]:
 
     memory.reorder_for_peak_memory = reorder
     try:
-        with _marked(name):
+        with marked(name):
             yield
     finally:
         memory.reorder_for_peak_memory = plain
 
 
 @contextlib.contextmanager
-def fusions_within(distance: int) -> Iterator[None]:
+def fusions_within(distance: int, between_calls: bool = False) -> Iterator[None]:
     """Inside, ops of a region that need nothing of each other become one kernel only if in its graph no more than
-    ``distance`` buffers lie between them (64 is Inductor's own limit)."""
+    ``distance`` buffers lie between them (64 is Inductor's own limit); with ``between_calls`` also no call of a
+    library: what that makes and frees is then not held beside all that both read and write."""
     from torch._inductor.scheduler import Scheduler
 
     plain = Scheduler.are_long_distant_nodes
+    calls: list[tuple[Any, list[int]]] = []
 
-    def far(_: Any, one: Any, other: Any) -> bool:
-        return bool(max(abs(one.min_order - other.max_order), abs(other.min_order - one.max_order)) > distance)
+    def far(scheduler: Any, one: Any, other: Any) -> bool:
+        if max(abs(one.min_order - other.max_order), abs(other.min_order - one.max_order)) > distance:
+            return True
+        if not between_calls:
+            return False
+        if not calls or calls[-1][0] is not scheduler:
+            calls.append((scheduler, [node.min_order for node in scheduler.nodes if node.is_extern()]))
+        low, high = min(one.min_order, other.min_order), max(one.max_order, other.max_order)
+        return any(low < place < high for place in calls[-1][1])
 
     Scheduler.are_long_distant_nodes = far
     try:
-        with _marked(f"effcc fusions within {distance}"):
+        with marked(f"effcc fusions within {distance}{' between calls' if between_calls else ''}"):
             yield
     finally:
         Scheduler.are_long_distant_nodes = plain
 
 
 @contextlib.contextmanager
-def _marked(name: str) -> Iterator[None]:
-    """Inside, ``name`` is part of the code cache's keys."""
+def inlined_random() -> Iterator[None]:
+    """Inside, random numbers are made by each kernel that reads them (from seed and place: the same ones), not stored
+    for all."""
+    from torch._inductor import inductor_prims, ir
+    from torch._inductor.lowering import lowerings
+
+    plain = lowerings[inductor_prims.random]
+
+    def lower(*args: Any, **kwargs: Any) -> Any:
+        realize = ir.StorageBox.realize
+        ir.StorageBox.realize = lambda _: None
+        try:
+            return plain(*args, **kwargs)
+        finally:
+            ir.StorageBox.realize = realize
+
+    lowerings[inductor_prims.random] = lower
+    try:
+        with marked("effcc inlined random"):
+            yield
+    finally:
+        lowerings[inductor_prims.random] = plain
+
+
+@contextlib.contextmanager
+def products_within(distance: int) -> Iterator[None]:
+    """Inside, a product that is added to something later becomes one call with the addition only if no more than
+    ``distance`` ops of the graph lie between them: its operands are held until that call."""
+    from torch._inductor.fx_passes import post_grad
+
+    plain = post_grad.should_prefer_unfused_addmm
+
+    def apart(match: Any) -> bool:
+        if plain(match):
+            return True
+        last = match.output_node()
+        node = next(node for node in match.nodes if node is not last)
+        for _ in range(distance + 1):
+            node = node.next
+            if node is last:
+                return False
+        return True
+
+    post_grad.should_prefer_unfused_addmm = apart
+    try:
+        with marked(f"effcc products within {distance}"):
+            yield
+    finally:
+        post_grad.should_prefer_unfused_addmm = plain
+
+
+@contextlib.contextmanager
+def marked(name: str) -> Iterator[None]:
+    """Inside, ``name`` is part of the code cache's keys: code is generated otherwise than without."""
     from torch._inductor import config
 
     before = getattr(config._pre_fusion_custom_pass, "uuid", lambda: "")()
@@ -83,6 +148,7 @@ def _problem(
 
     number = {node: index for index, node in enumerate(nodes)}
     before = tuple(tuple(sorted(number[each] for each in node.mpi_node.pred_nodes)) for node in nodes)
+    given = get_freeable_input_buf(nodes, inputs)
     values = [
         KernelValue(
             entry.mpi_buffer.size_free,
@@ -90,8 +156,9 @@ def _problem(
             tuple(sorted(number[each] for each in entry.mpi_buffer.succ_nodes)),
             name in outputs,
         )
-        for name, entry in get_freeable_input_buf(nodes, inputs).items()
+        for name, entry in given.items()
     ]
+    names = list(given)
     for index, node in enumerate(nodes):
         for buffer in node.get_outputs():
             info = buffer.mpi_buffer
@@ -103,7 +170,57 @@ def _problem(
                 makers = [number[each] for b in whole for each in node.mpi_node.pred_nodes if b in each.get_outputs()]
                 maker, used = (makers[0] if makers else index), used | {index}
             values.append(KernelValue(info.size_free, maker, tuple(sorted(used)), buffer.get_name() in outputs))
+            names.append(buffer.get_name())
+    values += _gradients_given(nodes, inputs, outputs)
+    place = {name: index for index, name in enumerate(names)}
+    for node in nodes:
+        for written, read in _written_over(node):
+            if written in place and read in place:
+                value = values[place[written]]
+                values[place[written]] = value._replace(over=(*value.over, place[read]))
     return before, tuple(values), tuple(number[node] for node in ordered)
+
+
+def _gradients_given(nodes: list[Any], inputs: Any, outputs: Any) -> list[KernelValue]:
+    from torch._inductor.virtualized import V
+
+    used: dict[str, dict[int, None]] = {}
+    size: dict[str, int] = {}
+    for index, node in enumerate(nodes):
+        for read in node.read_writes.reads:
+            if read.name in inputs and read.name.startswith("tangents"):
+                used.setdefault(read.name, {})[index] = None
+                size[read.name] = max(size.get(read.name, 0), V.graph.get_dep_size_hint(read))
+    return [KernelValue(size[name], -1, tuple(of), name in outputs, lent=True) for name, of in used.items()]
+
+
+def _written_over(kernel: Any) -> Iterator[tuple[str, str]]:
+    """(result, operand) of a generated kernel where Inductor lets the result take the operand's memory, if nothing
+    reads that later. These are the conditions of its ``decide_inplace_update`` that no order changes."""
+    from torch._inductor import config
+    from torch._inductor.codegen.wrapper import can_match_buffer_size
+    from torch._inductor.scheduler import SchedulerNode
+
+    if not config.inplace_buffers:
+        return
+    own = {node.get_name(): node for node in kernel.get_nodes() if isinstance(node, SchedulerNode)}
+    for node in own.values():
+        known, donated = node.scheduler.name_to_buf, getattr(node.scheduler, "name_to_donated_buffer", {})
+        for result in node.get_outputs():
+            if not result.node.should_allocate() or result.node.get_mutation_names():
+                continue
+            for read in node.read_writes.reads:
+                operand = donated.get(read.name) or known.get(read.name)
+                if operand is None or operand.node is None:
+                    continue
+                users: list[Any] = [user for user in operand.users if user.node.get_name() in own]
+                accesses = {
+                    each for u in users for each in u.node.read_writes.reads_and_writes() if each.name == read.name
+                }
+                last = [user for user in users if user.node.get_name() not in node.ancestors]
+                alone = len(accesses) == 1 and [user.node for user in last] == [node] and last[0].can_inplace
+                if alone and can_match_buffer_size(operand.node, result.node):
+                    yield result.get_name(), read.name
 
 
 def _note(text: str) -> None:

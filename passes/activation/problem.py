@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 from ...cost_model.devices import Device
 from ...cost_model.op_classes import FUSABLE, SCATTER, kind_of, packet
@@ -19,6 +19,8 @@ from .token_shares import TokenRows
 UNORDERED = frozenset(
     "scatter_add scatter_reduce index_add index_put _unsafe_index_put embedding_dense_backward bincount".split()
 )
+#: (op, sizes) -> bytes that it holds besides operands and results.
+Workspaces = Callable[[Node, TensorTable], int]
 #: Share of its own traffic that a fusable op costs when it is recomputed inside the kernel that uses its result.
 FUSED_SHARE = 0.5
 
@@ -107,6 +109,7 @@ def joint_problem(
     pinned: Collection[str] = (),
     outside: int = 0,
     outside_loss: bool = False,
+    workspaces: Workspaces | None = None,
     rows: TokenRows | None = None,
 ) -> JointProblem:
     """The problem of a joint graph whose first ``forward_outputs`` outputs are the forward's.
@@ -117,6 +120,8 @@ def joint_problem(
         outside: bytes that are held all along besides.
         outside_loss: between forward and backward the caller computes a loss of the outputs, and its gradient: an op
             without a node that makes the gradients of the outputs (see ``cost_model.outside_loss``).
+        workspaces: says what a library's op holds for itself while it runs, which counts as a result that nothing
+            reads.
         rows: which ops are row-wise; None: no value may be split by tokens.
 
     Raises ShapeError for a symbolic size without a binding.
@@ -132,6 +137,7 @@ def joint_problem(
     maker: dict[int, int] = {}
     overwritten: set[int] = set()
     loss: int | None = None
+    own_memory: list[tuple[str, int, int]] = []
     for node in graph.nodes:
         if node.op == "input":
             continue
@@ -170,9 +176,15 @@ def joint_problem(
                 module=node.location.module,
             )
         )
+        held = workspaces(node, table) if workspaces is not None and not ops[index].fused else 0
+        if held:
+            own_memory.append((node.name, held, index))
     values = [_value(s, maker.get(s.id, -1) if s.id not in inputs else -1, ops, device) for s in storages.storages]
     if loss is not None:
         values.append(Value(len(values), NAME, 0, lost, loss))
+    for name, held, index in own_memory:
+        ops[index] = replace(ops[index], writes=(*ops[index].writes, len(values)))
+        values.append(Value(len(values), name, -1, held, index))
     outputs = [_storages_of(output, storages) for output in graph.outputs]
     constant = sum(values[s].bytes for s in inputs if s not in tangents) + outside
     users: dict[int, list[int]] = {}
