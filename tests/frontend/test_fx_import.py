@@ -16,7 +16,8 @@ from effcc.ir.printer import print_graph
 from effcc.ir.structural_hash import graph_hash
 from effcc.ir.types import ScalarType, TensorType, TupleType
 from effcc.ir.verifier import verify
-from fx_captures import MODELS, Captured, graphs_of
+from fx_captures import BY_DEFAULT, MODELS, Captured, graphs_of
+from some_by_default import some_by_default
 from torch.fx.experimental.proxy_tensor import make_fx
 
 
@@ -28,7 +29,7 @@ def computing(graph: Graph) -> list:
     return [node for node in graph.nodes if node.op not in ("input", "getitem", "constant")]
 
 
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("model", some_by_default(MODELS, BY_DEFAULT))
 def test_every_graph_verifies_and_reads_back_equal(model: str) -> None:
     for one in graphs_of(model):
         graph = imported(one)
@@ -42,7 +43,7 @@ def test_every_graph_verifies_and_reads_back_equal(model: str) -> None:
         assert sorted(node.name for node in graph.nodes) == sorted(fx_names)
 
 
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("model", some_by_default(MODELS, BY_DEFAULT))
 def test_forward_ops_carry_a_real_source_line(model: str) -> None:
     for one in graphs_of(model):
         nodes = computing(imported(one))
@@ -70,7 +71,9 @@ def test_llama_ops_name_their_layer() -> None:
     ] + ["lm_head"]  # fmt: skip
 
 
-@pytest.mark.parametrize("model", ["llama", "gpt2", "mixtral", "t5", "vit", "conv"])
+@pytest.mark.parametrize(
+    "model", some_by_default(["llama", "gpt2", "mixtral", "t5", "vit", "conv"], {"mixtral", "t5", "conv"})
+)
 def test_backward_ops_name_their_forward_op(model: str) -> None:
     graphs = graphs_of(model)
     joint, forward, backward = (
