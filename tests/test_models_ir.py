@@ -20,7 +20,7 @@ from effcc.planning import Planned
 from models import ZOO, build
 
 #: In the default run; the others take 10 to 60 seconds each and are marked slow.
-QUICK = ("resnet", "gpt2")
+QUICK = ("resnet",)
 
 names = [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in ZOO]
 modes = pytest.mark.parametrize("train", [True, False], ids=["train", "inference"])

@@ -13,6 +13,7 @@ import pytest
 import torch
 from effcc.errors import OutputError, TrainStepError
 from effcc.measuring import peak_of
+from some_by_default import some_by_default
 from torch import nn
 from train_steps import (
     adamw,
@@ -132,7 +133,9 @@ def test_a_state_dict_goes_round() -> None:
         other.load_state_dict({"model": {}})
 
 
-@pytest.mark.parametrize("form", ["torch", "torch before zip", "safetensors", "folder"])
+@pytest.mark.parametrize(
+    "form", some_by_default(["torch", "torch before zip", "safetensors", "folder"], {"torch", "safetensors"})
+)
 def test_a_meta_model_is_read_from_a_checkpoint(form: str, tmp_path: Path) -> None:
     data = batches(3)
     plain = network(tied=True)
