@@ -96,7 +96,6 @@ def test_when_python_collects_changes_no_floor() -> None:
         gc.set_threshold(*thresholds)
 
 
-@pytest.mark.slow
 def test_budgets_are_kept_by_the_allocator() -> None:
     random = fresh_random()
     model, data = network(depth=6), batches(4)

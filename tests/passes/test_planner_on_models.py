@@ -178,7 +178,8 @@ def test_peak_with_convolutions_is_close_to_the_allocators() -> None:
     for dilated and transposed ones depends on the processor and on the number of threads."""
     captured = example("residual_net")
     plan = make_plan("m", captured.graphs, load_device("cpu"), region_buffers=one_kernel_an_op, place=False)
-    assert predicted_peak(plan) == pytest.approx(measured_peak(captured), rel=0.15)
+    near = 0.1 if torch.backends.cpu.get_cpu_capability() == "AVX512" else 0.15
+    assert predicted_peak(plan) == pytest.approx(measured_peak(captured), rel=near)
 
 
 def test_fusing_needs_less_memory_than_op_by_op() -> None:
