@@ -214,8 +214,8 @@ MODELS: dict[str, Callable[[Callable[..., Any]], None]] = {
     "conv": _conv,
     "conv_inference": _conv_inference,
 }
-#: Without those that have nothing of their own: no symbols, no experts, no convolutions.
-BY_DEFAULT = frozenset(MODELS) - {"llama", "gpt2", "vit", "t5"}
+#: Without those that have nothing of their own: no symbols, no convolutions.
+BY_DEFAULT = frozenset(MODELS) - {"llama", "mixtral", "gpt2", "vit", "t5"}
 
 
 @functools.cache

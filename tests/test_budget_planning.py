@@ -52,6 +52,7 @@ def test_budgets_are_kept_and_cost_more_the_smaller_they_are(device: str) -> Non
     assert 0 < solver.bound <= solver.value
 
 
+@pytest.mark.slow
 def test_an_impossible_budget_names_a_floor_that_works() -> None:
     with pytest.raises(BudgetError) as caught:
         planned("h200", 1 << 16)
@@ -61,6 +62,7 @@ def test_an_impossible_budget_names_a_floor_that_works() -> None:
     assert planned("h200", floor).plan.peak["device"] <= floor
 
 
+@pytest.mark.slow
 def test_where_the_optimizer_needs_most_its_step_is_the_least() -> None:
     # Keeping all needs more than the optimizer's step, and the smallest choice needs less.
     def planned_wide(budget: int) -> Planned:

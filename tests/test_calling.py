@@ -12,6 +12,7 @@ import effcc
 import pytest
 import torch
 from models import Tower
+from some_by_default import some_by_default
 from torch import nn
 from torch.testing import assert_close
 from towers import assert_equal_gradients, compile_plain, pair, rows
@@ -24,7 +25,8 @@ Compiler = Callable[..., Any]
 # Calls from several places
 
 
-@pytest.mark.parametrize("count", [2, pytest.param(6, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [2, 6])
 def test_threads_compile_and_run_at_once(count: int) -> None:
     """Each thread trains a model of another shape; then all run one shared compiled model."""
     towers = [Tower(width=4 + 2 * index, depth=2).double() for index in range(count)]
@@ -81,7 +83,7 @@ def test_graph_breaks(capsys: pytest.CaptureFixture[str]) -> None:
     assert len([report for report in effcc.reports() if report.phase == "forward"]) >= 2
 
 
-@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("context", some_by_default([torch.no_grad, torch.inference_mode], {torch.inference_mode}))
 def test_no_grad_and_inference_mode(compiled: Compiler, context: Any) -> None:
     plain, model = pair()
     run, x = compiled(model), rows()
@@ -95,7 +97,7 @@ def test_no_grad_and_inference_mode(compiled: Compiler, context: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    "mode", ["reduce-overhead", pytest.param("max-autotune-no-cudagraphs", marks=pytest.mark.slow)]
+    "mode", [pytest.param(mode, marks=pytest.mark.slow) for mode in ("reduce-overhead", "max-autotune-no-cudagraphs")]
 )
 def test_modes_on_the_cpu(mode: str) -> None:
     plain, model = pair(depth=1)

@@ -94,6 +94,7 @@ class SharedBias(torch.nn.Module):
         return x
 
 
+@pytest.mark.slow
 def test_a_bias_that_layers_share(case: tuple[torch.Tensor, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     """Each layer's kernel looks the bias up and reduces its gradient into the table: no scores, no bias in memory,
     where memory is slow enough for that to pay."""
@@ -112,6 +113,7 @@ def test_a_bias_that_layers_share(case: tuple[torch.Tensor, ...], monkeypatch: p
     assert peak is not None and peak < wide
 
 
+@pytest.mark.slow
 def test_a_bias_that_layers_share_stays_whole_where_nothing_is_fused() -> None:
     model, x = SharedBias(2, 4, 512), torch.randn(1, 4, 200, 512, dtype=torch.float64)
     own = torch.autograd.grad(torch.compile(model, backend="effcc")(x).square().sum(), [*model.parameters()])

@@ -84,7 +84,7 @@ def fused() -> list[str]:
 
 
 @pytest.mark.parametrize(
-    "loss", [plain, with_z_loss, *(pytest.param(f, marks=pytest.mark.slow) for f in (smoothed, capped, focal))]
+    "loss", [plain, *(pytest.param(f, marks=pytest.mark.slow) for f in (with_z_loss, smoothed, capped, focal))]
 )
 def test_loss_and_gradients(loss: Loss) -> None:
     head, x, target = drawn(loss)
@@ -94,6 +94,7 @@ def test_loss_and_gradients(loss: Loss) -> None:
         assert_close(mine, theirs, rtol=1e-11, atol=1e-13)
 
 
+@pytest.mark.slow
 def test_bfloat16_is_as_near_as_eager() -> None:
     head, x, target = drawn(plain, torch.bfloat16)
     found = gradients(torch.compile(head, backend="effcc"), head, x, target)
@@ -105,6 +106,7 @@ def test_bfloat16_is_as_near_as_eager() -> None:
         assert (mine - right).abs().max() <= 2 * error + 8e-3 * right.abs().max()
 
 
+@pytest.mark.slow
 def test_without_gradients() -> None:
     head, x, target = drawn(plain)
     with torch.no_grad():

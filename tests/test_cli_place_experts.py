@@ -140,6 +140,7 @@ def test_torch_is_not_imported() -> None:
     assert done.stdout.strip() == "False", done.stderr
 
 
+@pytest.mark.slow
 def test_recorded_routing_is_the_models_own(tmp_path: Path) -> None:
     """The trace beside the choices computed from the same weights and inputs; it can be placed."""
     import torch

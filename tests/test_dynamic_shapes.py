@@ -34,6 +34,7 @@ def step(model: nn.Module, call: Callable[..., Any], x: torch.Tensor) -> list[to
     return [result.detach(), x.grad, *(parameter.grad.clone() for parameter in model.parameters())]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["dynamic=True", "mark_dynamic", "found at the second size"])
 def test_training_over_batch_sizes(how: str) -> None:
     """One graph for all sizes above 1; where torch itself finds out that a size changes, a second one for the first."""
@@ -68,6 +69,7 @@ def test_sizes_that_are_refused_by_a_mark() -> None:
         torch.compile(run, backend="effcc")(x)
 
 
+@pytest.mark.slow
 def test_image_sizes() -> None:
     """Convolution, pooling and normalisation over batch, height and width. Inductor fixes the height and width of a
     convolution's backward when it lowers it (torch 2.13), so these compile anew; the batch does not."""

@@ -67,12 +67,12 @@ def step_of(
     return step
 
 
-def tower(dropout: float = 0.0, rows: int = 512) -> tuple[Tower, dict[str, torch.Tensor]]:
+def tower(dropout: float = 0.0, rows: int = 512, depth: int = 2) -> tuple[Tower, dict[str, torch.Tensor]]:
     torch.manual_seed(0)
-    return Tower(width=32, depth=4, dropout=dropout), {"x": torch.randn(rows, 32)}
+    return Tower(width=32, depth=depth, dropout=dropout), {"x": torch.randn(rows, 32)}
 
 
-def floor_in(error: BaseException) -> int:
+def floor_in(error: object) -> int:
     """The least budget that an error's remedy names."""
     found = re.search(r"Give it at least (\d+) bytes", str(error))
     assert found is not None, str(error)
@@ -89,9 +89,15 @@ def refused(model: nn.Module, inputs: dict[str, torch.Tensor], budget: int) -> B
     return caught.value
 
 
+@pytest.fixture(scope="module")
+def refusal() -> str:
+    """What is said of a tower's budget that nothing keeps."""
+    return str(refused(*tower(), 1 << 14))
+
+
 @pytest.mark.slow
 def test_budgets_down_to_the_floor_are_kept_by_the_allocator() -> None:
-    model, inputs = tower()
+    model, inputs = tower(depth=4)
     eager = copy.deepcopy(model)
     eager(**inputs).square().mean().backward()
     wanted = gradients(eager)
@@ -171,6 +177,7 @@ def test_optimizer_state_counts_before_it_is_there() -> None:
         assert measured_peak(model, inputs, step_of(model, inputs, budget, optimizer), optimizer) <= budget
 
 
+@pytest.mark.slow
 def test_an_optimizer_that_does_not_fit_is_named() -> None:
     model, inputs = tower(rows=4)
     optimizer = torch.optim.AdamW(model.parameters())
@@ -184,9 +191,9 @@ def test_an_optimizer_that_does_not_fit_is_named() -> None:
     step_of(model, inputs, least, optimizer)()
 
 
-def test_the_least_counts_the_graph_where_the_optimizer_alone_is_too_much() -> None:
+def test_the_least_counts_the_graph_where_the_optimizer_alone_is_too_much(refusal: str) -> None:
     model, inputs = tower()
-    graph = floor_in(refused(model, inputs, 1 << 14))
+    graph = floor_in(refusal)
     optimizer = torch.optim.AdamW(model.parameters())
     state = 2 * sum(p.nbytes for p in model.parameters())
     with pytest.raises(Exception, match="the step needs") as caught:
@@ -194,13 +201,13 @@ def test_the_least_counts_the_graph_where_the_optimizer_alone_is_too_much() -> N
     least = floor_in(caught.value)
     assert least >= graph + state
     assert "No choice of what is kept gets below" in str(caught.value)
+    effcc.reset_reports()
     step_of(model, inputs, least, optimizer)()
+    assert [report.phase for report in effcc.reports()] == ["forward", "backward"], "only the last attempt is reported"
 
 
-def test_the_error_names_what_holds_the_floor() -> None:
-    model, inputs = tower()
-    text = str(refused(model, inputs, 1 << 14))
-    assert "most of it is" in text and "models.py" in text
+def test_the_error_names_what_holds_the_floor(refusal: str) -> None:
+    assert "most of it is" in refusal and "models.py" in refusal
 
 
 class Language(nn.Module):
@@ -280,14 +287,6 @@ def test_a_budget_that_is_large_enough_keeps_what_torch_keeps() -> None:
     assert report.activation is not None and report.plan is not None
     assert report.activation.rule == "keep" and report.activation.seconds == 0.0
     assert report.activation.saved_bytes == report.activation.plain_saved_bytes > 0
-
-
-def test_only_the_last_attempt_is_reported() -> None:
-    model, inputs = tower()
-    floor = floor_in(refused(model, inputs, 1 << 14))
-    effcc.reset_reports()
-    step_of(model, inputs, floor)()
-    assert [report.phase for report in effcc.reports()] == ["forward", "backward"]
 
 
 @pytest.mark.slow

@@ -18,12 +18,11 @@ from effcc.passes.pipeline import Pass, parse_pipeline
 from effcc.plan_request import PIPELINE
 from effcc.planning import Planned
 from models import ZOO, build
+from some_by_default import some_by_default
 
-#: In the default run; the others take 10 to 60 seconds each and are marked slow.
-QUICK = ("resnet",)
-
-names = [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in ZOO]
-modes = pytest.mark.parametrize("train", [True, False], ids=["train", "inference"])
+#: The others take 10 to 60 seconds each.
+names = some_by_default(ZOO, {"resnet"})
+modes = pytest.mark.parametrize("train", some_by_default([True, False], {False}), ids=["train", "inference"])
 
 
 @functools.cache

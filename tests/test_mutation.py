@@ -40,7 +40,8 @@ def test_batch_norm_buffers_over_several_steps() -> None:
         assert_close(run.eval()(x), plain.eval()(x), rtol=1e-10, atol=1e-12)
 
 
-@pytest.mark.parametrize("cache", ["static", pytest.param("dynamic", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("cache", ["static", "dynamic"])
 def test_key_value_cache(cache: str) -> None:
     """Prefill and four greedy steps of a Llama: the cache is written in place, or grows by concatenation."""
     from models import build

@@ -78,7 +78,7 @@ def test_upstream_gradients(tmp_path: Path, kind: str) -> None:
 @pytest.mark.parametrize(
     ("ranks", "case"),
     [
-        pytest.param(2, {"microbatches": 2}, id="alone"),
+        pytest.param(2, {"microbatches": 2}, id="alone", marks=pytest.mark.slow),
         pytest.param(4, {"microbatches": 2}, id="tied", marks=pytest.mark.slow),
         pytest.param(4, {"vocabulary": "one-barrier", "embedding": True}, id="sharded", marks=pytest.mark.slow),
     ],

@@ -61,6 +61,7 @@ def messages(
     return found
 
 
+@pytest.mark.slow
 def test_faults_of_ranks(tmp_path: Path) -> None:
     """Three ranks, of which the last is at fault: the first does not talk with it, and blames it all the same."""
     found = messages(tmp_path, 3, ["world", "mismatch", "few", "raised", "slow", "killed"])
@@ -156,6 +157,7 @@ os._exit(0)
 """
 
 
+@pytest.mark.slow
 def test_joining(tmp_path: Path) -> None:
     """A port that another program has; a process that does not come; a first rank that is nowhere."""
     with socket.socket() as other:

@@ -96,10 +96,7 @@ def offline(spec: ModelSpec, *, train: bool, device: str = "cuda") -> list[Graph
 
 # Structure -----------------------------------------------------------------------------------------------------------
 
-NAMES = [
-    pytest.param(name, marks=() if name in ("gpt2", "resnet") else pytest.mark.slow)
-    for name in (*models.ZOO, "recorded")
-]
+NAMES = [pytest.param(name, marks=() if name == "gpt2" else pytest.mark.slow) for name in (*models.ZOO, "recorded")]
 
 
 @pytest.mark.parametrize("train", [False, True])
@@ -136,6 +133,7 @@ def test_record_the_capture() -> None:
     (DATA / "cuda_capture.ir").write_text(print_graph(graph))
 
 
+@pytest.mark.slow
 def test_inference_and_training_are_told_apart() -> None:
     """Dropout, and in-place statistics, make other graphs of one model."""
     for spec in (recorded_spec(), zoo_spec("resnet")):
@@ -163,7 +161,7 @@ def plan_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "tower.py").write_text(MODEL_FILE)
     file, plan = str(folder / "tower.py"), str(folder / "tower.effcc")
     code = f"import effcc; effcc.plan({file!r}, train=True, device='h200').save({plan!r}); print('{{}}')"
-    run(code, folder / "cache", {"PYTHONHASHSEED": "4711"})
+    run(code, folder / "cache", {"PYTHONHASHSEED": "4711", "EFFCC_CACHE_DIR": os.environ["EFFCC_CACHE_DIR"]})
     return folder / "tower.effcc"
 
 
@@ -186,6 +184,7 @@ def test_a_plan_for_another_device_is_accepted(plan_path: Path) -> None:
     assert len(reports) == 2 and all(report.plan == planned for report in reports)
 
 
+@pytest.mark.slow
 def test_the_budget_of_a_plan_is_kept_where_it_runs(tmp_path: Path) -> None:
     """Values are recomputed as the plan says, without the option being given again."""
     x = torch.randn(2048, 32)

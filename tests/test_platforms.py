@@ -103,6 +103,7 @@ tell(distance=distance, killed=len(killed))
     assert found["distance"] < 1e-12 and found["graphs"] == 2
 
 
+@pytest.mark.slow
 def test_cache_directory_that_cannot_be_made(tmp_path: Path) -> None:
     """A file stands where the directory should (a read-only directory is writable for root). A warning names the
     directory and the variable, and nothing is lost but the cache."""

@@ -56,6 +56,7 @@ def test_autocast_inside_and_a_second_call_outside_of_it() -> None:
     assert_close(low, run(x)[0], rtol=0.02, atol=0.02)
 
 
+@pytest.mark.slow
 def test_gradient_scaler(compiled: Compiler) -> None:
     """Scaled steps, and one whose gradients overflow and which therefore leaves the parameters as they are."""
     plain, model = (tower.float() for tower in pair())

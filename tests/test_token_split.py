@@ -193,7 +193,8 @@ def test_pointwise_rows_compiled(quarters: int) -> None:
     assert {node.meta["val"].shape[0] for node in heads} == {60 * quarters // 4}
 
 
-@pytest.mark.parametrize("quarters", [1, *(pytest.param(q, marks=pytest.mark.slow) for q in (2, 3))])
+@pytest.mark.slow
+@pytest.mark.parametrize("quarters", [1, 2, 3])
 def test_chains_with_products_and_norms(quarters: int) -> None:
     torch.manual_seed(0)
     model, x = Tower(width=32, depth=3), (torch.randn(64, 32),)
@@ -209,6 +210,7 @@ def test_chains_with_products_and_norms(quarters: int) -> None:
     assert len(names) > len(chosen.shares)
 
 
+@pytest.mark.slow
 def test_the_planner_splits_by_itself_where_the_host_has_little_room(
     monkeypatch: pytest.MonkeyPatch, swap_directory: Path
 ) -> None:

@@ -20,6 +20,7 @@ from effcc.errors import PlacementError
 from effcc.ir.placement_validator import validate_placement
 from expert_routing import planted, preferred, walk
 from fresh_seed import fresh_random
+from some_by_default import some_by_default
 
 #: The example of EPLB's README: 12 experts in 4 groups, 16 slots on 8 devices of 2 nodes.
 EPLB = np.array(
@@ -71,7 +72,10 @@ def check(problem: Problem, result: object) -> None:
 
 @pytest.mark.parametrize(
     ("experts", "ranks", "slots", "nodes", "layers"),
-    [(4, 2, 4, 1, 3), (4, 4, 4, 2, 2), (3, 2, 4, 1, 2), (6, 3, 6, 1, 2)],
+    some_by_default(
+        [(4, 2, 4, 1, 3), (4, 4, 4, 2, 2), (3, 2, 4, 1, 2), (6, 3, 6, 1, 2)],
+        {(4, 2, 4, 1, 3), (4, 4, 4, 2, 2), (6, 3, 6, 1, 2)},
+    ),
 )
 def test_optimum_of_tiny_cases(
     generator: np.random.Generator, experts: int, ranks: int, slots: int, nodes: int, layers: int

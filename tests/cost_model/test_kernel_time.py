@@ -248,17 +248,18 @@ def test_clocks_are_read_from_long_products_where_power_binds() -> None:
     from effcc.cost_model.kernel_time import fitting
 
     generator, constants = fresh_generator(), GemmConstants()
-    batch, down, depth, across = (generator.integers(low, 1024, 400) for low in (64, 256, 256, 256))
-    sizes = dict(zip("BMNK", ([float(x) for x in each] for each in (batch, down, depth, across)), strict=True))
+    short, sizes = [1.0] * 40, {}  # what the shortest rows take is the host's time
+    for key, low in {"B": 64, "M": 256, "N": 256, "K": 256}.items():
+        sizes[key] = [float(x) for x in generator.integers(low, 1024, 400)] + short
     for name, share in (("t4", 0.7), ("a100-pcie-40g", 1.0)):
         gpu = gpus.packaged()[name]
         law = sustained_clock(gpu, constants)
         arrays = [np.array(sizes[key]) for key in "BMKN"]
-        time = gemm_time(*arrays, gpu, 0.8, 0.0, ((128, 128),), constants, clock=0.7 * law)
-        names = ["x_sgemm_128x128_nn"] * 400
+        time = gemm_time(*arrays, gpu, 0.8, 1e-5, ((128, 128),), constants, clock=0.7 * law)
+        names = ["x_sgemm_128x128_nn"] * 440
         measured = replace(made_rows("bmm", gpu.title, **sizes), seconds=time.seconds, kernels=names)
         clock = fitting.measured_clocks([(measured, gpu)], {features.bandwidth_class(gpu): 0.8}, constants)[0]
-        assert clock == pytest.approx(max(share, law) * law, rel=0.08), name
+        assert clock == pytest.approx(max(share, law) * law, rel=0.02), name
 
 
 def test_a_newer_process_needs_less_power_and_an_unknown_board_has_a_clock() -> None:

@@ -16,6 +16,7 @@ from effcc.cost_model.tensors import TensorTable
 from effcc.errors import ShapeError
 from effcc.ir.graph import Graph, Node, Ref, Symbol
 from effcc.ir.types import TensorType, TupleType, Type
+from some_by_default import some_by_default
 from torch.utils import flop_counter
 
 
@@ -46,7 +47,9 @@ ATTENTION = {
 }
 
 
-@pytest.mark.parametrize("name", ["llama", "llama_eager", "gpt2", "residual_net"])
+@pytest.mark.parametrize(
+    "name", some_by_default(["llama", "llama_eager", "gpt2", "residual_net"], {"llama", "residual_net"})
+)
 def test_contractions_of_real_training_steps_count_as_torch_counts(name: str) -> None:
     captured = example(name)
     with flop_counter.FlopCounterMode(display=False, custom_mapping=ATTENTION) as counter:
@@ -232,7 +235,9 @@ def test_a_reduction_to_other_sizes_starts_a_kernel() -> None:
     assert kernels_of(graph) == [["s", "t"], ["y"]]
 
 
-@pytest.mark.parametrize("name", ["llama", "llama_eager", "gpt2", "residual_net"])
+@pytest.mark.parametrize(
+    "name", some_by_default(["llama", "llama_eager", "gpt2", "residual_net"], {"llama", "residual_net"})
+)
 def test_fused_kernels_of_real_graphs_keep_order_and_move_less(name: str) -> None:
     device = load_device("h100")
     for graph in example(name).graphs:

@@ -21,6 +21,7 @@ from effcc.ir.parser import parse_graph
 from effcc.ir.printer import print_graph
 from effcc.ir.types import ScalarType, TensorType, TupleType, Type
 from effcc.ir.verifier import verify
+from some_by_default import some_by_default
 from torch._subclasses.fake_tensor import FakeTensor
 
 REAL_MODELS = ("gpt2", "llama", "resnet")
@@ -79,7 +80,7 @@ def is_real_line(node: Node) -> bool:
     return bool(place.file) and linecache.getline(place.file, place.line).strip() == place.source != ""
 
 
-@pytest.fixture(scope="module", params=REAL_MODELS)
+@pytest.fixture(scope="module", params=some_by_default(REAL_MODELS, {"llama"}))
 def trained(request: pytest.FixtureRequest) -> Captured:
     return capture(zoo_spec(request.param), train=True)
 

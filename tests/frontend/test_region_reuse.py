@@ -97,7 +97,7 @@ def mixtral() -> torch.nn.Module:
     return transformers.MixtralForCausalLM(config)
 
 
-@pytest.mark.parametrize("repeated", [True, False], ids=["on", "off"])
+@pytest.mark.parametrize("repeated", some_by_default([True, False], {True}), ids=["on", "off"])
 @pytest.mark.parametrize("name", some_by_default(["llama", "t5", "mixtral"], {"llama"}))
 def test_on_and_off_give_eager_results(name: str, repeated: bool) -> None:
     torch.manual_seed(0)
@@ -233,6 +233,7 @@ torch.compile(torch.nn.Sequential(*(Block() for _ in range(5))), backend=show)(t
 """
 
 
+@pytest.mark.slow
 def test_captures_of_two_processes_are_equal() -> None:
     """Plans made in one process are matched in another, so nothing may depend on the order of sets."""
     running = [

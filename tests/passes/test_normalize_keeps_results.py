@@ -15,6 +15,7 @@ from effcc.passes.manager import PassManager
 from effcc.passes.pipeline import parse_pipeline
 from fresh_seed import fresh_random
 from fx_captures import MODELS, copy_value, graphs_of
+from some_by_default import some_by_default
 from torch.fx.experimental.proxy_tensor import make_fx
 
 
@@ -55,7 +56,9 @@ def assert_same_results(gm: torch.fx.GraphModule, graph: Graph, args: list[Any])
     assert sharing(expected, expected_inputs) == sharing(found, found_inputs)
 
 
-@pytest.mark.parametrize("model", ["llama", "llama_dynamic", "gpt2", "conv", "conv_inference"])
+@pytest.mark.parametrize(
+    "model", some_by_default(["llama", "llama_dynamic", "gpt2", "conv", "conv_inference"], {"llama", "conv_inference"})
+)
 def test_of_real_models(model: str) -> None:
     removed = 0
     for one in graphs_of(model):
