@@ -171,9 +171,9 @@ class BudgetPlanner:
         """Take ``over`` bytes from the graph that saves most and can do with less."""
         for graph in sorted(filter(None, self.graphs), key=lambda g: -g.saved_bytes):
             current = graph.chosen or graph.search.plain
-            if current.key == graph.search.least.key:
-                continue
             limit = current.peak - over
+            if limit < graph.search.steps[-1].peak and current.key == graph.search.least.key:
+                continue
             found = graph.search.within(limit) or graph.search.least
             if found.key == current.key:
                 found = graph.search.least

@@ -29,7 +29,7 @@ def ordered_memory(region: Graph, device: Device, bindings: Bindings | None = No
     ops = list(problem.ops)
     given = frozenset(v.id for v in problem.values if v.op < 0)
     phase = Phase(problem, ops, frozenset(problem.forward_outputs), given)
-    stored = [op for op in ops if phase.stored(op)]
+    stored = [op for op in ops if phase.stored[op.index]]
     members = _members(problem, ops, phase)
     kernels = tuple(
         RegionKernel(
@@ -57,13 +57,13 @@ def _members(problem: JointProblem, ops: list[Op], phase: Phase) -> dict[int, se
     taken: set[int] = set()
     present = {op.index for op in ops}
     for op in ops:
-        if not phase.stored(op):
+        if not phase.stored[op.index]:
             continue
         waiting = list(op.reads)
         found: set[int] = set()
         while waiting:
             maker = problem.values[waiting.pop()].op
-            if maker in present and maker not in taken and not phase.stored(problem.ops[maker]):
+            if maker in present and maker not in taken and not phase.stored[maker]:
                 taken.add(maker)
                 found.add(maker)
                 waiting.extend(problem.ops[maker].reads)
@@ -75,7 +75,7 @@ def _buffers(problem: JointProblem, stored: list[Op], phase: Phase) -> list[Regi
     used: dict[int, list[int]] = {}
     made: dict[int, int] = {}
     for position, op in enumerate(stored):
-        for v in (*phase.sources(op), *op.writes):
+        for v in (*phase.sources[op.index], *op.writes):
             used.setdefault(v, []).append(position)
         made.update(dict.fromkeys(op.writes, position))
     first = {v: positions[0] for v, positions in used.items()}
@@ -87,7 +87,7 @@ def _buffers(problem: JointProblem, stored: list[Op], phase: Phase) -> list[Regi
             continue
         dying = [
             v
-            for v in phase.sources(op)
+            for v in phase.sources[op.index]
             if last[v] == position and v not in outputs and problem.values[v].op >= 0 and v not in op.writes
         ]
         for v in op.writes:

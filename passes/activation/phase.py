@@ -12,49 +12,34 @@ _INDEX = attrgetter("index")
 
 
 class Phase:
-    """Which results lie in memory in one phase, and what the ops that make them read."""
+    """Which results lie in memory in one phase, and what the ops that make them read.
+
+    ``stored``: op -> whether its results lie in memory. ``sources``: op -> values in memory that its kernel reads.
+    """
 
     def __init__(self, problem: JointProblem, ops: list[Op], kept: frozenset[int], given: frozenset[int]) -> None:
-        self.problem, self.ops, self.kept, self.given = problem, ops, kept, given
+        self.problem, self.ops, self.kept = problem, ops, kept
         self.members = {op.index for op in ops}
-        self._sources: dict[int, tuple[int, ...]] = {}
-        self._stored: dict[int, bool] = {}
-        #: Result that does not lie in memory -> its op. What is not of this phase lies in memory.
-        self._inside: dict[int, int] = {}
+        self.sources: dict[int, tuple[int, ...]] = {}
+        self.stored: dict[int, bool] = {}
+        #: Result that does not lie in memory -> what is read in its place. What is not of this phase lies in memory.
+        inside: dict[int, tuple[int, ...]] = {}
+        reads = problem.distinct_reads
         for op in sorted(ops, key=_INDEX):
-            sources = self._sources[op.index] = self._reads(op)
-            stored = self._stored[op.index] = not op.inlined or self._is_stored(op.writes[0], len(sources))
+            index = op.index
+            sources = reads[index]
+            if inside and not inside.keys().isdisjoint(sources):
+                sources = tuple(dict.fromkeys(part for value in sources for part in inside.get(value, (value,))))
+            self.sources[index] = sources
+            stored = self.stored[index] = not op.inlined or self._is_stored(op.writes[0], len(sources))
             if not stored:
-                self._inside.update((value, op.index) for value in op.writes if value not in given)
-
-    def stored(self, op: Op) -> bool:
-        return self._stored[op.index]
-
-    def sources(self, op: Op) -> tuple[int, ...]:
-        """Values in memory that the kernel of ``op`` reads."""
-        return self._sources[op.index]
+                inside.update((value, sources) for value in op.writes if value not in given)
 
     def _is_stored(self, value: int, reads: int) -> bool:
         """Whether a value that could be computed where it is read, of so many others, lies in memory."""
         if value in self.kept:
             return True
-        ops, members, users = self.problem.ops, self.members, 0
-        for user in self.problem.users.get(value, ()):
-            if user in members:
-                if not ops[user].fused:
-                    return True
-                users += 1
-        return users > 1 and reads > MOST_READS
-
-    def _reads(self, op: Op) -> tuple[int, ...]:
-        inside = self._inside
-        if inside.keys().isdisjoint(op.reads):
-            return tuple(dict.fromkeys(op.reads))
-        found: dict[int, None] = {}
-        for value in op.reads:
-            maker = inside.get(value)
-            if maker is None:
-                found[value] = None
-            else:
-                found.update(dict.fromkeys(self._sources[maker]))
-        return tuple(found)
+        members = self.members
+        if not members.isdisjoint(self.problem.library_users.get(value, ())):
+            return True
+        return reads > MOST_READS and sum(user in members for user in self.problem.users.get(value, ())) > 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -83,6 +84,16 @@ class JointProblem:
     #: Values of which some rows may be swapped and the others computed again; the number of rows.
     divisible: frozenset[int] = frozenset()
     tokens: int = 0
+
+    @functools.cached_property
+    def distinct_reads(self) -> tuple[tuple[int, ...], ...]:
+        """What each op reads, each value once."""
+        return tuple(tuple(dict.fromkeys(op.reads)) for op in self.ops)
+
+    @functools.cached_property
+    def library_users(self) -> Mapping[int, tuple[int, ...]]:
+        """Consumers of each value that are no generated kernels, by op index."""
+        return {v: tuple(u for u in users if not self.ops[u].fused) for v, users in self.users.items()}
 
     @property
     def seconds(self) -> float:

@@ -170,17 +170,17 @@ class ActivationSearch:
         some budgets are offered for all, so that more memory is not slower."""
         if self.link is None or not self.link.overlapped:
             return []
-        low, high = self.least.peak, max(self.plain.peak, self.steps[0].peak)
+        low, high = self.steps[-1].peak, max(self.plain.peak, self.steps[0].peak)
         return [c for n in range(ANCHORS) for c in self.master(low + (high - low) * (n + 1) // (ANCHORS + 1))]
 
     @functools.cached_property
     def floor_bound(self) -> int:
         """No choice has a peak below this, for this order of ops."""
-        return lower_bound(self.simulator, self.least)
+        return lower_bound(self.simulator, self.steps[-1])
 
     def prove_floor(self, seconds: float = 0.0) -> int:
         """``floor_bound``, or what a program proves if it is more: for refusals. It takes seconds, and these more."""
-        bound = self.floor_bound
+        bound = max(self.floor_bound, lower_bound(self.simulator, self.least))
         if self.link is not None or self.smallest.peak <= bound * (1 + CLOSE):
             return bound
         if seconds not in self._proven:
@@ -190,12 +190,15 @@ class ActivationSearch:
     def within(self, limit: int, refused: Collection[Key] = ()) -> Candidate | None:
         """The fastest candidate with a peak of at most ``limit`` bytes that is not among ``refused``."""
         candidates = list(self.steps)
-        highest = max(self.plain.peak, self.steps[0].peak)
-        step = max(1, (highest - self.least.peak) // GRID)
-        if self.least.peak <= limit < highest:
-            snapped = highest - step * -(-(highest - limit) // step)
-            candidates += self.master(max(snapped, self.least.peak))
-        candidates += [self.least, *self.anchored] if limit >= self.least.peak else [self.smallest]
+        highest, low = max(self.plain.peak, self.steps[0].peak), self.steps[-1].peak
+        if limit < low:  # what is less than all steps takes seconds to find
+            low = self.least.peak
+            candidates.append(self.least if limit >= low else self.smallest)
+        if limit >= low:
+            candidates += self.anchored
+        if low <= limit < highest:
+            step = max(1, (highest - low) // GRID)
+            candidates += self.master(max(highest - step * -(-(highest - limit) // step), low))
         fitting = [c for c in candidates if c.peak <= limit and self._on_host(c) <= self._host and c.key not in refused]
         return min(fitting, key=order, default=None)
 

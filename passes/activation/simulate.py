@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 from .host_link import Copy, HostLink, copy_windows
 from .phase import Phase
@@ -20,8 +21,7 @@ from .token_shares import Shares, rows_away
 REMEMBERED = 256
 
 
-@dataclass(frozen=True)
-class Entry:
+class Entry(NamedTuple):
     """One run of an op. ``again``: it runs for the second time, or (``fetched``) its result comes from the host."""
 
     op: int
@@ -154,9 +154,9 @@ class Simulator:
         keep = used | frozenset(problem.forward_outputs) | frozenset(split)
         forward = Phase(problem, [op for op in self.forward_ops if op.index in needed_forward], keep, self.given)
         for op in forward.ops:
-            if forward.stored(op):
+            if forward.stored[op.index]:
                 entries.append(Entry(op.index, False, False))
-                touched.append(forward.sources(op))
+                touched.append(forward.sources[op.index])
                 written.append(op.writes)
         # Backward: the order of its ops, with recomputation at first need.
         ready = set(used - away) | self.given
@@ -166,14 +166,16 @@ class Simulator:
         done: set[int] = set()
         marks: list[int] = []
         for op in self.backward_ops:
-            if not backward.stored(op):
+            if not backward.stored[op.index]:
                 continue
-            for maker, fetched in self._missing(backward.sources(op), ready, done, backward, away):
-                entries.append(Entry(maker, True, True, fetched is not None))
-                touched.append(backward.sources(problem.ops[maker]) if fetched is None else ())
-                written.append(problem.ops[maker].writes if fetched is None else (fetched,))
+            sources = backward.sources[op.index]
+            if not ready.issuperset(sources):
+                for maker, fetched in self._missing(sources, ready, done, backward, away):
+                    entries.append(Entry(maker, True, True, fetched is not None))
+                    touched.append(backward.sources[maker] if fetched is None else ())
+                    written.append(problem.ops[maker].writes if fetched is None else (fetched,))
             entries.append(Entry(op.index, True, False))
-            touched.append(backward.sources(op))
+            touched.append(sources)
             written.append(op.writes)
             ready.update(op.writes)
             marks.append(len(entries) - 1)
@@ -217,7 +219,7 @@ class Simulator:
                 ready.update(self.problem.ops[maker].writes)
                 continue
             stack.append((value, True))
-            stack += [(v, False) for v in reversed(phase.sources(self.problem.ops[maker])) if v not in ready]
+            stack += [(v, False) for v in reversed(phase.sources[maker]) if v not in ready]
         return found
 
     def _needed(self, used: frozenset[int]) -> set[int]:
