@@ -66,7 +66,9 @@ def gpt2(layers: int, size: str) -> Model:
         vocab_size=vocabulary, n_positions=length, n_embd=width, n_layer=layers, n_head=8, use_cache=False,
         attn_implementation="eager", bos_token_id=0, eos_token_id=0,
     )  # fmt: skip
-    return words(GPT2LMHeadModel(config), vocabulary, length)
+    module = GPT2LMHeadModel(config)
+    module.loss_type = "ForCausalLM"  # else it warns of its default where it is called, which breaks the graph
+    return words(module, vocabulary, length)
 
 
 def words(module: torch.nn.Module, vocabulary: int, length: int) -> Model:
@@ -160,6 +162,7 @@ class Method:
 
     def step(self) -> None:
         self.module.zero_grad(set_to_none=True)
+        torch.manual_seed(0)  # the same dropout for every method
         # The logits stay in the caller's hands until the backward is over, for every method: a budget must allow it.
         outputs = self.compiled(**self.inputs)
         outputs.loss.backward()
