@@ -81,6 +81,7 @@ def test_where_the_optimizer_needs_most_its_step_is_the_least() -> None:
     assert planned_wide(floor).plan.peak["device"] == floor
 
 
+@pytest.mark.slow
 def test_time_against_memory_falls() -> None:
     request = PlanRequest(model="Tower", train=True, device="h200", pareto=True)
     from effcc.plan_capture import spec_of_module

@@ -49,13 +49,14 @@ def in_processes(code: str, cache: Path, count: int = 2) -> list[Any]:
     return found
 
 
-@pytest.mark.parametrize("order", ["DDP inside", pytest.param("DDP outside", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("order", ["DDP inside", "DDP outside"])
 def test_data_parallel(tmp_path: Path, order: str) -> None:
     """``torch.compile(DDP(model))``, which Dynamo cuts into a graph for each bucket of gradients; ``DDP(compiled)``."""
     found = in_processes(
         f"""
 torch.manual_seed(0)
-plain = Tower(depth=1).double()
+plain = Tower().double()
 model = copy.deepcopy(plain)
 if {order == "DDP inside"}:
     dist._DEFAULT_FIRST_BUCKET_BYTES = 512

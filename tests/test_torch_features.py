@@ -162,6 +162,7 @@ def test_scan() -> None:
     assert_close(found, torch.stack(wanted), rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.slow
 def test_flex_attention() -> None:
     """Forward with a bias and a causal mask, on CPU inference alone in torch."""
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention

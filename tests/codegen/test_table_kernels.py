@@ -108,7 +108,8 @@ def built(kinds: Mapping[str, tuple[str, str, int]]) -> Mapping[str, Case]:
 def check(name: str, found: Case) -> None:
     """Results are as the sums say, that is nothing for an index out of range; bfloat16 is one rounding of the output.
     Places are walked where a table is set to 0 or written, but nowhere compared with an index."""
-    assert found.worst() < {"f64": 1e-10, "f32": 5e-6}.get(found.dtype, 6e-3), name
+    # Some sums have hundreds of terms that cancel: in f32 up to about a hundred roundings of what they are made of.
+    assert found.worst() < {"f64": 1e-10, "f32": 1e-5}.get(found.dtype, 6e-3), name
     source = found.kernel.source
     own = source[source.rindex("}  // namespace\n") :]
     assert re.search(r"looked_up|ShortTable|add_in_lanes|add_each|add_row", own)
