@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from effcc.codegen.cascade_kernel import build
 from effcc.codegen.tiles import crossing
 from fresh_seed import fresh_random
@@ -105,11 +106,30 @@ def built(kinds: Mapping[str, tuple[str, str, int]]) -> Mapping[str, Case]:
     return found
 
 
+def error_of_pytorch(found: Case) -> float:
+    """How far "all gradients" is off as PyTorch computes it in the kernel's type, measured as the kernel's error is."""
+    given, reference = found.tensors(), found.reference()
+    index, places = given["I"], found.sizes["t"]
+    inside = (index >= 0) & (index < places)
+    looked_up = torch.where(inside, given["T"][index.clamp(0, places - 1)].permute(2, 0, 1), 0.0)
+    p = torch.exp(given["Q"] @ given["K"].mT + looked_up - given["L"][..., None])
+    ds = p * (given["DO"] @ given["V"].mT - given["D"][..., None])
+    summed = inside & (index != 3)
+    table = torch.zeros(ds.shape[0], places, dtype=ds.dtype).index_add_(1, index[summed], ds[:, summed])
+    own = {"DV": p.mT @ given["DO"], "DQ": ds @ given["K"], "DK": ds.mT @ given["Q"], "B": table}
+    return max(
+        float(np.abs(value.double().numpy() - reference[name]).max()) / max(1.0, float(np.abs(reference[name]).max()))
+        for name, value in own.items()
+    )
+
+
 def check(name: str, found: Case) -> None:
     """Results are as the sums say, that is nothing for an index out of range; bfloat16 is one rounding of the output.
     Places are walked where a table is set to 0 or written, but nowhere compared with an index."""
-    # Some sums have hundreds of terms that cancel: in f32 up to about a hundred roundings of what they are made of.
-    assert found.worst() < {"f64": 1e-10, "f32": 1e-5}.get(found.dtype, 6e-3), name
+    limit = {"f64": 1e-10, "f32": 5e-6}.get(found.dtype, 6e-3)
+    if name.startswith("all gradients, f32"):  # exponentials of large products: PyTorch itself may be further off
+        limit = max(limit, 1.5 * error_of_pytorch(found))
+    assert found.worst() < limit, name
     source = found.kernel.source
     own = source[source.rindex("}  // namespace\n") :]
     assert re.search(r"looked_up|ShortTable|add_in_lanes|add_each|add_row", own)

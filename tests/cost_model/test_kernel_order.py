@@ -13,6 +13,7 @@ from effcc.codegen.kernel_order import order_in
 from effcc.cost_model import kernel_order as orders
 from effcc.cost_model.kernel_order import OrderProblem, Value, choose_order, lower_bound, peak_of, use_over
 from fresh_seed import fresh_random
+from kernel_orders import legal
 
 MIB = 1 << 20
 
@@ -29,11 +30,6 @@ def random_problem(rng: random.Random, count: int, inputs: int = 2) -> OrderProb
         made.append((rng.randint(1, 9) * MIB, kernel, []))
     values = tuple(Value(size, maker, tuple(used), kept=not used) for size, maker, used in made)
     return OrderProblem(count, tuple(before), values)
-
-
-def legal(problem: OrderProblem, order: tuple[int, ...]) -> bool:
-    place = {kernel: at for at, kernel in enumerate(order)}
-    return all(place[needed] < place[kernel] for kernel in order for needed in problem.before[kernel])
 
 
 def test_held_bytes_are_counted_by_hand() -> None:

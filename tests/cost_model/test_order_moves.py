@@ -9,6 +9,7 @@ import pytest
 from effcc.cost_model.kernel_order import OrderProblem, Value, choose_order, lower_bound, peak_of, use_over
 from effcc.cost_model.order_moves import moved_around_peak
 from fresh_seed import fresh_random
+from kernel_orders import legal
 
 
 def random_problem(rng: random.Random, count: int) -> OrderProblem:
@@ -28,11 +29,6 @@ def random_problem(rng: random.Random, count: int) -> OrderProblem:
 
 def every_order(problem: OrderProblem) -> list[tuple[int, ...]]:
     return [order for order in itertools.permutations(range(problem.count)) if legal(problem, order)]
-
-
-def legal(problem: OrderProblem, order: tuple[int, ...] | list[int]) -> bool:
-    place = {kernel: at for at, kernel in enumerate(order)}
-    return all(place[needed] < place[kernel] for kernel in order for needed in problem.before[kernel])
 
 
 def test_what_is_written_over_is_counted_once() -> None:
