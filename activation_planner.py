@@ -16,6 +16,7 @@ import torch.fx as fx
 
 from . import torch_internals
 from .codegen.kernel_order import little_memory
+from .codegen.library_workspace import traced_workspaces
 from .codegen.wrapper_memory import reordered_bytes
 from .cost_model.devices import Device
 from .errors import EffccError
@@ -146,6 +147,7 @@ class ActivationPlanner:
         roles = iter(known)
         named = [next(roles) if torch_internals.is_primal(node) else "tangent" for node in inputs]
         graph = from_fx(gm, "joint", "joint", roles=named)
+        own = traced_workspaces(gm)
         return joint_problem(
             graph,
             self.device(),
@@ -153,7 +155,7 @@ class ActivationPlanner:
             backward_only=torch_internals.backward_only_nodes(gm),
             outside=self.elsewhere.bytes,
             outside_loss=True,
-            workspaces=reordered_bytes,
+            workspaces=lambda node, table: own.get(node.name, reordered_bytes(node, table)),
             rows=RowGraph(gm).facts() if self.swap else None,
         )
 
@@ -162,9 +164,12 @@ class ActivationPlanner:
         wait for their turn in memory that the simulation does not count. Nor do a product's operands wait for what it
         is added to, and kernels run in an order of little memory. Where all counts, nothing is fused across a library's
         calls, and no random numbers are stored."""
-        if phase != "backward" or self.choice is None or self.choice.rule != "planned":
+        if phase == "inference" or self.choice is None or self.choice.rule != "planned":
             return nullcontext()
         stack = ExitStack()
+        stack.enter_context(torch_internals.written_over_through_rows())
+        if phase == "forward":
+            return stack
         stack.enter_context(torch_internals.fusions_within(NEAR, between_calls=self.exhausted))
         stack.enter_context(torch_internals.products_within(NEAR))
         stack.enter_context(little_memory())

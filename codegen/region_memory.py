@@ -18,6 +18,7 @@ from ..ir.graph import Graph
 from .fx_export import to_fx
 from .kernel_batch import Collector, collecting
 from .kernel_order import kernel_order, order_in
+from .library_workspace import layout_of
 from .region_compiler import CompiledSegments
 from .segments import copy_module
 from .sizes import storage_bytes
@@ -103,7 +104,9 @@ def read_wrapper(source: str, module: fx.GraphModule, inputs: list[str], outputs
             count *= extent
         return count * fallback
 
-    memory = wrapper_memory(source, inputs, outputs, input_bytes, result_bytes)
+    placeholders = zip(inputs, module.graph.find_nodes(op="placeholder"), strict=True)
+    layouts = {name: layout for name, node in placeholders if (layout := layout_of(node.meta.get("val"))) is not None}
+    memory = wrapper_memory(source, inputs, outputs, input_bytes, result_bytes, layouts=layouts)
     if memory is None:
         return None
     loops = loops_of(source)

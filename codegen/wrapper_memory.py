@@ -10,14 +10,17 @@ import ast
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import msgspec
+import torch
 
 from ..cost_model.flops import Call
 from ..cost_model.region_memory import RegionBuffer, RegionKernel, RegionMemory
 from ..cost_model.tensors import TensorTable
 from ..ir.graph import Node
 from ..ir.types import DTYPES, SHORT_DTYPE
+from .library_workspace import MEASURED, LibraryCall, Operand, workspace_of
 
 #: Inductor rounds allocations inside its wrappers up to nothing; torch's CPU allocator aligns to 64 bytes without cost.
 _ALLOCATORS = re.compile(r"empty_strided(_\w+)?$")
@@ -48,16 +51,17 @@ def wrapper_memory(
     input_bytes: Mapping[str, int],
     result_bytes: ResultBytes,
     symbols: Mapping[str, int] | None = None,
+    layouts: Mapping[str, Operand] | None = None,
 ) -> RegionMemory | None:
     """Kernels and buffers of a wrapper's ``call``; None where its code is not understood.
 
     inputs, outputs: names of the region's values in order. input_bytes: size of each input that is a tensor.
-    symbols: values of the sizes that the wrapper computes with.
+    symbols: values of the sizes that the wrapper computes with. layouts: the inputs that lie in the CPU's memory.
     """
     call = _call_function(source)
     if call is None:
         return None
-    reader = _Reader(dict(input_bytes), result_bytes, dict(symbols or {}), _named_ops(source))
+    reader = _Reader(dict(input_bytes), result_bytes, dict(symbols or {}), _named_ops(source), dict(layouts or {}))
     try:
         for statement in _flat(call.body):
             reader.read(statement, list(inputs), list(outputs))
@@ -111,8 +115,12 @@ class _Reader:
         result_bytes: ResultBytes,
         symbols: dict[str, int],
         named: dict[int, tuple[str, ...]],
+        layouts: dict[str, Operand],
     ) -> None:
         self.input_bytes, self.result_bytes, self.symbols, self.named = input_bytes, result_bytes, symbols, named
+        self.given, self.layouts = layouts, dict[str, Operand]()
+        #: What a library's op returned, with the element type of its first operand.
+        self.made: dict[str, torch.dtype | None] = {}
         self.owner: dict[str, _Storage] = {}
         self.storages: list[_Storage] = []
         self.kernels: list[RegionKernel] = []
@@ -141,8 +149,12 @@ class _Reader:
             part = self.allocate(target.id, 0)
             part.first = whole.first
             self.unsized[target.id] = (part, op)
+            self.made[target.id] = self.made[base]
             return
         if base is not None:
+            layout = self.layout(value)
+            if layout is not None:
+                self.layouts[target.id] = layout
             if base in self.owner:
                 self.owner[target.id] = self.owner[base]
                 if base in self.unsized:
@@ -152,11 +164,17 @@ class _Reader:
             name = _dotted(value.func)
             if _ALLOCATORS.search(name):
                 self.allocate(target.id, self.strided_bytes(value))
+                self.layouts.pop(target.id, None)
+                if name.endswith("_cpu"):
+                    dtype = getattr(torch, _dotted(value.args[2]).removeprefix("torch."))
+                    self.layouts[target.id] = Operand(self.sizes(value.args[0]), self.sizes(value.args[1]), dtype)
             elif name.endswith((".size", ".stride", "get_raw_stream")):
                 self.bind_size(target.id, value)
             else:
                 storage = self.allocate(target.id, 0)
                 self.unsized[target.id] = (storage, name.removeprefix("torch.ops."))
+                read = next((layout for each in value.args if (layout := self.layout(each)) is not None), None)
+                self.made[target.id] = read.dtype if read is not None else None
                 self.launch(value, storage)
 
     def arguments(self, target: ast.expr, inputs: list[str]) -> None:
@@ -170,6 +188,8 @@ class _Reader:
         for name, value in zip(names, inputs, strict=True):
             if value in self.input_bytes:
                 self.allocate(name, self.input_bytes[value]).values.append(value)
+            if value in self.given:
+                self.layouts[name] = self.given[value]
 
     def allocate(self, name: str, size: int) -> _Storage:
         position = len(self.kernels)
@@ -184,7 +204,11 @@ class _Reader:
             found = self.unsized.pop(node.args[0].id, None)
             if found is not None:
                 storage, op = found
-                storage.bytes = max(storage.bytes, self.result_bytes(op, self.sizes(node.args[1])))
+                size = self.sizes(node.args[1])
+                storage.bytes = max(storage.bytes, self.result_bytes(op, size))
+                dtype = self.made.get(node.args[0].id)
+                if dtype is not None and len(node.args) > 2:
+                    self.layouts[node.args[0].id] = Operand(size, self.sizes(node.args[2]), dtype)
             return
         if name.startswith(("assert_", "args.clear")) or name.endswith((".clear", "set_device")):
             return
@@ -208,17 +232,47 @@ class _Reader:
         self.kernels.append(RegionKernel(name=name, kind="library" if library else "kernel", ops=ops))
 
     def workspace(self, name: str, node: ast.Call) -> int:
-        """Bytes that a library op holds for itself: a convolution on CPU reorders its weight to oneDNN blocks, and its
-        backward makes the weight's gradient in blocks, in strides, and as it is asked for (watched in the allocator,
-        torch 2.13, channels-last). A fused cascade says so in its text."""
+        """Bytes that a library op holds for itself: a convolution on CPU says so when it is run (see
+        ``library_workspace``), a fused cascade in its text."""
         if "effcc.cascade" in name:
             return _cascade_workspace(node)
+        measured = self.measured_workspace(name, node)
+        if measured is not None:
+            return measured
         for op, operand, copies in _REORDERS:
             if op in name and len(node.args) > operand:
                 base = _base_name(node.args[operand])
                 if base is not None and base in self.owner:
                     return copies * self.owner[base].bytes
         return 0
+
+    def measured_workspace(self, name: str, node: ast.Call) -> int | None:
+        if name not in MEASURED:
+            return None
+        try:
+            args = tuple(self.argument(each) for each in node.args)
+            kwargs = tuple((each.arg or "", self.argument(each.value)) for each in node.keywords)
+        except _NotUnderstood:
+            return None
+        return workspace_of(LibraryCall(name, args, kwargs))
+
+    def argument(self, node: ast.expr) -> Any:
+        """An operand, a constant, or a tuple of these."""
+        if isinstance(node, ast.Tuple | ast.List):
+            return tuple(self.argument(item) for item in node.elts)
+        if isinstance(node, ast.Constant):
+            return node.value
+        return self.layout(node) or self.number(node)
+
+    def layout(self, node: ast.expr) -> Operand | None:
+        """How the tensor that an expression names lies in the CPU's memory, as far as known."""
+        if isinstance(node, ast.Name):
+            return self.layouts.get(node.id)
+        if isinstance(node, ast.Call) and _dotted(node.func) == "reinterpret_tensor" and len(node.args) > 2:
+            whole = self.layout(node.args[0])
+            if whole is not None:
+                return Operand(self.sizes(node.args[1]), self.sizes(node.args[2]), whole.dtype)
+        return None
 
     def result(self, value: ast.expr | None, outputs: list[str]) -> None:
         items = list(value.elts) if isinstance(value, ast.Tuple | ast.List) else []
@@ -290,7 +344,9 @@ class _Reader:
         return RegionMemory(kernels=tuple(kernels), buffers=tuple(buffers))
 
 
-#: Op, position of its weight, and how many more times the weight it holds while it runs.
+#: Op, position of its weight, and how many more times the weight it holds while it runs, where that cannot be measured:
+#: a convolution reorders its weight to oneDNN's blocks, and its backward makes the weight's gradient in blocks, in
+#: strides, and as it is asked for (watched in the allocator, torch 2.13, channels-last, a processor with AVX-512).
 _REORDERS = (("convolution_backward", 2, 2), ("convolution", 1, 1))
 
 

@@ -24,6 +24,9 @@ from .tensors import Bindings, Tensor, concrete
 
 #: How a plan names that moment, and why the memory is held.
 NAME = "loss outside the graph"
+#: Its value and the gradient that the backward begins with are scalars, held until the backward ends: at most of f64.
+HELD = "loss and its gradient"
+LOSS_BYTES = 2 * 8
 #: Bytes held besides the outputs and their gradients, in bytes of the outputs.
 COPIES = 3
 

@@ -8,12 +8,13 @@ share ``Step.region``.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 
 from ..cost_model.devices import Device
 from ..cost_model.liveness import reserved_bytes
 from ..cost_model.optimizers import optimizer_cost, optimizer_workspace
-from ..cost_model.outside_loss import NAME, outside_loss_bytes
+from ..cost_model.outside_loss import HELD, LOSS_BYTES, NAME, outside_loss_bytes
 from ..cost_model.region_memory import KernelOrder
 from ..cost_model.tensors import Bindings
 from ..errors import PlanError
@@ -130,7 +131,8 @@ def _loss_step(builder: PlanBuilder, backward: Graph, forward: Graph, bindings: 
     if size:
         position = len(builder.steps)
         held = builder.add(Memory(NAME, size, "workspace", position, position + 1))
-        builder.steps.append(Step(id=position, kind="outside", name=NAME, phase="loss", writes=(held,)))
+        loss = builder.add(Memory(HELD, LOSS_BYTES, "output", position, kept=True))
+        builder.steps.append(Step(id=position, kind="outside", name=NAME, phase="loss", writes=(held, loss)))
 
 
 def _backward(
@@ -157,6 +159,7 @@ def _backward(
     if begin and builder.steps[-1].phase == "loss":
         begin -= 1  # which makes the gradients of the outputs
     results = [forward_placed[p] for ps in forward_flat.outputs[: len(forward.outputs) - forward.saved] for p in ps]
+    roots: list[int] = []  # gradients of scalar losses, which ``Tensor.backward`` holds until it ends
     for pieces in flat.inputs:
         for piece in pieces:
             if placed[piece] < 0:  # gradients of the outputs: given when the backward begins
@@ -168,6 +171,8 @@ def _backward(
                 of = next((r for r in results if r in builder.gradient_of and builder.memory[r].alike(tangent)), None)
                 if of is None:
                     placed[piece] = builder.add(tangent)
+                    if math.prod(tangent.shape) == 1:
+                        roots.append(placed[piece])
                 else:  # a later graph's backward made it, and nobody reads it after this one
                     placed[piece] = builder.gradient_of.pop(of)
                     builder.memory[placed[piece]].kept = False
@@ -185,6 +190,8 @@ def _backward(
             elif primal:
                 builder.gradient_of[forward_placed[primal[0]]] = placed[piece]
     _run(builder, graph, flat, placed)
+    for identity in roots:
+        builder.memory[identity].upper = len(builder.steps)
 
 
 def _from_piece(flat: FlatGraph, piece: int, role: str, lower: int = -1, kept: bool = False) -> Memory:
