@@ -34,7 +34,7 @@ from .token_rows import RowGraph
 #: transformer's layer has.
 NEAR = 16
 #: Seconds for the proof that nothing is much smaller than the least budget that a refusal names.
-PROOF_SECONDS = 5.0
+PROOF_SECONDS = 15.0
 #: How often a graph is compiled again because the compiled code needs more than the simulation said.
 MOST_ATTEMPTS = 6
 
@@ -162,8 +162,9 @@ class ActivationPlanner:
     def fusions(self, phase: str) -> AbstractContextManager[Any]:
         """Inside, what is computed again for one layer does not become a kernel with another layer's: its results would
         wait for their turn in memory that the simulation does not count. Nor do a product's operands wait for what it
-        is added to, and kernels run in an order of little memory. Where all counts, nothing is fused across a library's
-        calls, and no random numbers are stored."""
+        is added to, and kernels run in an order of little memory. Results are written over all that the simulation
+        says, in the forward too. Where all counts, nothing is fused across a library's calls, and no random numbers are
+        stored."""
         if phase == "inference" or self.choice is None or self.choice.rule != "planned":
             return nullcontext()
         stack = ExitStack()

@@ -71,8 +71,8 @@ def _measured(call: LibraryCall, threads: int) -> int:
         made, growth = torch_internals.peak_growth(run)
     if growth is None:
         raise _NotSeenError
-    results = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tree_iter(made) if t is not None}
-    return max(0, growth - sum(results.values()))
+    results = [value.untyped_storage().nbytes() for value in tree_iter(made) if isinstance(value, torch.Tensor)]
+    return max(0, growth - sum(results))
 
 
 def traced_workspaces(gm: fx.GraphModule) -> Mapping[str, int]:
@@ -90,10 +90,13 @@ def traced_workspaces(gm: fx.GraphModule) -> Mapping[str, int]:
 
 
 def _traced_call(op: str, node: fx.Node) -> LibraryCall | None:
-    layouts = {given: layout_of(given.meta.get("val")) for given in node.all_input_nodes}
-    if None in layouts.values():
-        return None
-    args, kwargs = fx.map_arg((node.args, node.kwargs), lambda given: _channels_last(layouts[given]))
+    layouts: dict[Any, Operand] = {}
+    for given in node.all_input_nodes:
+        layout = layout_of(given.meta.get("val"))
+        if layout is None:
+            return None
+        layouts[given] = _channels_last(layout)
+    args, kwargs = tree_map_only(fx.Node, layouts.__getitem__, (list(node.args), dict(node.kwargs)))
     return LibraryCall(op, _hashable(args), _hashable(tuple(kwargs.items())))
 
 

@@ -39,10 +39,11 @@ CHAIN, STRANDS = 32, 4
 
 @dataclass(frozen=True)
 class GeneratedKernels:
-    """``added``: op -> seconds that it adds for each element (of its input, for a reduction); ``statement`` for each
-    statement of the generated code that is executed, whatever it works on; ``turn`` of a loop over groups. ``call``:
-    seconds of a generated kernel's call and its buffers, ``library`` of an op of a library beside its work, ``graph``
-    of calling a compiled graph of a training step, ``parameter`` of each parameter of it."""
+    """``added``: op -> seconds that it adds for each element (of its input, for a reduction), kind of random number ->
+    for each one that is drawn; ``statement`` for each statement of the generated code that is executed, whatever it
+    works on; ``turn`` of a loop over groups. ``call``: seconds of a generated kernel's call and its buffers,
+    ``library`` of an op of a library beside its work, ``graph`` of calling a compiled graph of a training step,
+    ``parameter`` of each parameter of it."""
 
     added: Mapping[str, float]
     call: float
@@ -88,6 +89,17 @@ def ops() -> dict[str, Callable[[torch.Tensor], torch.Tensor]]:
     }
 
 
+def draws() -> dict[str, Callable[[torch.Tensor], torch.Tensor]]:
+    """Kind of random number -> a function that draws one for each element."""
+    import torch
+
+    return {
+        "rand": lambda x: x * torch.rand_like(x),
+        "randn": lambda x: x * torch.randn_like(x),
+        "randint": lambda x: x * torch.randint_like(x, 1000),
+    }
+
+
 def measure_generated(rounds: int = 40) -> GeneratedKernels | None:
     """None where Inductor cannot compile for the CPU (no C++ compiler). Takes some 20 seconds, most of it compiling."""
     import torch
@@ -114,7 +126,8 @@ def measure_generated(rounds: int = 40) -> GeneratedKernels | None:
         with config.patch(settings), torch.no_grad():
             compiled: Any = torch.compile(each, backend="inductor", dynamic=False)
             compiled(*inputs)
-            numbered = _by_kernel(lambda: compiled(*inputs), rounds)
+            numbered = _numbered(_by_kernel(lambda: compiled(*inputs), rounds))
+            drawn = _drawing(inputs[0], rounds)
             calls = _calls(rounds)
     except Exception as error:  # Inductor and compilers raise what they like; the roofline does without
         _tell(error)
@@ -129,6 +142,7 @@ def measure_generated(rounds: int = 40) -> GeneratedKernels | None:
             # A reduction writes next to nothing: half of the plain kernel's bytes.
             share = 0.5 if name in ("sum", "amax", "var_mean", "mean") else 1.0
             added[name] = max(0.0, seconds[name] - share * plain) / ELEMENTS
+    added |= {name: max(0.0, spent - plain) / ELEMENTS for name, spent in drawn.items()}
     added["turn"] = _turn(rounds)
     # One statement does a vector's elements; the kernel that it is compared to has one too.
     added["statement"] *= vector_lanes() / (2 * CHAIN + STRANDS - 2)
@@ -148,18 +162,37 @@ def _tell(error: Exception) -> None:
     logger("calibrate").info("generated kernels were not measured: %s: %s", type(error).__name__, str(error)[:200])
 
 
-def _by_kernel(run: Callable[[], Any], rounds: int) -> dict[int, list[float]]:
-    """Seconds of each call of a generated kernel, by its number in the generated code."""
+def _drawing(x: torch.Tensor, rounds: int) -> dict[str, float]:
+    """Kind of random number -> seconds of the kernels that draw one for each element of ``x``. Each is compiled by
+    itself: what draws waits for nothing, so Inductor would make one kernel of all."""
+    import torch
+
+    found = {}
+    for name, draw in draws().items():
+        compiled: Any = torch.compile(draw, backend="inductor", dynamic=False)
+        compiled(x)
+        kernels = _by_kernel(functools.partial(compiled, x), rounds)
+        found[name] = sum(statistics.median(spent) for spent in kernels.values())
+    return found
+
+
+def _numbered(kernels: Mapping[str, list[float]]) -> dict[int, list[float]]:
+    """Seconds by the kernel's number."""
+    return {int(match[1]): spent for name, spent in kernels.items() if (match := _NAME.search(name))}
+
+
+def _by_kernel(run: Callable[[], Any], rounds: int) -> dict[str, list[float]]:
+    """Seconds of each call of a generated kernel, by its name in the generated code."""
     import torch
 
     run()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         for _ in range(rounds):
             run()
-    found: dict[int, list[float]] = collections.defaultdict(list)
+    found: dict[str, list[float]] = collections.defaultdict(list)
     for event in profile.events() or ():
-        if match := _NAME.search(event.name):
-            found[int(match[1])].append(event.self_cpu_time_total * 1e-6)
+        if _NAME.search(event.name):
+            found[event.name].append(event.self_cpu_time_total * 1e-6)
     return dict(found)
 
 

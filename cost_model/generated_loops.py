@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 import msgspec
 
 from .devices import Figure
+from .random_draws import draw_seconds
 
 _CODE = re.compile(r"^(\w+) = async_compile\.cpp\w*\(.*?r?'''\n(.*?)'''", re.MULTILINE | re.DOTALL)
 _CAST = re.compile(r"static_cast<int64_t>\((-?\d+)L?\)")
@@ -31,6 +32,10 @@ _CALLED = re.compile(r"(?:std::|\.)(exp|exp2|expm1|log|log2|log1p|tanh|erf|rsqrt
 #: A vector's lanes from booleans in memory, and to them.
 _MASK_READ = re.compile(r"VecMask<[^>]*>::from\(\w*ptr")
 _ATOMIC = re.compile(r"\batomic_add(_vec<\w+, \d+, \d+>)?\(")
+#: A random number: in a block of vectors that many, one after the other.
+_DRAWN = re.compile(r"\b(normalized_rand|randn|randint64)_cpu\(")
+_DRAWN_TOGETHER = re.compile(r"for\s*\(\s*\w+ offset_idx = 0; offset_idx < (\d+);")
+_FIGURES = {"normalized_rand": "rand", "randn": "randn", "randint64": "randint"}
 _WELFORD = re.compile(r"= welford_combine\(\w+, tmp\d+")
 #: Function -> the measured one that it is priced as.
 MEASURED = {
@@ -43,18 +48,20 @@ _BYTES = {"double": 8, "int64_t": 8, "bfloat16": 2, "half": 2, "int16_t": 2, "bo
 class Nest(msgspec.Struct, frozen=True):
     """One loop nest. ``bytes``: what it reads and writes, each place once. ``vectors``, ``scalars``: statements that it
     executes, on vectors and on single elements; ``calls``: elements for which functions are called as well, by name: a
-    call for a single element takes as long as one for all lanes of a vector."""
+    call for a single element takes as long as one for all lanes of a vector; ``draws``: random numbers, by kind."""
 
     bytes: int
     vectors: int
     scalars: int
     calls: dict[str, int] = {}
+    draws: dict[str, int] = {}
 
 
 def issued_seconds(nest: Nest, added: Mapping[str, Figure]) -> float:
     """Seconds that a nest's statements and calls take beside its bytes; ``added`` are a calibrated device's figures."""
     calls = ((MEASURED.get(name, name), elements) for name, elements in nest.calls.items())
     called = sum(elements * added[name].value for name, elements in calls if name in added)
+    called += sum(draw_seconds(name, count, added) for name, count in nest.draws.items())
     return (nest.vectors + nest.scalars) * added["statement"].value + called
 
 
@@ -104,6 +111,8 @@ class _Reader:
         self.moved: dict[tuple[str, bool], float] = {}
         self.vectors = self.scalars = 0.0
         self.calls: dict[str, float] = {}
+        self.draws: dict[str, float] = {}
+        self.together = 1
 
     def read(self, lines: list[str]) -> Nest:
         stack = [_Block(1.0, {}, {}, {})]
@@ -125,6 +134,8 @@ class _Reader:
                 )
             elif branch := _BRANCH.search(line):
                 pending = _part(top, branch[1], int(branch[2]), int(branch[3]))
+            elif together := _DRAWN_TOGETHER.search(line):
+                self.together = int(together[1])
             elif "tmp" in line or "_ptr" in line:
                 self.statement(line, stack[-1])
             for character in line:
@@ -134,12 +145,15 @@ class _Reader:
                 elif character == "}" and len(stack) > 1:
                     stack.pop()
         counts = {name: round(count) for name, count in self.calls.items()}
-        return Nest(round(sum(self.moved.values())), round(self.vectors), round(self.scalars), counts)
+        draws = {name: round(count) for name, count in self.draws.items()}
+        return Nest(round(sum(self.moved.values())), round(self.vectors), round(self.scalars), counts, draws)
 
     def statement(self, line: str, block: _Block) -> None:
         text = line.strip()
         assigned = _ASSIGNED.match(text)
         value = assigned[2] if assigned else text
+        if drawn := _DRAWN.search(value):
+            self.draw(_FIGURES[drawn[1]], block, vector=assigned is None)
         known = any(name in block.vectors for name in _TEMPORARY.findall(value))
         vector = "at::vec" in value or known
         if assigned and vector:
@@ -162,6 +176,14 @@ class _Reader:
         called += ["mask_write"] * (vector and ".store(" in text and bool(self.booleans & set(_POINTER.findall(text))))
         for function in called:
             self.calls[function] = self.calls.get(function, 0.0) + block.times * self.lanes
+
+    def draw(self, figure: str, block: _Block, vector: bool) -> None:
+        """Numbers are drawn one by one, in a vector's block and in what is left over, of which no vector is made."""
+        count = block.times * self.together if vector else block.times
+        for name, trips in block.trips.items():
+            if trips and name.endswith(("_tail", "_inner")):
+                count *= block.extents[name] / trips
+        self.draws[figure] = self.draws.get(figure, 0.0) + count
 
     def touch(self, pointer: str, value: str, block: _Block, written: bool) -> None:
         """Places are told apart by the loops whose variable the index names."""

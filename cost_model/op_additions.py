@@ -12,7 +12,8 @@ from collections.abc import Mapping
 from ..ir.graph import Node
 from .devices import Figure
 from .op_classes import kind_of, packet
-from .tensors import TensorTable
+from .random_draws import draw_seconds, drawn
+from .tensors import Tensor, TensorTable
 
 _ADDED: dict[str, tuple[str, ...]] = {
     "exp": ("exp",), "exp2": ("exp",), "expm1": ("exp",), "log": ("log",), "log2": ("log",), "log1p": ("log",),
@@ -35,6 +36,9 @@ _OVER_ROWS = frozenset({"sum", "mean", "prod", "amax", "amin", "var_mean", "var"
 
 def added_seconds(node: Node, table: TensorTable, added: Mapping[str, Figure]) -> float:
     """Seconds that a node adds to its kernel; ``added`` are the device's figures."""
+    numbers = drawn(node, table)
+    if numbers is not None:
+        return draw_seconds(*numbers, added)
     name = packet(node.op).partition(".")[2]
     parts = _parts(node, name, table)
     if not parts:
@@ -43,6 +47,13 @@ def added_seconds(node: Node, table: TensorTable, added: Mapping[str, Figure]) -
     if kind_of(node.op) == "reduction":
         elements = max([elements, *(tensor.elements for tensor in table.read(node))])
     return elements * sum(added[part].value for part in parts if part in added)
+
+
+def stored_seconds(tensor: Tensor, added: Mapping[str, Figure]) -> float:
+    """Seconds that a value takes beside its bytes when it is written out and read back: booleans go lane by lane."""
+    if tensor.dtype != "b1":
+        return 0.0
+    return tensor.elements * sum(added[name].value for name in ("mask_write", "mask_read") if name in added)
 
 
 def _parts(node: Node, name: str, table: TensorTable) -> tuple[str, ...]:

@@ -27,6 +27,7 @@ from .library_laws import law_seconds
 from .op_additions import added_seconds
 from .op_classes import kind_of, packet
 from .product_cost import chosen_library, laws_of, timed_product
+from .random_draws import OPERATIONS, drawn
 from .storages import StorageTable, storage_table
 from .tensors import Bindings, TensorTable, called, evaluate
 
@@ -73,6 +74,16 @@ def op_cost(
     moved = _op_bytes(node, table)
     written = [tensor.bytes for tensor in table.of(node.name)]
     return _kernel_cost(kind, [node], moved, table, device, written)
+
+
+def fused_seconds(node: Node, graph: Graph, device: Device, table: TensorTable, share: float) -> float:
+    """Seconds of an op of a generated kernel that has that ``share`` of the traffic that the op would have alone: no
+    launch, but all of its own work, functions and random numbers, which costs the same in any kernel."""
+    alone = max(0.0, op_cost(node, graph, device, table=table).seconds - device.launch.value)
+    if device.added:
+        work = min(alone, added_seconds(node, table, device.added))
+        return work + share * (alone - work)
+    return max(share * alone, _draw_seconds([node], table, device))
 
 
 def graph_cost(graph: Graph, device: Device, bindings: Bindings | None = None) -> Cost:
@@ -174,12 +185,13 @@ def _kernel_cost(
         compute = executed / (device.matrix_rate(dtype) * device.efficiency_of("gemm" if grouped else kind))
     else:
         compute = 0.0
-    compute += other / device.vector_rate(dtype)
+    draws = _draw_seconds(nodes, table, device)
+    compute += other / device.vector_rate(dtype) + draws
     memory = moved / bandwidth(moved, kind, device)
     calls = sum(shape[0] for shape in grouped_shapes(nodes[0], table)) if packet(nodes[0].op) in LOOPS else 1
     launch = device.launch.value * max(1, calls)
     bound = "launch" if launch >= max(compute, memory) else "compute" if compute >= memory else "memory"
-    learned = learned_seconds(nodes[0], shape, table, device) if len(nodes) == 1 else None
+    learned = learned_seconds(nodes[0], shape, table, device) if len(nodes) == 1 and not draws else None
     seconds = learned.seconds if learned is not None else max(compute, memory)
     return Cost(matmul + other, moved, seconds + launch, bound, matmul)
 
@@ -225,6 +237,12 @@ def _calibrated_cost(
     seconds = max(product, memory) + compute if product else memory + compute
     parts = {"launch": launch, "compute": product + compute, "memory": memory}
     return Cost(matmul + other, moved, seconds + launch, max(parts, key=parts.__getitem__), matmul)
+
+
+def _draw_seconds(nodes: Iterable[Node], table: TensorTable, device: Device) -> float:
+    """Seconds of the random numbers that ops draw, on the vector units at their peak rate."""
+    numbers = sum(found[1] for node in nodes if (found := drawn(node, table)) is not None)
+    return numbers * OPERATIONS / device.vector_rate("f32")
 
 
 def _priced(node: Node, table: TensorTable, device: Device) -> float | None:

@@ -153,8 +153,9 @@ def trace(
     model.train(train)
     backend = CollectingBackend(model, weightless, train, decompositions, writes_inputs, partition=partition)
     step = _step(spec, model, targets, backend, dynamic)
-    sharing = repeated_regions() if share_repeated else without_repeated_regions()
-    with quiet(), errors_of_tracing(spec), sharing, weightless.tracing(), _one_of_a_kind():
+    # Where nothing is shared, this thread's frames are ours all the same: what makes their capture cheaper holds.
+    alone = contextlib.nullcontext() if share_repeated else without_repeated_regions()
+    with quiet(), errors_of_tracing(spec), repeated_regions(), alone, weightless.tracing(), _one_of_a_kind():
         _run(step, args, kwargs, train, spec)
     if not backend.frames:
         raise CaptureError(
@@ -224,10 +225,11 @@ def _step(
 @contextlib.contextmanager
 def _one_of_a_kind() -> Iterator[None]:
     """Other captures of the same class in this process would count as recompilations of one code object, and sizes that
-    differ from theirs would become symbols."""
-    with torch._dynamo.config.patch(
-        recompile_limit=1 << 20, accumulated_recompile_limit=1 << 20, automatic_dynamic_shapes=False
-    ):
+    differ from theirs would become symbols. What they leave behind is collected with everything else."""
+    changes = {"recompile_limit": 1 << 20, "accumulated_recompile_limit": 1 << 20, "automatic_dynamic_shapes": False}
+    if hasattr(torch._dynamo.config, "run_gc_after_compile"):
+        changes["run_gc_after_compile"] = False
+    with torch._dynamo.config.patch(changes):
         yield
 
 

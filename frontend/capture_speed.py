@@ -5,6 +5,7 @@ this thread is compiling a frame for one of our backends, and each is left out w
 - Python's cycle collector runs less often: of the millions of live objects that it scans, hardly one is garbage.
 - AOTAutograd prints its joint, forward and backward graphs only if someone listens.
 - The partitioner's reordered backward generates its Python code when it is first run, as its other graphs do.
+- Dynamo does not read source files for lines of a log that is off.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ ALLOCATIONS_BETWEEN_COLLECTIONS = 10_000
 
 def install(ours: Callable[[], bool], is_our_compiler: Callable[[Any], bool]) -> None:
     """Put the changes in place. ``ours()``: this thread compiles for us; ``is_our_compiler``: of Dynamo's compiler."""
-    for change in (_minimum_cut, _quiet_logs, _lazy_backward):
+    for change in (_minimum_cut, _quiet_logs, _quiet_trace, _lazy_backward):
         with contextlib.suppress(ImportError, AttributeError):
             change(ours)
     with contextlib.suppress(ImportError, AttributeError):
@@ -117,6 +118,20 @@ def _quiet_logs(ours: Callable[[], bool]) -> None:
 
     graph_compile._log_joint_graph = log_joint_graph
     graph_compile._log_fw_bw_graphs = log_fw_bw_graphs
+
+
+def _quiet_trace(ours: Callable[[], bool]) -> None:
+    """For each call that it traces Dynamo makes a line that says where it stands, for which it reads the source file
+    token by token; nobody sees it unless this log is on."""
+    from torch._dynamo import output_graph, symbolic_convert
+
+    log, plain = output_graph.trace_call_log, symbolic_convert.get_funcname
+
+    @functools.wraps(plain)
+    def get_funcname(filename: str, lineno: int) -> str | None:
+        return plain(filename, lineno) if log.isEnabledFor(logging.DEBUG) or not ours() else None
+
+    symbolic_convert.get_funcname = get_funcname
 
 
 # --- generated code ---------------------------------------------------------------------------------------------------

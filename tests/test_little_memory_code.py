@@ -54,3 +54,25 @@ def test_what_a_call_parts_is_not_one_kernel() -> None:
     parted, other = compiled_code(function, x, around=torch_internals.fusions_within(64, between_calls=True))
     assert all(torch.equal(one, two) for one, two in zip(plain, parted, strict=True))
     assert code.count("async_compile.cpp_pybinding(") < other.count("async_compile.cpp_pybinding(")
+
+
+@pytest.mark.parametrize("columns", [64, 61])
+def test_a_softmax_takes_the_memory_of_the_scores_that_it_is_the_last_to_read(columns: int) -> None:
+    generator = torch.Generator().manual_seed(fresh_random().randrange(1 << 30))
+    query, key = (torch.randn(rows, 16, generator=generator) for rows in (96, columns))
+
+    def function(query: torch.Tensor, key: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        kept = (query @ key.mT).softmax(-1)  # its exponentials are read twice, and held a row at a time
+        return kept, (kept * torch.rand_like(kept)) @ key
+
+    def read_otherwise(query: torch.Tensor, key: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        scores = query @ key.mT
+        return scores.softmax(-1), scores.flip(0).exp()
+
+    over = torch_internals.written_over_through_rows
+    for asked, fewer in ((function, 1), (read_otherwise, 0)):
+        plain, code = compiled_code(asked, query, key, around=contextlib.nullcontext())
+        taken, other = compiled_code(asked, query, key, around=over())
+        assert all(torch.equal(one, two) for one, two in zip(plain, taken, strict=True))
+        size = f"empty_strided_cpu((96, {columns})"
+        assert other.count(size) == code.count(size) - fewer, asked.__name__

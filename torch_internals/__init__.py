@@ -50,7 +50,15 @@ from .observing import (
     peak_growth,
     structured_trace,
 )
-from .scheduling import KernelValue, fusions_within, inlined_random, kernel_order, marked, products_within
+from .scheduling import (
+    KernelValue,
+    fusions_within,
+    inlined_random,
+    kernel_order,
+    marked,
+    products_within,
+    written_over_through_rows,
+)
 from .settings import (
     cache_directory,
     cudagraphs_wanted,
@@ -86,5 +94,5 @@ __all__ = [
     "refresh_values",
     "region_settings", "remembered_toolchain", "report_output_strides", "saved_outputs", "split_joint",
     "stable_topological_sort", "start_cpp_library", "storage_key", "storage_owners", "structured_trace",
-    "tensor_owners", "unhooked_step", "weak_storage", "without_code_cache",
+    "tensor_owners", "unhooked_step", "weak_storage", "without_code_cache", "written_over_through_rows",
 ]  # fmt: skip

@@ -5,7 +5,10 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
+from contextvars import ContextVar
 from typing import Any, NamedTuple
+
+from . import written_over
 
 
 class KernelValue(NamedTuple):
@@ -103,6 +106,49 @@ def inlined_random() -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def written_over_through_rows() -> Iterator[None]:
+    """Inside, a C++ kernel's result may also take the memory of an operand that it reads only by way of other results
+    of the kernel. Inductor holds such a result (a softmax's exponentials) a row at a time, in no buffer of its own, and
+    then finds nothing that the softmax could be written over."""
+    from torch._inductor.scheduler import BaseSchedulerNode
+    from torch._inductor.virtualized import V
+
+    plain = BaseSchedulerNode.decide_inplace_update
+
+    def decide(node: Any) -> None:
+        plain(node)
+        if not hasattr(V.kernel, "args") or not _in_cpp(node):
+            return
+        taken, wrapper = V.kernel.inplace_update_buffers, V.graph.wrapper_code
+        for result, read in written_over.indirect(node.scheduler.get_fused_node(node), node):
+            fresh = not (result in taken or result in V.graph.removed_buffers or result in wrapper.allocated)
+            operand = written_over.buffer_of(node, read)
+            if fresh and wrapper.can_reuse(operand, node) and not written_over.read_later(node, operand):
+                V.kernel.args.make_inplace(read, result)
+                taken[result] = read
+
+    token = _through_rows.set(True)
+    BaseSchedulerNode.decide_inplace_update = decide
+    try:
+        with marked("effcc written over through rows"):
+            yield
+    finally:
+        BaseSchedulerNode.decide_inplace_update = plain
+        _through_rows.reset(token)
+
+
+_through_rows: ContextVar[bool] = ContextVar("through_rows", default=False)
+
+
+def _in_cpp(node: Any) -> bool:
+    """Whether a node becomes part of a C++ kernel."""
+    from torch._inductor.scheduler import SchedulerNode
+
+    device = node.get_device() if isinstance(node, SchedulerNode) else None
+    return device is not None and device.type == "cpu"
+
+
+@contextlib.contextmanager
 def products_within(distance: int) -> Iterator[None]:
     """Inside, a product that is added to something later becomes one call with the addition only if no more than
     ``distance`` ops of the graph lie between them: its operands are held until that call."""
@@ -195,32 +241,12 @@ def _gradients_given(nodes: list[Any], inputs: Any, outputs: Any) -> list[Kernel
 
 
 def _written_over(kernel: Any) -> Iterator[tuple[str, str]]:
-    """(result, operand) of a generated kernel where Inductor lets the result take the operand's memory, if nothing
-    reads that later. These are the conditions of its ``decide_inplace_update`` that no order changes."""
-    from torch._inductor import config
-    from torch._inductor.codegen.wrapper import can_match_buffer_size
-    from torch._inductor.scheduler import SchedulerNode
-
-    if not config.inplace_buffers:
-        return
-    own = {node.get_name(): node for node in kernel.get_nodes() if isinstance(node, SchedulerNode)}
-    for node in own.values():
-        known, donated = node.scheduler.name_to_buf, getattr(node.scheduler, "name_to_donated_buffer", {})
-        for result in node.get_outputs():
-            if not result.node.should_allocate() or result.node.get_mutation_names():
-                continue
-            for read in node.read_writes.reads:
-                operand = donated.get(read.name) or known.get(read.name)
-                if operand is None or operand.node is None:
-                    continue
-                users: list[Any] = [user for user in operand.users if user.node.get_name() in own]
-                accesses = {
-                    each for u in users for each in u.node.read_writes.reads_and_writes() if each.name == read.name
-                }
-                last = [user for user in users if user.node.get_name() not in node.ancestors]
-                alone = len(accesses) == 1 and [user.node for user in last] == [node] and last[0].can_inplace
-                if alone and can_match_buffer_size(operand.node, result.node):
-                    yield result.get_name(), read.name
+    """(result, operand) where the result takes the operand's memory if its kernel is the last to read that."""
+    yield from written_over.direct(kernel)
+    if _through_rows.get():
+        for node in kernel.get_nodes():
+            if _in_cpp(node):
+                yield from written_over.indirect(kernel, node)
 
 
 def _note(text: str) -> None:

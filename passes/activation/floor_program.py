@@ -26,6 +26,9 @@ Constraints
 Objective
     least peak
 
+Not all moments are looked at: at first those that are crowded in a choice that is known, then those where the optimum's
+own choice turns out to hold more than the optimum says.
+
 A choice of what is kept is a solution, so no peak is below the optimum. Nothing is computed a third time, and nothing
 is swapped. Of the chain of layers behind a moment only the nearest are looked at.
 """
@@ -34,6 +37,7 @@ from __future__ import annotations
 
 import datetime
 import math
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -49,27 +53,58 @@ MOMENTS, CROWDED = 16, 4
 #: Layers behind a moment of which what they need is followed.
 REACH = 3
 #: Most values of a mixed-integer program, and the share of the peak from which on a value is among them.
-WHOLE, COUNTS = 100, 1e-3
-#: Where the linear bound is within this share of the peak, no integers are searched.
-FAR = 0.03
-#: Bytes are given to the solver in this unit.
-_UNIT = 1 << 20
+WHOLE, COUNTS = 400, 1e-3
+#: Share by which bounds on the peak that such a program is given are wider, for the solver's tolerance.
+SLACK = 1e-6
+#: Where the linear bound is within this share of the peak, no integers are searched; where any is within that one,
+#: nothing more is.
+FAR, NEAR = 0.03, 0.005
+#: Share of the time that the linear program may take.
+LINEAR = 0.3
+#: Moments that are added at once, the share by which a bound must grow to count as larger, and how often it need not.
+MISSED, LARGER, IDLE = 3, 1e-4, 2
+#: What the candidate's peak is for the solver, whose tolerances are absolute.
+SCALE = 1000.0
 
 
 def program_bound(simulator: Simulator, blocks: Sequence[Block], candidate: Candidate, seconds: float = 0.0) -> int:
     """Bytes below which no choice of kept values has its peak. ``candidate`` is a choice, the smaller the better; none
-    swaps. ``seconds``: for the search of the mixed-integer program; without them the linear one is the bound."""
-    return _Program(simulator, blocks, candidate).solve(seconds)
+    swaps. ``seconds``: for moments that were missed, and the mixed-integer program; without them one linear program is
+    the bound."""
+    begin, peak = time.monotonic(), candidate.peak
+    program = _Program(simulator, blocks, candidate)
+    bound = program.least(program.moments(), 0.0)
+    if seconds > 0 and bound * (1 + FAR) < peak:
+        # One moment at first: few are fast, and which ones matter shows.
+        program = _Program(simulator, blocks, candidate)
+        bound = max(bound, program.least(program.moments(1), begin + seconds * LINEAR - time.monotonic()))
+    left = begin + seconds - time.monotonic()
+    if left > 0 and bound * (1 + FAR) < peak:
+        whole = _Program(simulator, blocks, candidate, between=(bound, peak))
+        if whole.integers <= WHOLE:
+            bound = max(bound, whole.least(sorted(program.binding), left))
+    # One in ten million for the solvers' tolerance.
+    return int(bound * (1 - 1e-7))
 
 
 class _Program:
-    def __init__(self, simulator: Simulator, blocks: Sequence[Block], candidate: Candidate) -> None:
+    def __init__(
+        self,
+        simulator: Simulator,
+        blocks: Sequence[Block],
+        candidate: Candidate,
+        between: tuple[float, float] | None = None,
+    ) -> None:
+        """``between``: bytes that the least peak is known to lie between; the program is then mixed-integer."""
         from ortools.math_opt.python import mathopt
 
         self.simulator, self.problem, self.blocks = simulator, simulator.problem, blocks
         self.run = candidate.simulation
         self.model: Any = mathopt.Model(name="floor")
-        self.peak = self.model.add_variable(lb=0.0)
+        self.unit = max(1, self.run.peak) / SCALE
+        low, high = between or (0.0, math.inf)
+        self.peak = self.model.add_variable(lb=low / self.unit * (1 - SLACK), ub=high / self.unit * (1 + SLACK))
+        self.model.minimize(self.peak)
         values = self.problem.values
         made = [v for v in PricedCuts(simulator).values if v not in simulator.outputs]
         #: Consumers before producers.
@@ -82,6 +117,13 @@ class _Program:
         self.owner = block_of_entries(self.problem, blocks)
         #: Values that a library's op of the backward reads: computed again, they are stored.
         self.stored = {v for op in simulator.backward_ops if not op.fused for v in op.reads}
+        counting = [k for v, k in self.kept.items() if values[v].bytes >= COUNTS * self.run.peak]
+        self.integers = len(counting) if between else 0
+        for kept in counting if between else ():
+            kept.integer = True
+        #: Moment -> the constraint of its memory; and the moments that have held an optimum.
+        self.held: dict[int, Any] = {}
+        self.binding: set[int] = set()
 
     def _maker(self, value: int) -> Op:
         return self.problem.ops[self.problem.values[value].op]
@@ -109,34 +151,73 @@ class _Program:
             found[v] = min([self.first.get(v, math.inf), *(found[w] for w in self.again[v])])
         return found
 
-    def solve(self, seconds: float) -> int:
+    def least(self, moments: Sequence[int], seconds: float) -> float:
+        """Bytes that are held at one of ``moments`` at least, or at one of those where the optimum's choice turns out
+        to hold more: these are added, and the program is solved again, until it gets no larger or the time is up."""
+        end, best, idle = time.monotonic() + seconds, 0.0, 0
+        while True:
+            for p in moments:
+                self.held[p] = self._moment(p)
+            bound, kept = self._solved(max(0.0, end - time.monotonic()))
+            idle = 0 if bound > best * (1 + LARGER) else idle + 1
+            best = max(best, bound)
+            if kept is None or idle > IDLE or time.monotonic() >= end or self.run.peak <= best * (1 + NEAR):
+                return best
+            moments = self._missed(kept, best)
+            if not moments:
+                return best
+
+    def _solved(self, seconds: float) -> tuple[float, frozenset[int] | None]:
+        """A bound on the optimum, and what an optimum keeps (of fractions the larger), None if none is known."""
         from ortools.math_opt.python import mathopt
 
-        for position in self._moments():
-            self._moment(position)
-        self.model.minimize(self.peak)
-        result = mathopt.solve(self.model, mathopt.SolverType.GLOP)
-        if result.termination.reason != mathopt.TerminationReason.OPTIMAL:
-            return 0
-        bound = result.termination.objective_bounds.dual_bound
-        if self.run.peak <= bound * _UNIT * (1 + FAR):
-            seconds = 0.0
-        counting = [k for v, k in self.kept.items() if self.problem.values[v].bytes >= COUNTS * self.run.peak]
-        if seconds and len(counting) <= WHOLE:
-            for kept in counting:
-                kept.integer = True
-            limits = mathopt.SolveParameters(time_limit=datetime.timedelta(seconds=seconds), threads=1, random_seed=0)
+        if self.integers:
+            limits = mathopt.SolveParameters(
+                time_limit=datetime.timedelta(seconds=seconds), threads=1, random_seed=0, cuts=mathopt.Emphasis.OFF
+            )
             result = mathopt.solve(self.model, mathopt.SolverType.GSCIP, params=limits)
-            bound = max(bound, result.termination.objective_bounds.dual_bound)
-        # One in ten million for the solvers' tolerance.
-        return int(bound * _UNIT * (1 - 1e-7))
+            if result.termination.reason not in (
+                mathopt.TerminationReason.OPTIMAL,
+                mathopt.TerminationReason.FEASIBLE,
+                mathopt.TerminationReason.NO_SOLUTION_FOUND,
+            ):
+                return 0.0, None
+        else:
+            result = mathopt.solve(self.model, mathopt.SolverType.GLOP)
+            if result.termination.reason != mathopt.TerminationReason.OPTIMAL:
+                return 0.0, None
+            prices = result.dual_values()
+            self.binding.update(p for p, constraint in self.held.items() if abs(prices[constraint]) > 1e-9)
+        bound = result.termination.objective_bounds.dual_bound * self.unit
+        if not result.has_primal_feasible_solution():
+            return bound, None
+        found = result.variable_values()
+        return bound, frozenset(v for v, kept in self.kept.items() if found[kept] > 0.5)
 
-    def _moments(self) -> list[int]:
-        """Ops of the backward: the most crowded of all, and of some layers, evenly spread."""
+    def _missed(self, kept: frozenset[int], bound: float) -> list[int]:
+        """Where a choice holds more than ``bound`` at moments that the program does not have: the most crowded ones, of
+        each layer one."""
+        run = self.simulator.run(kept)
+        place = {entry.op: p for p, entry in enumerate(self.run.entries) if entry.backward and not entry.again}
+        found: dict[int, int] = {}
+        for position in sorted(range(len(run.entries)), key=lambda each: -run.memory[each]):
+            entry = run.entries[position]
+            if run.memory[position] <= bound or len(found) == MISSED:
+                break
+            p = place.get(entry.op) if entry.backward and not entry.again else None
+            if p is not None and p not in self.held:
+                found.setdefault(self.owner[entry.op], p)
+        return sorted(found.values())
+
+    def moments(self, most: int | None = None) -> list[int]:
+        """Ops of the backward: the ``most`` most crowded of all, else some of these, and of some layers, evenly
+        spread."""
         entries, memory = self.run.entries, self.run.memory
         crowded = sorted(
             (p for p, entry in enumerate(entries) if entry.backward and not entry.again), key=lambda p: -memory[p]
         )
+        if most is not None:
+            return crowded[:most]
         layers: dict[int, list[int]] = {}
         for position in crowded:
             layers.setdefault(self.owner[entries[position].op], []).append(position)
@@ -146,8 +227,8 @@ class _Program:
             chosen.update(layers[layer][:each])
         return sorted(chosen)
 
-    def _moment(self, p: int) -> None:
-        """Constraints for the memory at entry ``p``."""
+    def _moment(self, p: int) -> Any:
+        """Constraints for the memory at entry ``p``; the one that sums it up."""
         op, values = self.problem.ops[self.run.entries[p].op], self.problem.values
         total: float = self._others(p, op)
         layer = self.owner[op.index]
@@ -183,15 +264,15 @@ class _Program:
                 if sure:
                     total += size
                 elif asked or kept:
-                    terms.append(size / _UNIT * self._above([*asked, *kept]))
+                    terms.append(size / self.unit * self._above([*asked, *kept]))
             elif asked or kept:
                 inside = self._above(kept)
                 if asked:
                     through[v] = self._fraction()
                 for each in asked:
                     self.model.add_linear_constraint(inside + through[v] >= each)
-                terms.append(size / _UNIT * inside)
-        self.model.add_linear_constraint(self.peak >= total / _UNIT + sum(terms))
+                terms.append(size / self.unit * inside)
+        return self.model.add_linear_constraint(self.peak >= total / self.unit + sum(terms))
 
     def _others(self, p: int, op: Op) -> int:
         """Bytes in memory at ``p`` besides what is kept or computed again."""

@@ -7,9 +7,10 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from ...cost_model.devices import Device
+from ...cost_model.op_additions import stored_seconds
 from ...cost_model.op_classes import FUSABLE, SCATTER, kind_of, packet
 from ...cost_model.outside_loss import NAME, outside_loss_bytes
-from ...cost_model.roofline import op_cost
+from ...cost_model.roofline import fused_seconds, op_cost
 from ...cost_model.storages import Storage, StorageTable, storage_table
 from ...cost_model.tensors import Bindings, TensorTable
 from ...ir.graph import Argument, Graph, Node, references
@@ -35,7 +36,7 @@ class Value:
     part: int
     bytes: int
     op: int
-    #: What keeping it costs by itself: a generated kernel then writes it out.
+    #: What keeping it costs by itself: a generated kernel then writes it out, and masks are read back lane by lane.
     keep_seconds: float = 0.0
 
 
@@ -190,7 +191,9 @@ def joint_problem(
         held = workspaces(node, table) if workspaces is not None and not ops[index].fused else 0
         if held:
             own_memory.append((node.name, held, index))
-    values = [_value(s, maker.get(s.id, -1) if s.id not in inputs else -1, ops, device) for s in storages.storages]
+    values = [
+        _value(s, maker.get(s.id, -1) if s.id not in inputs else -1, ops, device, table) for s in storages.storages
+    ]
     if loss is not None:
         values.append(Value(len(values), NAME, 0, lost, loss))
     for name, held, index in own_memory:
@@ -244,8 +247,11 @@ def may_run_again(node: Node, graph: Graph, device: Device) -> bool:
     return device.kind == "cpu" or name not in UNORDERED
 
 
-def _value(storage: Storage, op: int, ops: Sequence[Op], device: Device) -> Value:
-    written = storage.bytes / device.bandwidth if op >= 0 and ops[op].inlined else 0.0
+def _value(storage: Storage, op: int, ops: Sequence[Op], device: Device, table: TensorTable) -> Value:
+    written = 0.0
+    if op >= 0 and ops[op].inlined:
+        tensor = table.of(storage.node)[storage.index]
+        written = storage.bytes / device.bandwidth + stored_seconds(tensor, device.added)
     return Value(storage.id, storage.node, storage.index, storage.bytes, op, written)
 
 
@@ -254,8 +260,6 @@ def _storages_of(output: Argument, storages: StorageTable) -> Sequence[int]:
 
 
 def _seconds(node: Node, graph: Graph, device: Device, table: TensorTable) -> float:
-    cost = op_cost(node, graph, device, table=table)
     if kind_of(node.op) in FUSABLE:
-        # Fused into a neighbour, it costs a part of its traffic and no launch.
-        return max(0.0, cost.seconds - device.launch.value) * FUSED_SHARE
-    return cost.seconds
+        return fused_seconds(node, graph, device, table, FUSED_SHARE)
+    return op_cost(node, graph, device, table=table).seconds

@@ -1,7 +1,9 @@
 """The choice for a budget: cuts, options, the master problem and the exact simulator, one after the other.
 
-What is offered does not depend on the budget, save that the master problem is solved for the next smaller budget of a
-fixed grid, to optimality: so a smaller budget never gets a larger peak or a shorter time.
+What is offered does not depend on the budget, save that the master problem is solved for budgets of a fixed grid: for
+the next smaller one, and on downwards until the bound on the time proves that what needs less memory is no faster (what
+the master problem takes for the fastest need not be that in the simulation). So a smaller budget never gets a larger
+peak or a shorter time.
 """
 
 from __future__ import annotations
@@ -9,7 +11,8 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import replace
 
 from ...formatting import bytes_text, seconds_text
 from ...logs import tell_gap
@@ -27,6 +30,12 @@ from .token_shares import splits
 
 #: Number of budgets that the master problem is solved for, between the floor and the peak of keeping all.
 GRID = 96
+#: And at most so many between the least peak of all and that of the steps.
+FINE = 12
+#: Seconds that keeping any value costs, so that of equal choices that which keeps less is taken.
+TIE = 1e-8
+#: Seconds by which the bound may be too high: the cuts' arithmetic.
+ROUNDING = 1e-9
 #: Prices of the copy engine that cuts are made for.
 SHARES = (0.0, 0.25, 0.5, 1.0)
 #: Number of budgets that choices are made for in any case where copies run beside the ops.
@@ -49,13 +58,15 @@ class ActivationSearch:
         plain: frozenset[int] | None = None,
         link: HostLink | None = None,
     ) -> None:
-        self.problem = problem
         self.link = link
+        self.blocks: tuple[Block, ...] = blocks_of(problem)
+        self.crossing = crossing_values(problem, self.blocks)
+        self.problem = problem = _priced(problem, self.crossing)
         self.simulator = Simulator(problem, link)
         #: What was proven in so many seconds.
         self._proven: dict[float, int] = {}
-        self.blocks: tuple[Block, ...] = blocks_of(problem)
-        self.crossing = crossing_values(problem, self.blocks)
+        #: What the master problem chose within so many bytes.
+        self._solved: dict[int, list[Candidate]] = {}
         self.plain = evaluate(self.simulator, plain) if plain is not None else self.cuts_evaluated[0]
 
     @functools.cached_property
@@ -126,21 +137,43 @@ class ActivationSearch:
             for shares in splits(cut.swapped, self.problem.divisible)
         ]
 
-    def master(self, limit: int | None) -> list[Candidate]:
+    def master(self, limit: int | None, unknown: int = 0, beyond: int = 0) -> list[Candidate]:
         """The master problem's choices within ``limit`` bytes (None: the least), with what the simulator says of them.
-        Where that is more than ``limit``, the problem is solved again with as much less."""
+        ``unknown`` bytes are left to what the problem does not know of. Where the peak is more than ``limit`` and
+        ``beyond``, it is solved again with as much less."""
         found: list[Candidate] = []
         for options, moments in self.offers:
-            aim = limit
+            aim = limit if limit is None else limit - unknown
             for _ in range(REPAIRS):
                 solution = solve_master(self.blocks, options, moments, aim, self.link)
+                if solution is None and aim != limit:
+                    aim = limit
+                    solution = solve_master(self.blocks, options, moments, aim, self.link)
                 if solution is None:
                     break
                 found.append(self._chosen(options, solution, aim))
-                if limit is None or aim is None or found[-1].peak <= limit:
+                if limit is None or aim is None or found[-1].peak <= limit + beyond:
                     break
                 aim -= found[-1].peak - limit
         return found
+
+    @functools.cached_property
+    def unknown(self) -> int:
+        """By how many bytes the peak of a cut is more than the master problem knows of, for most cuts."""
+        options, moments = self.offers[0]
+        found = []
+        for cut in self.cuts_evaluated:
+            saved = [cut.saved & frozenset(block.values) for block in self.blocks]
+            own = [
+                next((o for o in offered if o.saved == kept), None)
+                for offered, kept in zip(options, saved, strict=True)
+            ]
+            chosen = [option for option in own if option is not None]
+            if len(chosen) == len(own):
+                held = [0, *itertools.accumulate(option.saved_bytes for option in chosen)]
+                known = max(o.transient + before for o, before in zip(chosen, held, strict=False))
+                found.append(cut.peak - max(known, moments.start + held[-1]))
+        return max(0, sorted(found)[len(found) // 2]) if found else 0
 
     def _chosen(self, options: list[list[Option]], found: MasterSolution, limit: int | None) -> Candidate:
         if limit is None:
@@ -189,18 +222,50 @@ class ActivationSearch:
 
     def within(self, limit: int, refused: Collection[Key] = ()) -> Candidate | None:
         """The fastest candidate with a peak of at most ``limit`` bytes that is not among ``refused``."""
-        candidates = list(self.steps)
-        highest, low = max(self.plain.peak, self.steps[0].peak), self.steps[-1].peak
-        if limit < low:  # what is less than all steps takes seconds to find
-            low = self.least.peak
-            candidates.append(self.least if limit >= low else self.smallest)
+
+        def fastest(candidates: Collection[Candidate], most: int) -> Candidate | None:
+            fitting = [c for c in candidates if c.peak <= most and self._on_host(c) <= self._host]
+            return min((c for c in fitting if c.key not in refused), key=order, default=None)
+
+        highest, low = self._range
+        best = fastest([*self.steps, *(self.anchored if limit >= low else ())], limit)
+        if limit >= highest:
+            return best
+        for number, (most, offered) in enumerate(self._rungs(limit)):
+            if best is not None:
+                # Where copies run beside the ops the bound is too loose to look further.
+                overlapped = self.link is not None and self.link.overlapped
+                if (number and overlapped) or best.seconds <= self.bound(most) + ROUNDING:
+                    break
+            found = fastest(offered(), min(most, limit))
+            best = min((c for c in (best, found) if c is not None), key=order, default=None)
+        return best
+
+    @property
+    def _range(self) -> tuple[int, int]:
+        """Peaks of keeping all, and of the smallest of the steps."""
+        return max(self.plain.peak, self.steps[0].peak), self.steps[-1].peak
+
+    def _rungs(self, limit: int) -> Iterator[tuple[int, Callable[[], list[Candidate]]]]:
+        """Peaks of at most ``limit`` downwards, each with what is looked for there; where they are does not depend on
+        ``limit``. What is less than all steps takes seconds to find."""
+        highest, low = self._range
+        step = max(1, (highest - low) // GRID)
         if limit >= low:
-            candidates += self.anchored
-        if low <= limit < highest:
-            step = max(1, (highest - low) // GRID)
-            candidates += self.master(max(highest - step * -(-(highest - limit) // step), low))
-        fitting = [c for c in candidates if c.peak <= limit and self._on_host(c) <= self._host and c.key not in refused]
-        return min(fitting, key=order, default=None)
+            for aim in (*range(highest - step * -(-(highest - limit) // step), low, -step), low):
+                yield aim + step // 2, functools.partial(self._on_rung, aim, step // 2)
+        yield low, lambda: [self.least]
+        least = self.least.peak
+        step = max(step, (low - least) // FINE)
+        for aim in (*range(low - step, least, -step), least):
+            if aim <= limit:
+                yield aim + step // 2, functools.partial(self._on_rung, aim, step // 2)
+        yield least, lambda: [self.smallest]
+
+    def _on_rung(self, limit: int, beyond: int) -> list[Candidate]:
+        if limit not in self._solved:
+            self._solved[limit] = self.master(limit, self.unknown, beyond)
+        return self._solved[limit]
 
     def bound(self, limit: int) -> float:
         """No choice within ``limit`` bytes costs less than these seconds: the Lagrangian dual of the memory constraint
@@ -245,3 +310,11 @@ class ActivationSearch:
                 if entry.op == moment.op and entry.backward == moment.backward
             ]
         return max(0, min(found))
+
+
+def _priced(problem: JointProblem, crossing: frozenset[int]) -> JointProblem:
+    """Keeping costs what the cuts take it for: nothing where the forward writes the value out in any case, for later
+    layers or for the caller."""
+    free = crossing | set(problem.forward_outputs)
+    values = [replace(v, keep_seconds=0.0 if v.id in free else max(TIE, v.keep_seconds)) for v in problem.values]
+    return replace(problem, values=tuple(values))

@@ -17,6 +17,8 @@ class NotAffine(Exception):
 
 def join(index: Sequence[sympy.Expr], sizes: Sequence[Size]) -> sympy.Expr:
     """The coordinate of a dimension whose factors have these coordinates and sizes, outer first."""
+    if len(index) == 1:  # most dimensions: sympy would take its time to multiply by 1 and add 0
+        return index[0]
     total: sympy.Expr = sympy.Integer(0)
     for position, part in enumerate(index):
         total += part * in_cascade(product(sizes[position + 1 :]))

@@ -19,7 +19,7 @@ from .affine import NotAffine
 from .program import Program
 from .ranks import unify_ranks
 from .sizes import in_cascade, product
-from .steps import Index, Leaf, Reduce, Value, View, Window
+from .steps import Index, Leaf, Map, Reduce, Value, View, Window, broadcast, coordinate
 
 #: A map is computed again by each reader if it has at most this many operations and this many times more elements than
 #: the tensors that it reads.
@@ -107,8 +107,10 @@ class _Emitter:
 
     def run(self) -> Emitted:
         live, readers = self._readers()
+        unwritten = self._unwritten(live)
+        if unwritten:
+            raise Unwritten(unwritten)
         external = {base(root).number for root in self.roots}
-        unwritten: list[Value] = []
         for value in self.program.values:
             if value.number not in live:
                 continue
@@ -122,6 +124,33 @@ class _Emitter:
         einsums, sizes = unify_ranks(self.einsums, self.rank_sizes)
         names = {**self.external, **self.written}
         return Emitted(Cascade(tuple(einsums)), tuple(self.einsums), self.rank_sizes, self.tensors, sizes, names)
+
+    def _unwritten(self, live: set[int]) -> list[Value]:
+        """Values that are not at affine places of what they show, whatever else becomes a tensor: told before anything
+        is written, for then all has to be written again."""
+        found: list[Value] = []
+        for value in self.program.values:
+            if value.number not in live or not isinstance(value.step, View | Window):
+                continue
+            index = [
+                tuple(self._probe(size, dim, place) for place, size in enumerate(self.factor_sizes(value, dim)))
+                for dim in range(value.ndim)
+            ]
+            try:
+                if isinstance(value.step, Window):
+                    value.step.part_indices(index, coordinate(value, value.step.dim, index, self), self)
+                else:
+                    value.step.base_index(value, index, self)
+            except NotAffine:
+                found.append(value)
+        self.rank_sizes.clear()
+        return found
+
+    def _probe(self, size: Size, dim: int, place: int) -> sympy.Symbol:
+        """A rank to try an index with; no two of one index are the same."""
+        symbol = rank(f"r{dim}_{place}")
+        self.rank_sizes[symbol] = size
+        return symbol
 
     def _readers(self) -> tuple[set[int], dict[int, list[Value]]]:
         """Live values; value -> the live values that read it, directly or through views."""
@@ -147,9 +176,23 @@ class _Emitter:
             self._reduce(value, step)
         elif isinstance(step, View):
             # A coordinate without affine form is found here, where the view is, not in some reader.
-            self.element(value, self._fresh(value))
+            self._follow(value, self._fresh(value))
         else:
             self._map(value, readers, external)
+
+    def _follow(self, value: Value, index: Index) -> None:
+        """Go to the tensors that an element is made of, as ``element`` does, without the expression. Raises what it
+        raises."""
+        step = value.step
+        if value.number in self.written:
+            return
+        if isinstance(step, View):
+            self._follow(step.operands[0], step.base_index(value, index, self))
+        elif isinstance(step, Map):
+            for operand in step.operands:
+                self._follow(operand, broadcast(operand, index))
+        else:
+            self.element(value, index)
 
     def _map(self, value: Value, readers: list[Value], external: bool) -> None:
         index = self._fresh(value)

@@ -5,6 +5,7 @@ A builder raises ``NotRaised`` for what has no form here; the op that asked is t
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 
 import sympy
@@ -206,8 +207,13 @@ class Program:
 
 def _check_meaning(function: Callable[..., sympy.Expr], operands: Sequence[Value], shape: Sequence[Size]) -> None:
     """Refuse a map in which sympy cancels an operand: ``x * 0`` is not 0 where x is infinite or NaN."""
-    symbols = [sympy.Symbol(f"x{number}", real=True) for number in range(len(operands))]
-    coordinates = [sympy.Symbol(f"c{number}", integer=True) for number in range(len(shape))]
+    symbols = [_symbol(f"x{number}", real=True) for number in range(len(operands))]
+    coordinates = [_symbol(f"c{number}", integer=True) for number in range(len(shape))]
     made = function(symbols, coordinates)
     if not set(symbols) <= made.free_symbols or made.has(sympy.zoo):
         raise NotRaised("an operand cancels")
+
+
+@functools.cache
+def _symbol(name: str, **assumed: bool) -> sympy.Symbol:
+    return sympy.Symbol(name, **assumed)

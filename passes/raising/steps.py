@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol, TypeAlias
+from typing import Protocol, TypeAlias, overload
 
 import sympy
 
@@ -87,7 +87,29 @@ class Map(Step):
 
     def element(self, value: Value, index: Index, at: Elements) -> sympy.Expr:
         elements = [at.element(operand, broadcast(operand, index)) for operand in self.operands]
-        return self.function(elements, [coordinate(value, dim, index, at) for dim in range(value.ndim)])
+        return self.function(elements, _Coordinates(value, index, at))
+
+
+@dataclass(frozen=True, eq=False)
+class _Coordinates(Sequence[sympy.Expr]):
+    """Coordinates along all dimensions of a value, worked out when they are asked for: few functions ask."""
+
+    value: Value
+    places: Index
+    at: Elements
+
+    def __len__(self) -> int:
+        return self.value.ndim
+
+    @overload
+    def __getitem__(self, dim: int) -> sympy.Expr: ...
+    @overload
+    def __getitem__(self, dim: slice) -> list[sympy.Expr]: ...
+    def __getitem__(self, dim: int | slice) -> sympy.Expr | list[sympy.Expr]:
+        found = range(self.value.ndim)[dim]
+        if isinstance(found, int):
+            return coordinate(self.value, found, self.places, self.at)
+        return [coordinate(self.value, each, self.places, self.at) for each in found]
 
 
 def broadcast(operand: Value, index: Index) -> Index:
@@ -186,9 +208,8 @@ class Window(Step):
         result: sympy.Expr = self.fill
         whole = list(zip(self.operands, self.starts, strict=True))
         covered = isinstance(size, int) and sum(int(part.shape[self.dim]) for part, _ in whole) == size
-        for number, (part, start) in enumerate(reversed(whole)):
-            own = list(index)
-            own[self.dim] = factors(part, self.dim, sympy.expand(position - start), at)
+        places = self.part_indices(index, position, at)
+        for number, ((part, start), own) in enumerate(zip(reversed(whole), reversed(places), strict=True)):
             element = at.element(part, own)
             end = start + int(part.shape[self.dim])
             if covered and number == 0:
@@ -198,3 +219,12 @@ class Window(Step):
                 element = Where(GreaterEqual(position, start), element, self.fill)
             result = Where(Less(position, end), element, result)
         return result
+
+    def part_indices(self, index: Index, position: sympy.Expr, at: Elements) -> list[Index]:
+        """Where each part is read for an element that is at ``position`` of the dimension. Raises ``NotAffine``."""
+        found: list[Index] = []
+        for part, start in zip(self.operands, self.starts, strict=True):
+            own = list(index)
+            own[self.dim] = factors(part, self.dim, sympy.expand(position - start), at)
+            found.append(own)
+        return found

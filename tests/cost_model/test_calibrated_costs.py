@@ -138,7 +138,8 @@ def test_what_is_measured_is_of_the_right_size() -> None:
 def test_generated_kernels_are_told_apart() -> None:
     found = cpu_kernels.measure_generated(rounds=10)
     assert found is not None
-    assert set(found.added) == set(cpu_kernels.ops()) - {"add"} | {"turn"}
+    assert set(found.added) == set(cpu_kernels.ops()) - {"add"} | {"turn"} | set(cpu_kernels.draws())
+    assert found.added["rand"] > 20 * found.added["statement"] and found.added["randn"] > found.added["statement"]
     assert found.added["pow"] > found.added["rsqrt"] and found.added["tanh"] > found.added["div"]
     assert 0 < found.call < 1e-3 and 0 < found.library < 1e-3 and 0 <= found.graph < 1e-1
 

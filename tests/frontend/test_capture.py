@@ -336,3 +336,27 @@ def test_batched_functions_inside_of_a_model(tmp_path: Path) -> None:
     (frame,) = capture(written(tmp_path, text)).frames
     result = frame.forward.by_name()[frame.forward.output_names()[0]].type
     assert isinstance(result, TensorType) and result.shape == (3, 2)
+
+
+def test_a_capture_with_a_partition_of_its_own_is_cheap_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is shared then, but the cut is found in compiled code, and no source file is read for a log that is
+    off."""
+    from effcc.frontend import min_cut
+    from torch._dynamo import funcname_cache
+    from torch._functorch.partitioners import min_cut_rematerialization_partition
+
+    cuts: list[object] = []
+    plain = min_cut.minimum_cut
+
+    def minimum_cut(*args: object) -> object:
+        cuts.append(plain(*args))
+        return cuts[-1]
+
+    read: list[str] = []
+    monkeypatch.setattr(min_cut, "minimum_cut", minimum_cut)
+    monkeypatch.setattr(funcname_cache, "_add_file", read.append)
+    funcname_cache.clearcache()
+    captured = capture(tower_spec(), train=True, partition=min_cut_rematerialization_partition)
+    assert captured.frames[0].backward is not None and not captured.regions.calls
+    assert cuts and None not in cuts
+    assert not read

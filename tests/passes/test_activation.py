@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 from statistics import mean
+from typing import Any
 
+import msgspec
 import pytest
+import torch
+from effcc import torch_internals
+from effcc.budget_planning import BudgetPlanner
+from effcc.cost_model.devices import Figure, load_device
 from effcc.passes.activation.candidates import evaluate
 from effcc.passes.activation.cut import PricedCuts
 from effcc.passes.activation.floor_program import program_bound
@@ -108,12 +115,56 @@ def test_a_smaller_budget_has_no_larger_peak_and_no_shorter_time() -> None:
     for _ in range(20):
         search = ActivationSearch(random_joint(rng, ops=10))
         top = search.steps[0].peak
-        found = [search.within(limit) for limit in range(top, search.least.peak - 1, -max(1, top // 40))]
+        found = [search.within(limit) for limit in range(top, search.least.peak - 1, -max(1, top // 120))]
         chosen = [candidate for candidate in found if candidate is not None]
         peaks = [candidate.peak for candidate in chosen]
         assert peaks == sorted(peaks, reverse=True)
         times = [candidate.seconds for candidate in chosen]
         assert times == sorted(times)
+
+
+def searched(model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> ActivationSearch:
+    """The search for a model's training step on a CPU of round figures; nothing is compiled."""
+    figures = {"statement": 1e-10, "mask_write": 5e-9, "mask_read": 1e-9, "exp": 2e-10, "tanh": 1e-9, "rand": 6e-9}
+    added = {name: Figure(value=value, source="test") for name, value in figures.items()}
+    planner = BudgetPlanner(msgspec.structs.replace(load_device("cpu"), added=added))
+
+    class Seen(Exception):
+        pass
+
+    def partition(gm: torch.fx.GraphModule, joint_inputs: Any, **kwargs: Any) -> Any:
+        planner.partition(gm, joint_inputs, **kwargs)
+        raise Seen
+
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="effcc", options={"cascades": False, "repeated_modules": False})
+    with torch_internals.joint_partitioner(partition), pytest.raises(Exception, match="Seen"):
+        compiled(**inputs)
+    (graph,) = planner.graphs
+    assert graph is not None
+    return graph.search
+
+
+def test_of_a_real_model_a_smaller_budget_has_no_shorter_time() -> None:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    config = GPT2Config(
+        vocab_size=512, n_positions=128, n_embd=64, n_layer=2, n_head=8, use_cache=False, attn_implementation="eager",
+        bos_token_id=0, eos_token_id=0,
+    )  # fmt: skip
+    model = GPT2LMHeadModel(config)
+    model.loss_type = "ForCausalLM"
+    tokens = torch.randint(0, 512, (2, 128))
+    search = searched(model, {"input_ids": tokens, "labels": tokens})
+    top, low = search.steps[0].peak, search.steps[-1].peak
+    limits = [top - (top - low) * number // 60 for number in range(-1, 61)]
+    found = [search.within(limit) for limit in limits]
+    chosen = [candidate for candidate in found if candidate is not None]
+    assert len(chosen) == len(limits) and all(c.peak <= limit for c, limit in zip(chosen, limits, strict=True))
+    for more, less in itertools.pairwise(chosen):
+        assert less.seconds >= more.seconds - 1e-9, f"{less.peak} bytes beside {more.peak}"
+    assert len({candidate.key for candidate in chosen}) > 8, "budgets make a difference"
+    assert all(search.bound(limit) <= c.seconds + 1e-9 for c, limit in zip(chosen, limits, strict=True))
 
 
 def test_ops_that_may_not_run_again_are_never_run_again() -> None:
