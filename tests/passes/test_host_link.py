@@ -52,7 +52,7 @@ def test_bounds_hold_for_all_choices_with_copies() -> None:
         size = sum(value.bytes for value in problem.values)
         link = HostLink(rng.uniform(1, 20), rng.uniform(1, 20), 0.0, rng.randint(1, size), True)
         search = ActivationSearch(problem, link=link)
-        simulator = Simulator(problem, link)
+        simulator = Simulator(search.problem, link)  # keeping costs what the search takes it for
         made = sorted(simulator.made_forward - simulator.outputs)
         choices = []
         for fates in itertools.product((0, 1, 2), repeat=len(made)):
