@@ -39,6 +39,10 @@ PROOF_SECONDS = 15.0
 MOST_ATTEMPTS = 6
 
 
+class NothingFitsError(Exception):
+    """No choice of what is kept fits, but more could be fused."""
+
+
 class OverBudgetError(Exception):
     """The compiled step needs ``peak`` bytes, more than the budget; the next attempt may do better."""
 
@@ -69,6 +73,8 @@ class ActivationPlanner:
     #: Whether freed memory is given back at once, not held for the next value of its size: smaller, and slower where
     #: the system has to clear pages.
     frugal: bool = False
+    #: Whether the graphs may be compiled in a way that needs less, so that the floor is not looked for.
+    otherwise: Callable[[], bool] = bool
     #: The least that a compiled step needed so far.
     least: int | None = None
     #: Where nothing fits: bytes that no choice can be below.
@@ -116,6 +122,8 @@ class ActivationPlanner:
             return split
         limit = self.budget - self.excess
         chosen = None if self.exhausted else search.within(limit, self.refused)
+        if chosen is None and self.otherwise():
+            raise NothingFitsError
         if chosen is None:
             # Nothing is said to fit: the compiled code of the smallest has the last word, and says what the floor is.
             self.exhausted = True

@@ -74,6 +74,8 @@ class BudgetPlanner:
     bindings: Bindings = field(default_factory=dict)
     #: Whether values may be swapped to the host.
     swap: bool = False
+    #: Whether the graphs may be captured in a way that needs less, so that the floor is not looked for.
+    otherwise: Callable[[], bool] = bool
     graphs: list[JointGraph | None] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
@@ -135,6 +137,8 @@ class BudgetPlanner:
             captured = self._split_again(captured)
             made = make(captured)
             least = min(least, made, key=_peak)
+        if self.otherwise():
+            raise floor_error(least, budget, 0)
         if self._choose_least():
             least = min(least, make(self._split_again(captured)), key=_peak)
         raise floor_error(least, budget, self._bound(least))

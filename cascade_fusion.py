@@ -44,9 +44,12 @@ class CascadeFusion:
 
     choice: Choice = field(default_factory=Choice)
     compiles: bool = True
-    #: The GPU that a graph without a device of its own is planned for; and whether memory is what it is short of.
+    #: The GPU that a graph without a device of its own is planned for; whether memory is what it is short of; and
+    #: whether more would be fused if it were, which is found out only where ``looks_ahead`` asks for it.
     target: Target | None = None
     short_of_memory: bool = False
+    looks_ahead: bool = False
+    more_if_short: bool = False
     #: Where times of kernels are kept, if variants whose prices are alike are to be timed.
     measured: Path | None = None
     reports: list[CascadeReport] = field(default_factory=list)
@@ -105,6 +108,9 @@ class CascadeFusion:
         if in_vain:
             _undo(gm, in_vain)
             decisions = decide(from_fx(gm, "joint", "joint"), choice, target)
+        if self.looks_ahead and not self.short_of_memory:
+            otherwise = decide(from_fx(gm, "joint", "joint"), for_memory(choice), target)
+            self.more_if_short |= otherwise.fused != decisions.fused
         return decisions, target
 
     def fuse(self, graph: fx.Graph, decisions: Decisions, target: Target | None = None) -> None:
@@ -143,14 +149,18 @@ def _undo(gm: fx.GraphModule, spread: Sequence[Spread]) -> None:
 
 
 def choice_for(device: Device, short_of_memory: bool) -> Choice:
-    """What is fused for a device. Where memory is short, a kernel that is somewhat slower is still the cheapest way to
-    do without a wide tensor."""
+    """What is fused for a device."""
     choice = Choice(
         Rates.of(device), variants=variants_for(device), price=functools.partial(rule_seconds, device=device)
     )
     if device.kind == "cpu":
         choice = replace(choice, chunk_bytes=CHUNK_BYTES)
-    return replace(choice, memory_ratio=choice.memory_ratio / 2) if short_of_memory else choice
+    return for_memory(choice) if short_of_memory else choice
+
+
+def for_memory(choice: Choice) -> Choice:
+    """Where memory is short, a kernel that is somewhat slower may be the cheapest way to do without a wide tensor."""
+    return replace(choice, memory_ratio=choice.memory_ratio / 2)
 
 
 def variants_for(device: Device) -> KernelVariants | GpuKernelVariants | None:

@@ -67,8 +67,9 @@ class Compilation:
     fusion: CascadeFusion = field(default_factory=CascadeFusion)
     #: Whether a graph of the step came out of the cache.
     restored: bool = False
-    #: Chooses what forwards save, where there is a budget.
+    #: Chooses what forwards save, where there is a budget; and whether cascades are fused for the memory they save.
     activation: ActivationPlanner | None = None
+    short_of_memory: bool = False
     #: What was decided of the graph as a whole.
     decisions: list[Decision] = field(default_factory=list)
     #: Records to be kept once the whole step is compiled, by key.
@@ -77,8 +78,9 @@ class Compilation:
     def __post_init__(self) -> None:
         self.planner = StepPlanner(self.options.device or "cpu", self.options.memory_budget is not None)
         device = device_named(self.options.device or "cpu")
-        self.fusion.short_of_memory = self.options.memory_budget is not None
-        self.fusion.choice = choice_for(device, self.fusion.short_of_memory)
+        self.fusion.short_of_memory = self.short_of_memory
+        self.fusion.looks_ahead = self.options.memory_budget is not None
+        self.fusion.choice = choice_for(device, self.short_of_memory)
 
     def run(self, gm: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         """Compile Dynamo's graph, forward and backward."""

@@ -98,15 +98,22 @@ def capture_for(
     )
 
 
-def fusion_for(device: Device, short_of_memory: bool) -> CascadeFusion | None:
-    """None for a GPU that kernels are not made for."""
+def fusion_for(device: Device, short_of_memory: bool, looks_ahead: bool = False) -> CascadeFusion | None:
+    """None for a GPU that kernels are not made for. ``looks_ahead``: whether to find out if more would be fused where
+    memory is short."""
     from .cascade_fusion import CascadeFusion, choice_for
     from .codegen.triton_tiles.target import CAPABILITIES, Target
 
     if device.kind != "cpu" and device.name not in CAPABILITIES:
         return None
     target = None if device.kind == "cpu" else Target.of_device(device)
-    return CascadeFusion(choice_for(device, short_of_memory), compiles=False, target=target)
+    return CascadeFusion(
+        choice_for(device, short_of_memory),
+        compiles=False,
+        target=target,
+        short_of_memory=short_of_memory,
+        looks_ahead=looks_ahead,
+    )
 
 
 def joint_passes(watch: CascadeWatch | None, fusion: CascadeFusion | None) -> AbstractContextManager[Any]:

@@ -151,26 +151,63 @@ def plan_model(
     """Capture a model file (or ``spec``, or take what was ``captured`` of it for this kind of device), run the passes,
     make the plan and have the independent validator check it.
 
+    Under a memory budget cascades are fused where that is faster; where more could be fused for the memory that it
+    saves, and something is computed again without, the step is planned both ways, as ``torch.compile`` does it.
+
     Raises:
         ModelFileError, CaptureError: the file offers no model, or the model cannot be traced.
         OptionError, DeviceError: an option's value is not understood.
         BudgetError: the plan needs more than the budget; the message says the least that works and what holds it.
         PassError, PlanError: a fault of ours, with what to send us.
     """
+    device = device_named(request.device)
+    check_options(request)
+    budgeted = request.train and (request.memory_budget is not None or request.pareto)
+
+    def planned(fusion: CascadeFusion | None) -> Planned:
+        return _plan_as_fused(request, device, fusion, progress, spec, captured)
+
+    def fused(short_of_memory: bool) -> CascadeFusion | None:
+        return fusion_for(device, short_of_memory, budgeted) if request.fuse else None
+
+    if not budgeted or request.pareto or captured is not None:
+        return planned(fused(budgeted))
+    fusion = fused(False)
+    try:
+        made = planned(fusion)
+    except BudgetError:
+        if fusion is None or not fusion.more_if_short:
+            raise
+        return planned(fused(True))
+    if fusion is None or not fusion.more_if_short or all(each.rule == "keep" for each in made.activations):
+        return made
+    try:
+        return min(made, planned(fused(True)), key=lambda each: each.plan.seconds)
+    except BudgetError:
+        return made
+
+
+def _plan_as_fused(
+    request: PlanRequest,
+    device: Device,
+    fusion: CascadeFusion | None,
+    progress: Progress,
+    spec: ModelSpec | None,
+    captured: Captured | None,
+) -> Planned:
     from .ir.plan_validator import validate
     from .ir.printer import print_graph
     from .passes.manager import PassManager
     from .passes.pipeline import parse_pipeline
     from .passes.planner import make_plan
 
-    device = device_named(request.device)
-    check_options(request)
     budgeted = request.train and (request.memory_budget is not None or request.pareto)
     pipeline = request.pipeline if not budgeted or request.pipeline != PIPELINE else BUDGET_PIPELINE
     passes = parse_pipeline(pipeline)
     planner = _budget_planner(device, request.swap) if budgeted else None
+    if planner is not None and fusion is not None and captured is None:
+        planner.otherwise = lambda: fusion.more_if_short
     watch = cascade_watch() if request.cascades else None
-    fusion = fusion_for(device, budgeted) if request.fuse else None
     progress = times = StageTimes(progress)
     with progress("capture"):
         if captured is None:
