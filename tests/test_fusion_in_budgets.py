@@ -76,6 +76,7 @@ def test_cascades_are_fused_for_their_memory_where_it_is_short(monkeypatch: pyte
 @pytest.mark.slow
 def test_the_way_that_is_predicted_to_be_faster_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     model, x = Attending(), torch.randn(2, 300, 32)
+    choosing(monkeypatch, NEVER, ALWAYS)
     plain, _ = compiled_step(model, x, None)
     found, budget = {}, int(0.7 * plain)
     for name, (before, after) in {"both": (NEVER, ALWAYS), "written": (NEVER, NEVER), "fused": (ALWAYS,) * 2}.items():
