@@ -5,12 +5,13 @@ from __future__ import annotations
 import copy
 import itertools
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import effcc
 import pytest
 import torch
+from effcc import activation_planner
 from effcc.measuring import peak_of
 from models import Tower
 from torch import nn
@@ -89,10 +90,19 @@ def refused(model: nn.Module, inputs: dict[str, torch.Tensor], budget: int) -> B
     return caught.value
 
 
+@pytest.fixture(autouse=True)
+def short_proofs(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Proofs of floors may take seconds: where nobody looks at them they are left early."""
+    if request.node.get_closest_marker("slow") is None:
+        monkeypatch.setattr(activation_planner, "PROOF_SECONDS", 1.0)
+
+
 @pytest.fixture(scope="module")
-def refusal() -> str:
+def refusal() -> Iterator[str]:
     """What is said of a tower's budget that nothing keeps."""
-    return str(refused(*tower(), 1 << 14))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(activation_planner, "PROOF_SECONDS", 1.0)
+        yield str(refused(*tower(), 1 << 14))
 
 
 @pytest.mark.slow
