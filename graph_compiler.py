@@ -34,6 +34,7 @@ from .codegen.region_store import (
     with_scratch,
 )
 from .codegen.scratch import ScratchLayout
+from .codegen.shared_values import shared_values
 from .cost_model.devices import device_titled
 from .cost_model.gemm_measurement import GemmMeasurements
 from .errors import BudgetError, CompileError
@@ -90,6 +91,11 @@ class Compilation:
         with torch_internals.joint_pass(self.prepare_joint, key):
             return torch_internals.compile_fx(gm, example_inputs, self.compile)  # type: ignore[no-any-return]
 
+    @property
+    def stores_shared(self) -> bool:
+        """Where every byte counts, nothing is held that could be computed again."""
+        return self.activation is None or not self.activation.exhausted
+
     def prepare_joint(self, graph: torch.fx.Graph) -> None:
         avoid_faults(graph)
         if self.options.cascades:
@@ -107,7 +113,8 @@ class Compilation:
         torch_internals.refresh_values(gm, example_inputs)
         source = self.source(gm, report)
         near = self.activation.fusions(phase) if self.activation is not None else contextlib.nullcontext()
-        with torch_internals.region_settings(), kernel_order(self.options.kernel_order), near:
+        stored = shared_values(device_named(self.planner.device)) if self.stores_shared else contextlib.nullcontext()
+        with torch_internals.region_settings(), kernel_order(self.options.kernel_order), stored, near:
             # Dumps show passes at work, so they are run.
             key = None if wants_dumps(self.options) else record_key(gm, example_inputs, kwargs, self.options.gemm)
             result = self.restore(key, source, report, kwargs) or self.compile_anew(key, source, report, kwargs)

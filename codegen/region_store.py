@@ -72,7 +72,7 @@ def source_digest() -> str:
     """Digest of effcc's own source: another version never reads this one's records."""
     root = Path(__file__).resolve().parent.parent
     digest = hashlib.sha256()
-    rooms = ("ir", "cost_model", "passes", "codegen", "runtime", "frontend")
+    rooms = ("ir", "cost_model", "passes", "codegen", "runtime", "frontend", "torch_internals")
     for path in sorted([*root.glob("*.py"), *(path for room in rooms for path in (root / room).rglob("*.py"))]):
         digest.update(path.read_bytes())
     return digest.hexdigest()

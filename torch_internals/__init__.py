@@ -68,6 +68,7 @@ from .settings import (
     region_settings,
     without_code_cache,
 )
+from .stored_values import ReadValue, values_stored
 from .tensors import (
     compiled_entry,
     plain_tensors,
@@ -80,19 +81,16 @@ from .tensors import (
 )
 
 __all__ = [
-    "COMPILER_ERRORS", "CompilationRecord", "KernelValue", "backward_only_nodes", "boxed", "cache_directory",
-    "code_cache_path", "code_key", "collect_output_strides", "comment_cpp_calls", "compilations", "compile_cpp_module",
-    "compile_error_cause", "compile_fx", "compile_region", "compile_writer", "compiled_entry", "copy_graph",
-    "cudagraphs_wanted",
-    "debug_directory", "divert_cpp_kernels", "donated_inputs", "donating", "fake_mode_of", "fake_result", "first_look",
-    "fusions_within",
-    "graph_breaks", "graph_settings", "has_bodies", "inductor_settings", "inlined_random", "is_invoke_subgraph",
-    "is_primal",
-    "is_recompilation", "joint_partitioner", "joint_pass", "kernel_order", "knapsack_partition", "load_cpp_kernel",
-    "load_region", "lowering_error_target", "marked", "memory_timeline", "minimum_cut_partition", "mode_options",
-    "peak_and_mark", "peak_growth", "plain_tensors", "prepare_joint", "products_within", "record_offset",
-    "refresh_values",
-    "region_settings", "remembered_toolchain", "report_output_strides", "saved_outputs", "split_joint",
-    "stable_topological_sort", "start_cpp_library", "storage_key", "storage_owners", "structured_trace",
-    "tensor_owners", "unhooked_step", "weak_storage", "without_code_cache", "written_over_through_rows",
+    "COMPILER_ERRORS", "CompilationRecord", "KernelValue", "ReadValue", "backward_only_nodes", "boxed",
+    "cache_directory", "code_cache_path", "code_key", "collect_output_strides", "comment_cpp_calls", "compilations",
+    "compile_cpp_module", "compile_error_cause", "compile_fx", "compile_region", "compile_writer", "compiled_entry",
+    "copy_graph", "cudagraphs_wanted", "debug_directory", "divert_cpp_kernels", "donated_inputs", "donating",
+    "fake_mode_of", "fake_result", "first_look", "fusions_within", "graph_breaks", "graph_settings", "has_bodies",
+    "inductor_settings", "inlined_random", "is_invoke_subgraph", "is_primal", "is_recompilation", "joint_partitioner",
+    "joint_pass", "kernel_order", "knapsack_partition", "load_cpp_kernel", "load_region", "lowering_error_target",
+    "marked", "memory_timeline", "minimum_cut_partition", "mode_options", "peak_and_mark", "peak_growth",
+    "plain_tensors", "prepare_joint", "products_within", "record_offset", "refresh_values", "region_settings",
+    "remembered_toolchain", "report_output_strides", "saved_outputs", "split_joint", "stable_topological_sort",
+    "start_cpp_library", "storage_key", "storage_owners", "structured_trace", "tensor_owners", "unhooked_step",
+    "values_stored", "weak_storage", "without_code_cache", "written_over_through_rows",
 ]  # fmt: skip
