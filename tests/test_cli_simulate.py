@@ -102,7 +102,9 @@ def test_calibrated_on_one_row(published: Path, tmp_path: Path) -> None:
     bare = [row if index == number else row | nothing for index, row in enumerate(rows)]
     found = simulated(write(tmp_path / "bare.csv", bare), "--calibrate-row", number)
     off = [abs(each) for each in errors(found, rows, "iteration_ms", "iteration_ms")]
-    assert off[number] < 1e-3 or rows[number]["method"].startswith("vocab")
+    # What divides the vocabulary also waits for collectives, whose rates are the device's, not the row's.
+    divided = rows[number]["method"].startswith(("vocab", "interlaced"))
+    assert off[number] < (0.01 if divided else 1e-3)
     assert 100 * statistics.fmean(off) <= 3
     assert max(map(abs, errors(found, rows, "peak_mb", "peak_mb_measured"))) <= 0.05
 
