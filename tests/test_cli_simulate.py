@@ -102,9 +102,9 @@ def test_calibrated_on_one_row(published: Path, tmp_path: Path) -> None:
     bare = [row if index == number else row | nothing for index, row in enumerate(rows)]
     found = simulated(write(tmp_path / "bare.csv", bare), "--calibrate-row", number)
     off = [abs(each) for each in errors(found, rows, "iteration_ms", "iteration_ms")]
-    # What divides the vocabulary also waits for collectives, whose rates are the device's, not the row's.
-    divided = rows[number]["method"].startswith(("vocab", "interlaced"))
-    assert off[number] < (0.01 if divided else 1e-3)
+    # Where the stage times alone take longer than the iteration did, no exchange explains it.
+    own = errors(found, rows, "iteration_ms", "iteration_ms")[number]
+    assert abs(own) < 1e-3 or (rows[number]["method"] not in ("base", "redis") and 0 < own < 0.01)
     assert 100 * statistics.fmean(off) <= 3
     assert max(map(abs, errors(found, rows, "peak_mb", "peak_mb_measured"))) <= 0.05
 
