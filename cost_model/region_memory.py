@@ -9,12 +9,12 @@ from collections.abc import Sequence
 
 import msgspec
 
-from ..ir.graph import Graph, Node
+from ..ir.graph import Graph, Node, references
 from .devices import Device
 from .estimated_order import in_order
 from .fusion import Kernel, group_kernels
 from .generated_loops import Nest
-from .op_classes import ATTENTION_BACKWARD, ATTENTION_FORWARD, FUSABLE, packet
+from .op_classes import ATTENTION_BACKWARD, ATTENTION_FORWARD, FUSABLE, GEMM, packet
 from .storages import StorageTable
 from .tensors import TensorTable
 from .workspace import workspace_bytes
@@ -158,6 +158,21 @@ def with_attention_workspaces(
             size = workspace_bytes(node, table, device)
             found.append(RegionBuffer(name=f"{node.name} workspace", bytes=size, first=position, last=position))
     return msgspec.structs.replace(memory, buffers=(*memory.buffers, *found)) if found else memory
+
+
+def with_absorbed_products(memory: RegionMemory, nodes: Sequence[Node]) -> RegionMemory:
+    """Memory read from generated code, and the products that library kernels compute besides the op they are named
+    for: Inductor calls ``addmm`` for the sum of an ``mm`` and a matrix, and names only the sum."""
+    named = {name for kernel in memory.kernels for name in kernel.ops}
+    lost = {node.name for node in nodes if packet(node.op) in GEMM and node.name not in named}
+    if not lost:
+        return memory
+    read = {node.name: tuple(name for name in references(node.args) if name in lost) for node in nodes}
+    found = []
+    for kernel in memory.kernels:
+        absorbed = tuple(name for op in kernel.ops for name in read.get(op, ())) if kernel.kind == "library" else ()
+        found.append(msgspec.structs.replace(kernel, ops=(*dict.fromkeys(absorbed), *kernel.ops)))
+    return msgspec.structs.replace(memory, kernels=tuple(found))
 
 
 def _taken_over(

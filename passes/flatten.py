@@ -12,7 +12,14 @@ from dataclasses import dataclass, field, replace
 
 from ..cost_model.devices import Device
 from ..cost_model.fusion import Kernel, group_kernels, kernel_of
-from ..cost_model.region_memory import KernelOrder, RegionMemory, estimate, storages_named, with_attention_workspaces
+from ..cost_model.region_memory import (
+    KernelOrder,
+    RegionMemory,
+    estimate,
+    storages_named,
+    with_absorbed_products,
+    with_attention_workspaces,
+)
 from ..cost_model.roofline import Cost, kernel_cost, total
 from ..cost_model.storages import StorageTable, storage_table
 from ..cost_model.tensors import Bindings, TensorTable, called
@@ -154,6 +161,7 @@ class _Flattener:
         elif memory.problems():
             raise PlanError(f"memory of region {label!r} is not usable: {'; '.join(memory.problems()[:3])}")
         else:
+            memory = with_absorbed_products(memory, unit.nodes)
             memory = with_attention_workspaces(memory, unit.nodes, table, self.device)
         if memory.order is not None:
             flat.orders[label] = memory.order

@@ -288,7 +288,7 @@ class Simulator:
         joined = {v: begin[v, True] for v in split if (v, True) in begin}
         stall, issued = self._copies(entries, again, away, split, first_backward, begin, end)
         change = [0] * (count + 1)
-        reuse = self._reuse(entries, touched, written, end, size)
+        reuse = self._reuse(entries, touched, written, end, used, size)
         for v, position in joined.items():  # the rows that come back, then the others too, and then both in one
             change[begin[v, True]] += split[v]
             begin[v, True] = position
@@ -356,11 +356,12 @@ class Simulator:
         touched: list[tuple[int, ...]],
         written: list[tuple[int, ...]],
         end: dict[tuple[int, bool], int],
+        used: frozenset[int],
         size: Callable[[tuple[int, bool]], int],
     ) -> list[int]:
         """Bytes by which each op needs less, because it writes over an equally large value that it is the last to
-        read. Generated kernels do that, save with what their graph is given: inputs, what the forward has kept, and
-        gradients of the outputs."""
+        read. Generated kernels do that, save with what their graph is lent: inputs, and gradients of the outputs. What
+        the forward has kept is the backward's own: autograd gives it up as it calls it."""
         problem = self.problem
         saving = [0] * len(entries)
         for position, entry in enumerate(entries):
@@ -371,7 +372,7 @@ class Simulator:
                 for v in touched[position]
                 if v not in self.given
                 and v not in self.outputs
-                and (v, entry.backward) in end
+                and ((v, entry.backward) in end or v in used)
                 and max(end.get((v, True), -1), end.get((v, False), -1)) == position
             ]
             for v in written[position]:
