@@ -43,9 +43,11 @@ def calibrate_command(
         check_writable(output)
     from .calibrating import calibrate_machine
     from .cost_model.calibrate import calibrated_device
+    from .cost_model.measuring_time import Account
 
+    account = Account()
     with stage(f"measure for about {seconds:.0f} s", quiet=json):
-        device = calibrate_machine(seconds, save=not no_save)
+        device = calibrate_machine(seconds, save=not no_save, account=account)
     if output is not None:
         write_text(output, msgspec.json.format(msgspec.json.encode(device), indent=1).decode() + "\n")
     if json:
@@ -62,6 +64,7 @@ def calibrate_command(
         shape = (str(each.m), str(each.k), str(each.n))
         rows.add_row(each.dtype, each.layout, *shape, each.library, count_text(each.rate, "FLOP/s"))
     out.print(rows)
+    out.print(f"measured for {account.measured:.1f} s, after compiling for {account.compiled:.1f} s")
     if not no_save:
         kept = calibrated_device() == device
         out.print("kept: plans for cpu made here use it" if kept else "not kept: the cache folder cannot be written")

@@ -27,7 +27,7 @@ TOPICS = {
     "solver": "solvers: value, bound and gap as they fall",
     "compile": "graphs compiled in torch.compile, and compiled again; regions, one of how many",
     "cascades": "cascades fused, and why others were not",
-    "calibrate": "what of this machine was not measured, and why",
+    "calibrate": "each part of a calibration: time; what was not measured, and why; +calibrate: cut shapes",
 }
 VARIABLE = "EFFCC_LOGS"
 _ROOT = "effcc"

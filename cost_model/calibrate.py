@@ -12,76 +12,86 @@ import hashlib
 import importlib.metadata
 import os
 import platform
-import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, TypeAlias
 
 import msgspec
 
-from .cpu_kernels import fresh_seconds, in_turn, sets_of
+from ..logs import logger
+from .cpu_kernels import bandwidth_ladder, fresh_seconds, library_laws
 from .devices import Cache, Device, Figure, GemmMeasurement, Tier, load_device, parse_device
+from .generated_probes import GeneratedKernels, Probes, Together, measure_probes, prepare_probes, vector_lanes
+from .measuring_time import Account
+from .product_probes import DTYPES, batched_products, interleaved, linear_products
 
-if TYPE_CHECKING:
-    import torch
-
-LAYOUTS = ("forward", "input_gradient", "weight_gradient")
-#: (tokens, input features, output features) of the linear layers whose three products are measured: from a single
-#: token to a training batch, square and oblong.
-LINEAR_SHAPES = (
-    (1, 1024, 1024),
-    (16, 1024, 1024),
-    (128, 768, 768),
-    (512, 512, 2048),
-    (512, 2048, 512),
-    (1024, 1024, 1024),
-    (2048, 256, 1024),
-    (1024, 256, 8192),
-    (256, 128, 128),
-    (64, 512, 512),
-    (2048, 1024, 256),
-    (128, 64, 2048),
-)
-#: (products, m, k, n) of batched products.
-BATCHED_SHAPES = (
-    (8, 128, 64, 128),
-    (8, 128, 128, 64),
-    (16, 256, 32, 256),
-    (16, 256, 256, 32),
-    (64, 64, 64, 64),
-    (4, 512, 64, 512),
-    (4, 512, 512, 64),
-    (128, 32, 32, 32),
-    (32, 16, 128, 16),
-)
-_SHORT = {"f32": "float32", "bf16": "bfloat16"}
+#: Part -> share of the seconds. Products get what the others leave of the whole, and no less than their own share.
+SHARES = {
+    "fresh memory": 0.025,
+    "memory": 0.1,
+    "generated kernels": 0.15,
+    "ladder": 0.05,
+    "laws": 0.1,
+    "batched": 0.075,
+    "products": 0.4,
+    "cascades": 0.05,
+}
+#: Measures the share of the products' rate that generated cascades reach, in about so many seconds.
+CascadeShare: TypeAlias = Callable[[Device, float], float]
+#: Seconds that writing to disk is measured for, and the bytes that are written at first and at most.
+DISK_SECONDS, DISK_BYTES = 1.0, (4 << 20, 64 << 20)
 
 
 def calibrate(
     seconds: float = 20.0,
     save: bool = True,
     generated: bool = True,
-    cascade: Callable[[Device], float | None] | None = None,
+    cascade: Callable[[], Callable[[], CascadeShare | None]] | None = None,
+    together: Together | None = None,
+    account: Account | None = None,
 ) -> Device:
-    """Measure the CPU for about ``seconds`` and return it; keeps the result for ``calibrated_device`` if ``save``. To
-    measure generated kernels too takes a C++ compiler and some 20 seconds more. ``cascade`` measures the share of the
-    products' rate that generated cascades reach."""
-    fresh = fresh_seconds(seconds / 40)
-    gemm = (*_products(0.5 * seconds), *_batched(0.1 * seconds))
+    """Measure the CPU for about ``seconds`` and return it; keeps the result for ``calibrated_device`` if ``save``.
+
+    To measure generated kernels too takes a C++ compiler, and as long again as that takes for them; ``together``
+    compiles many at once. ``cascade`` begins to compile generated cascades; what it returns waits for them, and gives
+    what measures them. All is compiled before anything is measured but fresh memory, so that no compiler runs beside
+    what is measured. ``account``, if given, is told what took how long.
+    """
+    account = account or Account()
+    account.budget = seconds
     source = f"measured on {machine()} by effcc calibrate"
-    memory = _memory(0.15 * seconds)
-    device = _device(gemm, memory, _launch(), _disk(), source)
+    with account.part("fresh memory"):  # before others have freed as much
+        fresh = fresh_seconds(SHARES["fresh memory"] * seconds)
+    probes, share_of = None, None
     if generated:
-        device = _with_kernels(device, 0.25 * seconds, source, fresh)
-    share = cascade(device) if cascade is not None and device.added else None
-    if share is not None:
+        with account.part("generated kernels", compiled=True):
+            begun = cascade() if cascade is not None else None
+            probes = prepare_probes(together)
+            share_of = begun() if begun is not None else None
+    with account.part("memory, calls and disk"):
+        memory, launch, disk = _memory(SHARES["memory"] * seconds), _launch(), _disk()
+    kernels = _kernels(probes, seconds, launch, account) if probes is not None else None
+    with account.part("batched products"):
+        batched = tuple(batched_products(SHARES["batched"] * seconds))
+    with account.part("products"):
+        cascades = SHARES["cascades"] * seconds if kernels is not None and share_of is not None else 0.0
+        products = tuple(linear_products(max(account.left - cascades, SHARES["products"] * seconds)))
+    device = _device((*products, *batched), memory, launch, disk, source)
+    if kernels is not None:
+        device = _with_kernels(device, kernels, source, fresh)
+    if kernels is not None and share_of is not None:
+        with account.part("cascades"):
+            share = share_of(device, cascades)
         efficiency = dict(device.efficiency) | {"cascade": Figure(value=share, source=source)}
         device = msgspec.structs.replace(device, efficiency=efficiency)
     if save:
         _store(device)
         calibrated_device.cache_clear()
+    told = "measured for %.1f s of %.1f s, compiled for %.1f s"
+    logger("calibrate").info(told, account.measured, seconds, account.compiled)
     return device
 
 
@@ -95,84 +105,38 @@ def calibrated_device() -> Device:
         return load_device("cpu")
 
 
-def measure_product(dtype: str, layout: str, m: int, k: int, n: int, seconds: float) -> tuple[GemmMeasurement, ...]:
-    """FLOP a second of each library that is there on (m, k) @ (k, n) with operands laid out as in ``layout``; median
-    of interleaved rounds for about ``seconds``."""
-    import torch
-
-    kind = getattr(torch, _SHORT[dtype])
-
-    def matrix(rows: int, columns: int, transposed: bool) -> torch.Tensor:
-        made = torch.rand((columns, rows) if transposed else (rows, columns), dtype=torch.float32).to(kind)
-        return made.t() if transposed else made
-
-    # In a step an operand was made, or read, long before: sets of operands take turns, so that none is in a near cache.
-    sets = [
-        (matrix(m, k, layout == "weight_gradient"), matrix(k, n, layout == "forward"))
-        for _ in range(sets_of((m * k + k * n) * kind.itemsize))
-    ]
-
-    def onednn(left: torch.Tensor, right: torch.Tensor) -> Any:
-        return torch.ops.mkldnn._linear_pointwise(left, right.t(), None, "none", [], "")
-
-    candidates = {"blas": in_turn(torch.mm, sets)}
-    if _has_onednn(dtype):
-        candidates["onednn"] = in_turn(onednn, sets)
-    best = _interleaved(candidates, seconds)
-    flop = 2.0 * m * k * n
-    return tuple(
-        GemmMeasurement(library=library, dtype=dtype, layout=layout, m=m, k=k, n=n, rate=flop / best[library])
-        for library in candidates
-    )
-
-
 def machine() -> str:
     """This machine in words: processor, usable cores, system, torch."""
     return f"{_processor()}, {_threads()} threads, {platform.system()} {platform.machine()}, torch {_torch_version()}"
 
 
-def _products(seconds: float) -> Iterator[GemmMeasurement]:
-    """The three products of each linear layer: x @ w.t(), dy @ w, dy.t() @ x."""
-    share = seconds / (len(LINEAR_SHAPES) * len(LAYOUTS) * len(_SHORT))
-    for dtype in _SHORT:
-        for tokens, features, outputs in LINEAR_SHAPES:
-            sizes = {
-                "forward": (tokens, features, outputs),
-                "input_gradient": (tokens, outputs, features),
-                "weight_gradient": (outputs, tokens, features),
-            }
-            for layout in LAYOUTS:
-                yield from measure_product(dtype, layout, *sizes[layout], seconds=share)
+@dataclass(frozen=True)
+class _Kernels:
+    """What generated kernels and library ops reach."""
+
+    generated: GeneratedKernels
+    ladder: dict[int, float]
+    laws: dict[str, float]
 
 
-def _batched(seconds: float) -> Iterator[GemmMeasurement]:
-    """Batched products, both operands row-major."""
-    import torch
-
-    share = seconds / (len(BATCHED_SHAPES) * len(_SHORT))
-    for dtype, name in _SHORT.items():
-        kind = getattr(torch, name)
-        for batch, m, k, n in BATCHED_SHAPES:
-            count = sets_of(batch * k * (m + n) * kind.itemsize)
-            sets = [(torch.rand(batch, m, k).to(kind), torch.rand(batch, k, n).to(kind)) for _ in range(count)]
-            best = _interleaved({"blas": in_turn(torch.bmm, sets)}, share)["blas"]
-            rate = 2.0 * batch * m * k * n / best
-            yield GemmMeasurement(library="blas", dtype=dtype, layout="batched", m=m, k=k, n=n, rate=rate, batch=batch)
-
-
-def _with_kernels(device: Device, seconds: float, source: str, fresh: float) -> Device:
-    """The device with what generated kernels and library ops reach, as far as it can be measured here."""
-    from .cpu_kernels import bandwidth_ladder, library_laws, measure_generated, vector_lanes
-
-    found = measure_generated()
+def _kernels(probes: Probes, seconds: float, launch: float, account: Account) -> _Kernels | None:
+    with account.part("generated kernels"):
+        found = measure_probes(probes, SHARES["generated kernels"] * seconds)
     if found is None:
-        return device
+        return None
+    with account.part("memory by size"):
+        ladder = bandwidth_ladder(SHARES["ladder"] * seconds, launch)
+    with account.part("attention and convolution"):
+        laws = library_laws(SHARES["laws"] * seconds, found.library)
+    return _Kernels(found, ladder, laws)
 
+
+def _with_kernels(device: Device, kernels: _Kernels, source: str, fresh: float) -> Device:
     def figure(value: float) -> Figure:
         return Figure(value=value, source=source)
 
-    ladder = bandwidth_ladder(seconds / 2, device.launch.value)
-    added = dict(found.added) | library_laws(seconds / 2, found.library)
+    found = kernels.generated
+    added = dict(found.added) | kernels.laws
     return msgspec.structs.replace(
         device,
         added={name: figure(max(value, 1e-15)) for name, value in added.items()},
@@ -183,42 +147,10 @@ def _with_kernels(device: Device, seconds: float, source: str, fresh: float) -> 
         fresh=figure(max(fresh, 1e-15)),
         ladder=tuple(
             Cache(name=f"{moved >> 10} KiB", bytes=figure(float(moved)), bandwidth=figure(rate))
-            for moved, rate in ladder.items()
+            for moved, rate in kernels.ladder.items()
         ),
         vector_lanes=vector_lanes(),
     )
-
-
-def _has_onednn(dtype: str) -> bool:
-    """Whether oneDNN has products in ``dtype`` on this processor: bf16 takes more than AVX2."""
-    import torch
-
-    available: Any = torch.backends.mkldnn.is_available
-    if not available() or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
-        return False
-    return dtype != "bf16" or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-
-
-def _interleaved(candidates: dict[str, Callable[[], Any]], seconds: float) -> dict[str, float]:
-    """Median time of each candidate, in rounds that take turns, at least three after one to warm up: what it takes in a
-    step, where the shortest time is rare."""
-    import torch
-
-    spent: dict[str, list[float]] = {name: [] for name in candidates}
-    with torch.no_grad():
-        for run in candidates.values():
-            run()
-        begin = time.perf_counter()
-        rounds = 0
-        while rounds < 3 or time.perf_counter() - begin < seconds:
-            for name, run in candidates.items():
-                start = time.perf_counter()
-                run()
-                spent[name].append(time.perf_counter() - start)
-            rounds += 1
-            if rounds >= 3 and time.perf_counter() - begin > 3 * seconds:
-                break
-    return {name: statistics.median(found) for name, found in spent.items()}
 
 
 def _memory(seconds: float) -> dict[str, float]:
@@ -230,16 +162,16 @@ def _memory(seconds: float) -> dict[str, float]:
     a, b, out = (torch.ones(count) for _ in range(3))
     share = seconds / (3 + len(_cache_sizes()))
     found = {
-        "copy": 8 * count / _interleaved({"_": lambda: out.copy_(a)}, share)["_"],
-        "pointwise": 12 * count / _interleaved({"_": lambda: torch.add(a, b, out=out)}, share)["_"],
-        "reduction": 4 * count / _interleaved({"_": lambda: torch.sum(a)}, share)["_"],
+        "copy": 8 * count / interleaved({"_": lambda: out.copy_(a)}, share)["_"],
+        "pointwise": 12 * count / interleaved({"_": lambda: torch.add(a, b, out=out)}, share)["_"],
+        "reduction": 4 * count / interleaved({"_": lambda: torch.sum(a)}, share)["_"],
     }
     for _, size in _cache_sizes():
         part = max(1024, size // 2 // 12)
         x, y, z = a[:part], b[:part], out[:part]
         run = functools.partial(torch.add, x, y, out=z)
         overhead = _launch()
-        spent = max(_interleaved({"_": run}, share)["_"] - overhead, 1e-7)
+        spent = max(interleaved({"_": run}, share)["_"] - overhead, 1e-7)
         found[f"cache {size}"] = 12 * part / spent
     return found
 
@@ -261,19 +193,26 @@ def _many(run: Callable[[], Any], times: int = 2000) -> float:
     return (time.perf_counter() - begin) / times
 
 
-def _disk(size: int = 64 << 20) -> float | None:
+def _disk() -> float | None:
     """Bytes a second of writing a file through to the disk that holds temporary files; None where that fails."""
-    block = os.urandom(1 << 20)
+    first, most = DISK_BYTES
     try:
-        with tempfile.TemporaryFile() as file:
-            begin = time.perf_counter()
-            for _ in range(size >> 20):
-                file.write(block)
-            file.flush()
-            os.fsync(file.fileno())
-            return size / (time.perf_counter() - begin)
+        rate = _written(first)
+        return _written(max(first, min(most, int(rate * DISK_SECONDS))))
     except OSError:
         return None
+
+
+def _written(size: int) -> float:
+    """Bytes a second of writing ``size`` bytes, whole MiB. Raises OSError."""
+    block = os.urandom(1 << 20)
+    with tempfile.TemporaryFile() as file:
+        begin = time.perf_counter()
+        for _ in range(size >> 20):
+            file.write(block)
+        file.flush()
+        os.fsync(file.fileno())
+        return (size >> 20 << 20) / (time.perf_counter() - begin)
 
 
 def _device(
@@ -298,7 +237,7 @@ def _device(
             alignment=generic.tiers["disk"].alignment,
         )
     matrix = dict(generic.matrix)
-    for dtype in _SHORT:
+    for dtype in DTYPES:
         rates = [entry.rate for entry in gemm if entry.dtype == dtype]
         if rates:
             matrix[dtype] = figure(max(rates))

@@ -6,7 +6,8 @@
 ``pairs``: of a query and a key, in all heads, that the kernel works out; a is the softmax, b the products, c copies of
 the operands' rows. A convolution's elements are those of its input and its result, its weights are put into another
 order at every call; o is what a library prepares beside its call. The coefficients are least squares on relative
-errors, none below zero, forward and backward apart.
+errors, none below zero, forward and backward apart. Convolutions of one dimension, and those in groups, have laws of
+their own: their kernels are others, and with few features a group no product is among them.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from dataclasses import dataclass
 
 from ..ir.graph import Node
 from .devices import Figure
-from .flops import Call, contraction_flop, is_causal
+from .flops import Call, Shape, contraction_flop, is_causal
 from .law_fit import nonnegative_fit
 from .op_classes import ATTENTION_BACKWARD, kind_of, packet
 from .tensors import TensorTable
@@ -26,6 +27,8 @@ from .tensors import TensorTable
 LAWS = {
     "attention": ("once", "pair", "pair_feature", "row_feature"),
     "convolution": ("once", "flop", "element", "weight"),
+    "grouped_convolution": ("once", "flop", "element", "weight"),
+    "sequence_convolution": ("once", "flop", "element", "weight"),
 }
 #: Keys that PyTorch's kernel for CPUs takes at once (aten/src/ATen/native/cpu/FlashAttentionKernel.cpp, torch 2.13): a
 #: causal mask saves whole blocks of them.
@@ -61,10 +64,16 @@ class AttentionSize:
 def law_seconds(node: Node, table: TensorTable, added: Mapping[str, Figure]) -> float | None:
     """Seconds of an op without its call; None where no law was measured, or for operands in another layout."""
     kind = kind_of(node.op)
-    names = names_of(kind, "backward" in node.op)
-    if not names or names[0] not in added:
+    if kind == "convolution":
+        shapes = _shapes(node, table)
+        law, parts = convolution_law(*shapes), convolution_parts(*shapes, contraction_flop(node, table))
+    elif kind == "attention":
+        law, parts = kind, _attention(node, table)
+    else:
         return None
-    parts = _attention(node, table) if kind == "attention" else _convolution(node, table)
+    names = names_of(law, "backward" in node.op)
+    if names[0] not in added:
+        return None
     return math.fsum(added[name].value * part for name, part in zip(names, parts, strict=True)) if parts else None
 
 
@@ -88,11 +97,22 @@ def _attention(node: Node, table: TensorTable) -> Parts | None:
     return AttentionSize(query[0] * query[1], query[2], key[2], query[3], is_causal(node, base)).parts
 
 
-def _convolution(node: Node, table: TensorTable) -> Parts:
+def _shapes(node: Node, table: TensorTable) -> tuple[Shape, Shape, Shape]:
+    """Of a convolution's result, operand and weight."""
     call = Call(node, table)
-    # (input, weight, ...), and (gradient of the result, input, weight, ...)
-    tensors = [call.shape(position) for position in range(3 if "backward" in node.op else 2)]
-    if "backward" not in node.op:
-        tensors.insert(0, call.outputs()[0].shape if call.outputs() else ())
-    result, operand, weight = (float(math.prod(shape)) for shape in tensors)
-    return 1.0, float(contraction_flop(node, table)), result + operand, weight
+    if "backward" in node.op:  # (gradient of the result, operand, weight, ...)
+        return call.shape(0), call.shape(1), call.shape(2)
+    return call.outputs()[0].shape if call.outputs() else (), call.shape(0), call.shape(1)
+
+
+def convolution_law(result: Shape, operand: Shape, weight: Shape) -> str:
+    """Which law the kernels for these shapes ([samples, features, ...], weight [features, features of a group, ...])
+    have."""
+    if len(weight) == 3:
+        return "sequence_convolution"
+    dense = weight[:2] in ((result[1:2] + operand[1:2]), (operand[1:2] + result[1:2]))
+    return "convolution" if dense else "grouped_convolution"
+
+
+def convolution_parts(result: Shape, operand: Shape, weight: Shape, flop: float) -> Parts:
+    return 1.0, float(flop), float(math.prod(result) + math.prod(operand)), float(math.prod(weight))

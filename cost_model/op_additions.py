@@ -1,8 +1,8 @@
 """What the ops of a generated kernel add to the time that its bytes take, from a calibrated device's figures.
 
-The figures are seconds an element for a few measured ops (``cpu_kernels.py``); this table says which of them an ATen op
-is made of once Inductor has taken it apart. An op that is in no row adds nothing: an addition or a comparison is done
-while the next elements are on their way.
+The figures are seconds an element for a few measured ops (``generated_probes.py``); this table says which of them an
+ATen op is made of once Inductor has taken it apart. An op that is in no row adds nothing: an addition or a comparison
+is done while the next elements are on their way.
 """
 
 from __future__ import annotations

@@ -30,10 +30,12 @@ def test_calibrate_writes_a_device_that_plans_can_use(
     """The measurement itself has its own tests; here it is the packaged device with another capacity."""
     from effcc import calibrating
     from effcc.cost_model.devices import load_device
+    from effcc.cost_model.measuring_time import Account
 
     measured = {}
 
-    def fake(seconds: float, save: bool) -> Any:
+    def fake(seconds: float, save: bool, account: Account) -> Any:
+        assert account.measured == account.compiled == 0.0
         measured.update(seconds=seconds, save=save)
         return load_device("cpu")
 

@@ -12,8 +12,10 @@ import msgspec
 import pytest
 import torch
 from effcc.cost_model import calibrate as calibration
-from effcc.cost_model.calibrate import calibrate, calibrated_device, measure_product
+from effcc.cost_model import product_probes
+from effcc.cost_model.calibrate import calibrate, calibrated_device
 from effcc.cost_model.devices import Device, GemmMeasurement, load_device
+from effcc.cost_model.product_probes import LAYOUTS, Shape, measure_product
 from effcc.cost_model.roofline import gemm_seconds
 
 
@@ -22,7 +24,7 @@ def device(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Device]:
     folder = tmp_path_factory.mktemp("cache")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("EFFCC_CACHE_DIR", str(folder))
-        patch.setattr(calibration, "LINEAR_SHAPES", ((8, 64, 32), (64, 128, 128)))
+        patch.setattr(product_probes, "LINEAR_SHAPES", ((8, 64, 32), (64, 128, 128)))
         calibrated_device.cache_clear()
         yield calibrate(0.3, generated=False)
     calibrated_device.cache_clear()
@@ -77,21 +79,21 @@ def test_read_only_folder_is_no_error(device: Device, tmp_path: Path, monkeypatc
 
 
 def test_a_library_without_the_type_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(calibration, "_has_onednn", lambda dtype: dtype != "bf16")
-    assert [each.library for each in measure_product("bf16", "forward", 5, 7, 3, 0.0)] == ["blas"]
+    monkeypatch.setattr(product_probes, "_has_onednn", lambda dtype: dtype != "bf16")
+    assert [each.library for each in measure_product("bf16", Shape("forward", 1, 5, 7, 3), 0.0)] == ["blas"]
 
 
-@pytest.mark.parametrize("layout", calibration.LAYOUTS)
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_both_libraries_compute_the_product_that_is_measured(layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
     results: dict[str, torch.Tensor] = {}
 
-    def run(candidates: dict[str, object], seconds: float) -> dict[str, float]:
+    def run(candidates: dict[str, object], seconds: float, warm: bool) -> dict[str, float]:
         for name, candidate in candidates.items():
             results[name] = candidate()  # type: ignore[operator]
         return dict.fromkeys(candidates, 1.0)
 
-    monkeypatch.setattr(calibration, "_interleaved", run)
-    measured = measure_product("f32", layout, 5, 7, 3, 0.0)
+    monkeypatch.setattr(product_probes, "interleaved", run)
+    measured = measure_product("f32", Shape(layout, 1, 5, 7, 3), 0.0)
     assert all(e.rate == 2 * 5 * 7 * 3 for e in measured)
     first, *others = results.values()
     assert first.shape == (5, 3)

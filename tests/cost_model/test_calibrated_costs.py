@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+from collections.abc import Callable, Iterator
 from operator import mul
 
 import msgspec
 import pytest
-from effcc.calibrating import cascade_share
-from effcc.cost_model import cpu_kernels
+import torch
+from effcc.calibrating import begin_cascades, together
+from effcc.cost_model import cpu_kernels, generated_probes
 from effcc.cost_model.calibrate import calibrate
 from effcc.cost_model.cascade_cost import map_seconds
 from effcc.cost_model.devices import Cache, Device, Figure, GemmMeasurement, load_device, parse_device
 from effcc.cost_model.flops import contraction_flop
-from effcc.cost_model.library_laws import LAWS, fit_law, law_seconds, names_of
+from effcc.cost_model.library_laws import LAWS, convolution_law, fit_law, law_seconds, names_of
 from effcc.cost_model.op_additions import added_seconds
 from effcc.cost_model.product_cost import ProductLaw, chosen_library, fit
 from effcc.cost_model.roofline import bandwidth, op_cost
@@ -136,12 +139,38 @@ def test_what_is_measured_is_of_the_right_size() -> None:
 
 @pytest.mark.slow
 def test_generated_kernels_are_told_apart() -> None:
-    found = cpu_kernels.measure_generated(rounds=10)
+    probes = generated_probes.prepare_probes(together)
+    assert probes is not None
+    found = generated_probes.measure_probes(probes, 1.0)
     assert found is not None
-    assert set(found.added) == set(cpu_kernels.ops()) - {"add"} | {"turn"} | set(cpu_kernels.draws())
+    assert set(found.added) == set(generated_probes.ops()) - {"add"} | {"turn"} | set(generated_probes.draws())
     assert found.added["rand"] > 20 * found.added["statement"] and found.added["randn"] > found.added["statement"]
     assert found.added["pow"] > found.added["rsqrt"] and found.added["tanh"] > found.added["div"]
     assert 0 < found.call < 1e-3 and 0 < found.library < 1e-3 and 0 <= found.graph < 1e-1
+
+
+@pytest.mark.slow
+def test_kernels_that_are_put_off_compute_once_they_are_compiled() -> None:
+    x = torch.rand(1000)
+    graphs = [torch.compile(graph, dynamic=False) for graph in (lambda x: x.exp() + 1.0, lambda x: (x * x).sum())]
+    with together() as finish, torch.no_grad():
+        for graph in graphs:
+            graph(x)
+        finish()
+    with torch.no_grad():
+        torch.testing.assert_close(graphs[0](x), x.exp() + 1.0)
+        torch.testing.assert_close(graphs[1](x), (x * x).sum())
+
+
+def test_without_a_compiler_generated_kernels_are_left_out(caplog: pytest.LogCaptureFixture) -> None:
+    @contextlib.contextmanager
+    def refused() -> Iterator[Callable[[], None]]:
+        raise RuntimeError("no compiler")
+        yield lambda: None
+
+    with caplog.at_level("INFO", logger="effcc.calibrate"):
+        assert generated_probes.prepare_probes(refused) is None
+    assert "generated kernels were not measured: RuntimeError: no compiler" in caplog.text
 
 
 def test_bounds_of_a_plan_by_hand() -> None:
@@ -193,9 +222,9 @@ def test_a_cascade_costs_its_maps_beside_its_products() -> None:
 
 @pytest.mark.slow
 def test_products_in_cascades_are_measured() -> None:
-    share = cascade_share(calibrate(0.5, save=False, generated=False))
+    share = begin_cascades()()
     assert share is not None
-    assert 0 < share < 3
+    assert 0 < share(calibrate(0.5, save=False, generated=False), 0.5) < 3
 
 
 def test_grouped_products_take_as_long_as_their_products() -> None:
@@ -226,6 +255,15 @@ def test_laws_are_found_again_from_their_own_ops() -> None:
             parts = [tuple(draw.uniform(1e3, 1e6) for _ in true) for _ in range(12)]
             found = fit_law(kind, backward, parts, [sum(map(mul, true, row)) for row in parts])  # type: ignore[arg-type]
             assert list(found.values()) == pytest.approx(true, rel=1e-6)
+
+
+def test_convolutions_of_other_kinds_have_other_laws() -> None:
+    assert convolution_law((2, 8, 10, 10), (2, 4, 10, 10), (8, 4, 3, 3)) == "convolution"
+    assert convolution_law((2, 8, 10, 10), (2, 4, 10, 10), (4, 8, 3, 3)) == "convolution"  # transposed
+    assert convolution_law((2, 8, 10, 10), (2, 8, 10, 10), (8, 1, 3, 3)) == "grouped_convolution"
+    assert convolution_law((2, 8, 10, 10), (2, 4, 10, 10), (8, 2, 3, 3)) == "grouped_convolution"
+    assert convolution_law((2, 8, 10), (2, 8, 10), (8, 1, 3)) == "sequence_convolution"
+    assert convolution_law((2, 1, 10, 10), (2, 1, 10, 10), (1, 1, 3, 3)) == "convolution"
 
 
 def test_attention_and_convolution_cost_what_their_laws_say() -> None:
