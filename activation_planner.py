@@ -111,6 +111,7 @@ class ActivationPlanner:
         split = torch_internals.minimum_cut_partition(
             torch_internals.copy_graph(gm),
             joint_inputs,
+            prepared=True,
             num_fwd_outputs=num_fwd_outputs,
             static_lifetime_input_indices=static,
             **others,

@@ -93,7 +93,12 @@ class BudgetPlanner:
         plannable = torch_internals.prepare_joint(gm)
         joint = torch_internals.copy_graph(gm)
         split = torch_internals.minimum_cut_partition(
-            gm, joint_inputs, num_fwd_outputs=num_fwd_outputs, static_lifetime_input_indices=static, **others
+            gm,
+            joint_inputs,
+            prepared=True,
+            num_fwd_outputs=num_fwd_outputs,
+            static_lifetime_input_indices=static,
+            **others,
         )
         if not plannable:
             self.notes.append("activations are saved as torch chooses: the model has checkpoints or effects of its own")
@@ -166,7 +171,6 @@ class BudgetPlanner:
             plan = make(other)
             if plan.peak.get("device", 0) > budget or plan.seconds >= made.seconds:
                 graph.limit, graph.chosen = before
-                make(captured)
                 break
             captured, made = other, plan
         return captured, made
@@ -228,7 +232,8 @@ class BudgetPlanner:
             chosen = graph.chosen or search.plain
             rule = "keep" if graph.chosen is None else "planned"
             bound = search.bound(graph.limit) if graph.limit is not None else None
-            found.append(describe(search.problem, chosen, search.plain, rule, budget, bound, search.floor_bound))
+            floor = search.quick_floor_bound if graph.chosen is None else search.floor_bound
+            found.append(describe(search.problem, chosen, search.plain, rule, budget, bound, floor))
         return found
 
 

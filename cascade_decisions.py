@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,7 +17,8 @@ from .codegen.triton_tiles.target import Target
 from .ir.graph import Graph
 from .ir.plan import Decision
 from .ir.printer import print_graph
-from .passes.raising.choose import Choice, Refused, choose
+from .passes.raising.candidates import Candidates
+from .passes.raising.choose import Choice, Refused, candidates_of, choose_among
 from .passes.raising.group import Early, Group, Rest
 from .passes.raising.prefilter import may_fuse
 from .passes.raising.raise_graph import raise_graph
@@ -71,21 +73,38 @@ def _record_of(*parts: str) -> Path:
     return record_path(hashlib.sha256("\n".join((source_digest(), *parts)).encode()).hexdigest())
 
 
-def decide(graph: Graph, choice: Choice, target: Target | None = None) -> Decisions:
+class Analysed:
+    """A graph with what is worked out of it, for several choices that differ in what they take, not in their rates."""
+
+    def __init__(self, graph: Graph) -> None:
+        self.graph = graph
+        self._candidates: Candidates | None = None
+
+    @functools.cached_property
+    def text(self) -> str:
+        return print_graph(self.graph)
+
+    def candidates(self, choice: Choice) -> Candidates:
+        if self._candidates is None or self._candidates.tables != choice.rates.tables:
+            self._candidates = candidates_of(raise_graph(self.graph), choice)
+        return self._candidates
+
+
+def decide(analysed: Analysed, choice: Choice, target: Target | None = None) -> Decisions:
     """The decisions for a graph, from the cache directory if they are there. ``target``: the GPU that it is for."""
-    if not may_fuse(graph, choice):
+    if not may_fuse(analysed.graph, choice):
         return Decisions()
     machine = repr(target) if target is not None else f"{Caches.of_this_machine()} {threads()}"
-    path = _record_of(print_graph(graph), repr(choice), machine)
+    path = _record_of(analysed.text, repr(choice), machine)
     known = read_record(path, Decisions)
     if known is None:
-        known = work_out(graph, choice, target)
+        known = work_out(analysed, choice, target)
         write_record(path, known)
     return known
 
 
-def work_out(graph: Graph, choice: Choice, target: Target | None = None) -> Decisions:
-    chosen = choose(raise_graph(graph), choice)
+def work_out(analysed: Analysed, choice: Choice, target: Target | None = None) -> Decisions:
+    chosen = choose_among(analysed.candidates(choice), choice)
     refused = list(chosen.refused)
     texts: dict[str, str] = {}
     for group in chosen.groups:
@@ -96,7 +115,7 @@ def work_out(graph: Graph, choice: Choice, target: Target | None = None) -> Deci
                 texts[group.name], _ = prepare_on_gpu(group.fused, group.rewriting, target)
         except NotLowerable as error:
             refused.append(Refused(group.name, f"no kernel: {error.message}", group.location))
-    taken = supported(chosen.groups, texts, {node.name for node in graph.nodes})
+    taken = supported(chosen.groups, texts, {node.name for node in analysed.graph.nodes})
     return Decisions(
         tuple(_fused(group, texts[group.name]) for group in taken),
         tuple(each.why for each in refused),

@@ -14,7 +14,7 @@ import torch
 import torch.fx as fx
 
 from . import torch_internals
-from .cascade_decisions import Decisions, Fused, decide, in_reach
+from .cascade_decisions import Analysed, Decisions, Fused, decide, in_reach
 from .codegen.cascade_kernel import CascadeKernel, begin
 from .codegen.cascade_op import give_up_kernel, gpu_source, kernel_of
 from .codegen.chunked_cascade import ChunkedCascade
@@ -102,14 +102,16 @@ class CascadeFusion:
             near = in_reach(from_fx(gm, "joint", "joint"), choice, terms)
             _undo(gm, [each for each, may in zip(spread, near, strict=True) if not may])
             spread = [each for each, may in zip(spread, near, strict=True) if may]
-        decisions = decide(from_fx(gm, "joint", "joint"), choice, target)
+        analysed = Analysed(from_fx(gm, "joint", "joint"))
+        decisions = decide(analysed, choice, target)
         made = {name for each in decisions.fused for name in (*each.results, *(rest.value for rest in each.rests))}
         in_vain = [each for each in spread if not each.is_in(made)]
         if in_vain:
             _undo(gm, in_vain)
-            decisions = decide(from_fx(gm, "joint", "joint"), choice, target)
+            analysed = Analysed(from_fx(gm, "joint", "joint"))
+            decisions = decide(analysed, choice, target)
         if self.looks_ahead and not self.short_of_memory:
-            otherwise = decide(from_fx(gm, "joint", "joint"), for_memory(choice), target)
+            otherwise = decide(analysed, for_memory(choice), target)
             self.more_if_short |= otherwise.fused != decisions.fused
         return decisions, target
 

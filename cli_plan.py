@@ -11,6 +11,7 @@ import msgspec
 import typer
 
 from .cli_support import JsonOption, check_writable, console, heading, print_json, quiet_torch, stage, write_text
+from .collector import collecting_seldom, leave_garbage
 from .errors import OptionError
 from .summary import device_of
 
@@ -100,7 +101,6 @@ def plan_command(
     holds the peak and what bounds the time.
     """
     from .plan_request import PIPELINE, PlanRequest, budget_bytes
-    from .planning import plan_model
 
     if mesh is not None:
         from .cli_pipeline import plan_pipeline
@@ -138,13 +138,21 @@ def plan_command(
     for path in (output, page):
         if path is not None:
             check_writable(path)
+    leave_garbage()
+    with collecting_seldom():
+        _plan_and_write(request, output, page, emit is not None, json)
+
+
+def _plan_and_write(request: PlanRequest, output: Path, page: Path | None, emit: bool, json: bool) -> None:
+    from .planning import plan_model
+
     # What the model file prints goes where it cannot be taken for our output.
     with quiet_torch(), contextlib.redirect_stdout(sys.stderr):
         planned = plan_model(request, lambda description: stage(description, quiet=json))
         with stage("mlir", quiet=json or not emit):
             mlir, not_lowered = _emit_mlir(request, output) if emit else ({}, [])
-    folder = Path(model.rpartition(".py")[0]).parent
-    _finish(planned, mlir | _write(planned, output, page, dump_dir, folder), not_lowered, json)
+    folder = Path(request.model.rpartition(".py")[0]).parent
+    _finish(planned, mlir | _write(planned, output, page, request.dump_dir, folder), not_lowered, json)
 
 
 def _write(planned: Planned, output: Path, report: Path | None, dump_dir: Path | None, folder: Path) -> dict[str, str]:

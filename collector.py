@@ -6,6 +6,7 @@ grown by a quarter, which is about an eighth of the time.
 
 from __future__ import annotations
 
+import atexit
 import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -28,3 +29,9 @@ def collecting_seldom() -> Iterator[None]:
         gc.set_threshold(*before)
         if not frozen:
             gc.unfreeze()
+
+
+def leave_garbage() -> None:
+    """At the end of this process its memory is given back as it is: the interpreter looks through all that a large plan
+    is made of several times to find circles in it, which takes seconds."""
+    atexit.register(gc.freeze)

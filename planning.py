@@ -217,13 +217,19 @@ def _plan_as_fused(
         for line in (*captured.notes, *_graph_breaks(captured)):
             logger("capture").info("%s", line)
     manager = PassManager(passes, dump_dir=request.dump_dir, verify=request.verify)
-    graphs: list[Graph] = []
+    #: What the passes made of each captured graph: another split of one graph leaves the others as they are.
+    passed: dict[int, tuple[Graph, Graph]] = {}
+    #: The plans that were made, each with its graphs; one of them is taken in the end.
+    plans: list[tuple[Plan, list[Graph]]] = []
+
+    def after_passes(graph: Graph) -> Graph:
+        if id(graph) not in passed:
+            with progress(f"passes on {graph.name} ({len(graph.nodes)} ops)"):
+                passed[id(graph)] = graph, manager.run(_with_saved_roles(graph))
+        return passed[id(graph)][1]
 
     def make(captured: Captured) -> Plan:
-        graphs[:] = []
-        for graph in map(_with_saved_roles, captured.graphs):
-            with progress(f"passes on {graph.name} ({len(graph.nodes)} ops)"):
-                graphs.append(manager.run(graph))
+        graphs = [after_passes(graph) for graph in captured.graphs]
         with progress("plan"):
             plan = make_plan(
                 captured.name,
@@ -237,6 +243,7 @@ def _plan_as_fused(
                 outside_loss=budgeted,
             )
             plan = with_streams(with_copies(plan, device), device, request.streams)
+        plans.append((plan, graphs))
         logger("plan").info(
             "%s: %d steps, %d buffers, peak %s, %.3g s",
             plan.model, len(plan.steps), len(plan.buffers), bytes_text(plan.peak.get("device", 0)), plan.seconds,
@@ -257,6 +264,11 @@ def _plan_as_fused(
                 captured, made = planner.plan(
                     captured, request.memory_budget, lambda each: first.pop() if first else make(each)
                 )
+    graphs = next(graphs for plan, graphs in plans if plan is made)
+    if plans[-1][0] is not made and manager.directory is not None:  # dumps end in what is taken
+        passed.clear()
+        for graph in captured.graphs:
+            after_passes(graph)
     _check_budget(made, request.memory_budget)
     made = msgspec.structs.replace(
         made,

@@ -64,15 +64,14 @@ class AttentionSize:
 def law_seconds(node: Node, table: TensorTable, added: Mapping[str, Figure]) -> float | None:
     """Seconds of an op without its call; None where no law was measured, or for operands in another layout."""
     kind = kind_of(node.op)
+    parts: Parts | None = None
     if kind == "convolution":
         shapes = _shapes(node, table)
-        law, parts = convolution_law(*shapes), convolution_parts(*shapes, contraction_flop(node, table))
+        kind, parts = convolution_law(*shapes), convolution_parts(*shapes, contraction_flop(node, table))
     elif kind == "attention":
-        law, parts = kind, _attention(node, table)
-    else:
-        return None
-    names = names_of(law, "backward" in node.op)
-    if names[0] not in added:
+        parts = _attention(node, table)
+    names = names_of(kind, "backward" in node.op)
+    if not names or names[0] not in added:
         return None
     return math.fsum(added[name].value * part for name, part in zip(names, parts, strict=True)) if parts else None
 

@@ -121,7 +121,7 @@ class CollectingBackend:
 
         def keep(module: torch.fx.GraphModule, inputs: Sequence[Any], **kwargs: Any) -> Callable[..., Any]:
             # Compiling rewrites a graph in place, and torch goes on with the one it gave.
-            copy = torch.fx.GraphModule(module, module.graph)
+            copy = torch_internals.lazy_copy(module)
             if kwargs.get("is_backward"):
                 found.backward = copy
             elif kwargs.get("is_inference"):

@@ -22,13 +22,16 @@ def cascade_verdicts(graphs: Iterable[Graph], seconds: float = float("inf")) -> 
     were over."""
     from ..passes.raising.choose import choose
     from ..passes.raising.raise_graph import raise_graph
+    from ..passes.repeated_structure import RepeatedStructure
 
     deadline = time.monotonic() + seconds
     found: dict[tuple[str, str, str], CascadeVerdict] = {}
     skipped: list[str] = []
     for graph in graphs:
         seen: set[str] = set()
-        for scope, inner in scopes(graph).items():
+        # Under a budget the layers of a plan are written out one by one.
+        folded = graph if graph.phase == "joint" else RepeatedStructure().apply(graph)
+        for scope, inner in scopes(folded).items():
             name = scope.rpartition("/")[2]
             if name in seen:  # a layer inside another subgraph, again
                 continue

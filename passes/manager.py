@@ -48,10 +48,16 @@ class PassManager:
     publish: Callable[[str, Callable[[], str]], None] | None = None
     records: list[PassRecord] = field(default_factory=list)
 
+    @property
+    def directory(self) -> Path | None:
+        """Where dumps go, None if nowhere."""
+        found = self.dump_dir or os.environ.get(DUMP_VARIABLE) or _debug_directory()
+        return Path(found) if found else None
+
     def run(self, graph: Graph) -> Graph:
         """The graph after all passes. Raises PassError, which tells how to repeat the failure, if one breaks."""
-        directory = self.dump_dir or os.environ.get(DUMP_VARIABLE) or _debug_directory()
-        dump = _Dump(DumpFolder(Path(directory)) if directory else None, self.publish or _trace_to_torch)
+        directory = self.directory
+        dump = _Dump(DumpFolder(directory) if directory else None, self.publish or _trace_to_torch)
         dump.begin(graph)
         if self.verify:
             verify(graph)

@@ -30,12 +30,15 @@ def joint_partitioner(partition: Callable[..., Any] | None) -> contextlib.Abstra
 
 
 def minimum_cut_partition(
-    gm: torch.fx.GraphModule, joint_inputs: Any, **kwargs: Any
+    gm: torch.fx.GraphModule, joint_inputs: Any, *, prepared: bool = False, **kwargs: Any
 ) -> tuple[torch.fx.GraphModule, torch.fx.GraphModule]:
-    """Torch's own choice of what is saved: forward and backward modules. It rewrites ``gm``."""
+    """Torch's own choice of what is saved: forward and backward modules. It rewrites ``gm``. ``prepared``: the graph
+    has been through ``prepare_joint``, and common subexpressions are not looked for again."""
+    import torch._functorch.config as functorch_config
     from torch._functorch.partitioners import min_cut_rematerialization_partition
 
-    return min_cut_rematerialization_partition(gm, joint_inputs, **kwargs)
+    with functorch_config.patch(cse=False) if prepared else contextlib.nullcontext():
+        return min_cut_rematerialization_partition(gm, joint_inputs, **kwargs)
 
 
 def knapsack_partition(
@@ -82,17 +85,19 @@ def split_joint(
     computes what else it needs of the forward again, right before its first use. ``gm`` stays as it is."""
     from torch._functorch import partitioners
     from torch._functorch.compile_utils import raise_getitems
+    from torch.fx._lazy_graph_module import _LazyGraphModule, _use_lazy_graph_module
 
     primals = [node for node in gm.graph.find_nodes(op="placeholder") if partitioners._is_primal(node)]
-    forward, backward = partitioners._extract_fwd_bwd_modules(
-        gm,
-        list(saved),
-        saved_sym_nodes=[],
-        num_fwd_outputs=num_fwd_outputs,
-        static_lifetime_input_nodes=partitioners.OrderedSet(primals[index] for index in static_inputs),
-    )
+    with _use_lazy_graph_module(True):  # their Python code is made when they are first run
+        forward, backward = partitioners._extract_fwd_bwd_modules(
+            gm,
+            list(saved),
+            saved_sym_nodes=[],
+            num_fwd_outputs=num_fwd_outputs,
+            static_lifetime_input_nodes=partitioners.OrderedSet(primals[index] for index in static_inputs),
+        )
     _gradients_last(backward.graph, [node for node in backward.graph.nodes if partitioners._is_tangent(node)])
-    backward = partitioners.reordering_to_mimic_autograd_engine(backward)
+    backward = _LazyGraphModule.from_graphmodule(partitioners.reordering_to_mimic_autograd_engine(backward))
     for module in (forward, backward):
         for node in module.graph.nodes:
             node.meta = dict(node.meta)
@@ -119,6 +124,8 @@ def is_primal(node: torch.fx.Node) -> bool:
 
 def copy_graph(gm: torch.fx.GraphModule) -> torch.fx.GraphModule:
     """The same graph in a new module, with metadata of its own; submodules are shared."""
+    from torch.fx._lazy_graph_module import _make_graph_module
+
     graph = torch.fx.Graph()
     old = gm.graph.output_node()
     copies: dict[torch.fx.Node, torch.fx.Node] = {}
@@ -126,7 +133,14 @@ def copy_graph(gm: torch.fx.GraphModule) -> torch.fx.GraphModule:
     graph.output_node().meta = dict(old.meta)
     for node in graph.nodes:
         node.meta = dict(node.meta)
-    return torch.fx.GraphModule(gm, graph)
+    return _make_graph_module(gm, graph)
+
+
+def lazy_copy(gm: torch.fx.GraphModule) -> torch.fx.GraphModule:
+    """A module of its own for the graph of ``gm``, whose Python code is made when it is first run."""
+    from torch.fx._lazy_graph_module import _LazyGraphModule
+
+    return _LazyGraphModule(gm, gm.graph)
 
 
 def joint_pass(run: Callable[[torch.fx.Graph], None] | None, key: str) -> contextlib.AbstractContextManager[Any]:

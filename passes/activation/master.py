@@ -27,7 +27,7 @@ from __future__ import annotations
 
 import datetime
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,85 +51,101 @@ class MasterSolution:
 _BYTES, _SECONDS = 1 << 20, 1e-6
 
 
-def solve_master(
-    blocks: Sequence[Block],
-    options: Sequence[Sequence[Option]],
-    moments: Moments,
-    budget: int | None,
-    host: HostLink | None = None,
-    time_limit: float = 10.0,
-) -> MasterSolution | None:
-    """The best choice within ``budget`` bytes; None: the one with the least peak. None is returned where none fits."""
+class Master:
+    """The model of one set of options, which is built once and solved for one budget after the other."""
+
+    def __init__(
+        self,
+        blocks: Sequence[Block],
+        options: Sequence[Sequence[Option]],
+        moments: Moments,
+        host: HostLink | None = None,
+    ) -> None:
+        from ortools.math_opt.python import mathopt
+
+        self.model: Any = mathopt.Model(name="activations")
+        model = self.model
+        self.x = x = [[model.add_binary_variable() for _ in found] for found in options]
+        self.limit = limit = model.add_variable(lb=0.0)
+
+        def total(amount: Callable[[Option], float]) -> list[Any]:
+            pairs = zip(options, x, strict=True)
+            return [_weighed(map(amount, found), row) for found, row in pairs]
+
+        saved = total(lambda o: o.saved_bytes / _BYTES)
+        swapped = total(lambda o: o.swapped_bytes / _BYTES)
+        again = total(lambda o: o.seconds / _SECONDS)
+        transient = total(lambda o: o.transient / _BYTES)
+        for row in x:
+            model.add_linear_constraint(mathopt.fast_sum(row) == 1)
+        _order_equal_blocks(model, blocks, options, x)
+        model.add_linear_constraint(moments.start / _BYTES + mathopt.fast_sum(saved) <= limit)
+        copies = host is not None and any(o.swapped_bytes for found in options for o in found)
+        for j in range(len(blocks)):
+            ahead = swapped[j - 1] if copies and j else 0.0
+            model.add_linear_constraint(mathopt.fast_sum([transient[j], *saved[:j], ahead]) <= limit)
+        stall = model.add_variable(lb=0.0)
+        if host is not None and copies:
+            for i in range(len(blocks)) if host.overlapped else ():
+                after = mathopt.fast_sum(swapped[i:])
+                out, back = host.out / _BYTES * _SECONDS, host.back / _BYTES * _SECONDS
+                model.add_linear_constraint(after <= out * sum(moments.forward_seconds[i:]) / _SECONDS + out * stall)
+                running = sum(moments.backward_seconds[i:]) / _SECONDS
+                model.add_linear_constraint(after <= back * (running + mathopt.fast_sum(again[i:]) + stall))
+            model.add_linear_constraint(mathopt.fast_sum(swapped) <= host.capacity / _BYTES)
+        # Swapping what need not be swapped is not worth a copy.
+        self.price = mathopt.fast_sum([*again, stall]) + 1e-4 * mathopt.fast_sum(swapped)
+
+    def solve(self, budget: int | None, time_limit: float = 10.0) -> MasterSolution | None:
+        """The best choice within ``budget`` bytes; None: the one with the least peak. None is returned where none
+        fits."""
+        from ortools.math_opt.python import mathopt
+
+        fixed = None if budget is None else budget / _BYTES
+        self.limit.lower_bound, self.limit.upper_bound = fixed or 0.0, math.inf if fixed is None else fixed
+        self.model.minimize(self.price if budget is not None else self.limit)
+        self._set_whole(False)
+        relaxed = mathopt.solve(self.model, mathopt.SolverType.GLOP)
+        if relaxed.termination.reason != mathopt.TerminationReason.OPTIMAL:
+            return None
+        self._set_whole(True)
+        parameters = mathopt.SolveParameters(
+            time_limit=datetime.timedelta(seconds=time_limit), relative_gap_tolerance=1e-3, threads=1, random_seed=0
+        )
+        result = mathopt.solve(self.model, mathopt.SolverType.GSCIP, params=parameters)
+        if not result.has_primal_feasible_solution():
+            return None
+        values = result.variable_values()
+        chosen = tuple(max(range(len(row)), key=lambda o: values[row[o]]) for row in self.x)
+        unit = _SECONDS if budget is not None else _BYTES
+        return MasterSolution(
+            chosen,
+            result.objective_value() * unit,
+            relaxed.objective_value() * unit,
+            result.termination.reason == mathopt.TerminationReason.OPTIMAL,
+        )
+
+    def _set_whole(self, whole: bool) -> None:
+        """Whether choices are whole, or may be fractions."""
+        for row in self.x:
+            for variable in row:
+                variable.integer = whole
+
+
+def _weighed(amounts: Iterable[float], row: Sequence[Any]) -> Any:
+    """The sum of ``row``'s variables, each times its amount."""
     from ortools.math_opt.python import mathopt
 
-    model = mathopt.Model(name="activations")
-    x = [[model.add_binary_variable() for _ in found] for found in options]
-    fixed = None if budget is None else budget / _BYTES
-    limit = model.add_variable(lb=fixed or 0.0, ub=math.inf if fixed is None else fixed)
-
-    def total(amount: Callable[[Option], float]) -> list[Any]:
-        pairs = zip(options, x, strict=True)
-        return [sum(amount(o) * v for o, v in zip(found, row, strict=True)) for found, row in pairs]
-
-    saved = total(lambda o: o.saved_bytes / _BYTES)
-    swapped = total(lambda o: o.swapped_bytes / _BYTES)
-    again = total(lambda o: o.seconds / _SECONDS)
-    for row in x:
-        model.add_linear_constraint(sum(row) == 1)
-    _order_equal_blocks(model, blocks, options, x)
-    model.add_linear_constraint(moments.start / _BYTES + sum(saved) <= limit)
-    copies = host is not None and any(o.swapped_bytes for found in options for o in found)
-    for j in range(len(blocks)):
-        own = sum(o.transient / _BYTES * v for o, v in zip(options[j], x[j], strict=True))
-        ahead = swapped[j - 1] if copies and j else 0.0
-        model.add_linear_constraint(own + sum(saved[:j]) + ahead <= limit)
-    stall = model.add_variable(lb=0.0)
-    if host is not None and copies:
-        for i in range(len(blocks)) if host.overlapped else ():
-            after = sum(swapped[i:])
-            out, back = host.out / _BYTES * _SECONDS, host.back / _BYTES * _SECONDS
-            model.add_linear_constraint(after <= out * sum(moments.forward_seconds[i:]) / _SECONDS + out * stall)
-            running = sum(moments.backward_seconds[i:]) / _SECONDS
-            model.add_linear_constraint(after <= back * (running + sum(again[i:]) + stall))
-        model.add_linear_constraint(sum(swapped) <= host.capacity / _BYTES)
-    # Swapping what need not be swapped is not worth a copy.
-    model.minimize(sum(again) + stall + 1e-4 * sum(swapped) if budget is not None else limit)
-    relaxed = mathopt.solve(_relaxation(model, x), mathopt.SolverType.GLOP)
-    if relaxed.termination.reason != mathopt.TerminationReason.OPTIMAL:
-        return None
-    parameters = mathopt.SolveParameters(
-        time_limit=datetime.timedelta(seconds=time_limit), relative_gap_tolerance=1e-3, threads=1, random_seed=0
-    )
-    result = mathopt.solve(model, mathopt.SolverType.GSCIP, params=parameters)
-    if not result.has_primal_feasible_solution():
-        return None
-    values = result.variable_values()
-    chosen = tuple(max(range(len(row)), key=lambda o: values[row[o]]) for row in x)
-    unit = _SECONDS if budget is not None else _BYTES
-    return MasterSolution(
-        chosen,
-        result.objective_value() * unit,
-        relaxed.objective_value() * unit,
-        result.termination.reason == mathopt.TerminationReason.OPTIMAL,
-    )
-
-
-def _relaxation(model: object, x: Sequence[Sequence[object]]) -> object:
-    """The model with fractional choices. It shares variables with the model, which is solved as integers later."""
-    from ortools.math_opt.python import mathopt
-
-    relaxed = mathopt.Model.from_model_proto(model.export_model())  # type: ignore[attr-defined]
-    for row in x:
-        for variable in row:
-            relaxed.get_variable(variable.id).integer = False  # type: ignore[attr-defined]
-    return relaxed
+    return mathopt.fast_sum([amount * variable for amount, variable in zip(amounts, row, strict=True)])
 
 
 def _order_equal_blocks(
-    model: object, blocks: Sequence[Block], options: Sequence[Sequence[Option]], x: Sequence[Sequence[object]]
+    model: Any, blocks: Sequence[Block], options: Sequence[Sequence[Option]], x: Sequence[Sequence[Any]]
 ) -> None:
     """Of two equal blocks in a row, the later one in the forward saves no less than the earlier: its backward comes
     first, and what it saves is gone when the earlier one's begins. Only the counts are left to choose."""
+    from ortools.math_opt.python import mathopt
+
     for i in range(len(blocks) - 1):
         if blocks[i].kind != blocks[i + 1].kind or len(options[i]) != len(options[i + 1]):
             continue
@@ -139,6 +155,5 @@ def _order_equal_blocks(
         for end in range(1, len(order)):
             if options[i][order[end - 1]].saved_bytes == options[i][order[end]].saved_bytes:
                 continue
-            model.add_linear_constraint(  # type: ignore[attr-defined]
-                sum(x[i][o] for o in order[:end]) <= sum(x[i + 1][o] for o in order[:end])  # type: ignore[misc]
-            )
+            earlier, later = (mathopt.fast_sum([x[k][o] for o in order[:end]]) for k in (i, i + 1))
+            model.add_linear_constraint(earlier <= later)

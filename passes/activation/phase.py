@@ -29,11 +29,19 @@ class Phase:
             index = op.index
             sources = reads[index]
             if inside and not inside.keys().isdisjoint(sources):
-                sources = tuple(dict.fromkeys(part for value in sources for part in inside.get(value, (value,))))
+                parts: list[int] = []
+                for value in sources:
+                    if value in inside:
+                        parts += inside[value]
+                    else:
+                        parts.append(value)
+                sources = tuple(dict.fromkeys(parts))
             self.sources[index] = sources
             stored = self.stored[index] = not op.inlined or self._is_stored(op.writes[0], len(sources))
             if not stored:
-                inside.update((value, sources) for value in op.writes if value not in given)
+                for value in op.writes:
+                    if value not in given:
+                        inside[value] = sources
 
     def _is_stored(self, value: int, reads: int) -> bool:
         """Whether a value that could be computed where it is read, of so many others, lies in memory."""

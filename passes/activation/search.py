@@ -22,7 +22,7 @@ from .cut import Cut, PricedCuts
 from .floor import lower_bound, reduce_peak, wander
 from .floor_program import program_bound
 from .host_link import HostLink
-from .master import MasterSolution, solve_master
+from .master import Master, MasterSolution
 from .options import Moments, Option, options_of
 from .problem import JointProblem
 from .simulate import Simulator
@@ -123,6 +123,11 @@ class ActivationSearch:
         return [options_of(self.problem, self.blocks, uniform, self.crossing, self.link) for uniform in kinds]
 
     @functools.cached_property
+    def masters(self) -> list[Master]:
+        """The master problem of each offer."""
+        return [Master(self.blocks, options, moments, self.link) for options, moments in self.offers]
+
+    @functools.cached_property
     def token_splits(self) -> list[Candidate]:
         """Cuts that swap, with each share of the tokens of what they swap: in the master problem each layer may take
         another one."""
@@ -142,13 +147,13 @@ class ActivationSearch:
         ``unknown`` bytes are left to what the problem does not know of. Where the peak is more than ``limit`` and
         ``beyond``, it is solved again with as much less."""
         found: list[Candidate] = []
-        for options, moments in self.offers:
+        for (options, _), problem in zip(self.offers, self.masters, strict=True):
             aim = limit if limit is None else limit - unknown
             for _ in range(REPAIRS):
-                solution = solve_master(self.blocks, options, moments, aim, self.link)
+                solution = problem.solve(aim)
                 if solution is None and aim != limit:
                     aim = limit
-                    solution = solve_master(self.blocks, options, moments, aim, self.link)
+                    solution = problem.solve(aim)
                 if solution is None:
                     break
                 found.append(self._chosen(options, solution, aim))
@@ -210,6 +215,11 @@ class ActivationSearch:
     def floor_bound(self) -> int:
         """No choice has a peak below this, for this order of ops."""
         return lower_bound(self.simulator, self.steps[-1])
+
+    @functools.cached_property
+    def quick_floor_bound(self) -> int:
+        """``floor_bound`` by the best cuts without their mixtures: for where all is kept, and nothing is looked for."""
+        return lower_bound(self.simulator, min(self.cuts_evaluated, key=lambda c: c.peak))
 
     def prove_floor(self, seconds: float = 0.0) -> int:
         """``floor_bound``, or what a program proves if it is more: for refusals. It takes seconds, and these more."""

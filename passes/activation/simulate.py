@@ -87,6 +87,9 @@ class Simulator:
         #: Values of the forward that the backward reads or hands out.
         read = [v for op in self.backward_ops for v in op.reads]
         self.asked = [v for v in dict.fromkeys([*read, *problem.backward_outputs]) if v in self.made_forward]
+        #: Ops whose results must be kept if they are needed, by their place.
+        self._fixed = [op.banned or not problem.overwritten.isdisjoint(op.reads) for op in problem.ops]
+        self._bytes = [value.bytes for value in problem.values]
         self.given = problem.primals | problem.tangents | {v.id for v in problem.values if v.op < 0}
         #: The last choices that were simulated: several searches ask for the same ones.
         self._known: OrderedDict[tuple[frozenset[int], frozenset[int], Shares], Simulation] = OrderedDict()
@@ -115,20 +118,19 @@ class Simulator:
             if value not in self.made_forward:
                 continue
             maker = problem.values[value].op
-            op = problem.ops[maker]
-            if (value in saved and value not in split) or value in self.handed_out or self.fixed(op):
+            if (value in saved and value not in split) or value in self.handed_out or self._fixed[maker]:
                 used.add(value)
                 continue
             share = split.get(value, share) if maker in problem.row_reads else 1.0
             if again.get(maker, 0.0) < share:
                 again[maker] = share
                 by_rows = problem.row_reads.get(maker, ())
-                waiting.extend((v, share if v in by_rows else 1.0) for v in op.reads)
+                waiting += [(v, share if v in by_rows else 1.0) for v in problem.ops[maker].reads]
         return again, frozenset(used)
 
     def fixed(self, op: Op) -> bool:
         """Whether the op's results must be kept if they are needed."""
-        return op.banned or any(v in self.problem.overwritten for v in op.reads)
+        return self._fixed[op.index]
 
     def run(
         self, saved: frozenset[int], swapped: frozenset[int] = frozenset(), shares: Shares = frozenset()
@@ -256,22 +258,27 @@ class Simulator:
         partly = [(op, share) for op, share in again.items() if share < 1.0]
         sizes = {v: int(values[v].bytes * s) for op, s in partly for v in problem.ops[op].writes if v not in split}
 
+        whole = self._bytes
+
         def size(key: tuple[int, bool]) -> int:
-            return sizes.get(key[0], values[key[0]].bytes) if key[1] else values[key[0]].bytes
+            return sizes.get(key[0], whole[key[0]]) if sizes and key[1] else whole[key[0]]
 
         count = len(entries)
         first_backward = next((i for i, e in enumerate(entries) if e.backward), count)
         # Each (value, run) has one interval; a recomputed value has one in the forward and one in the backward.
         begin: dict[tuple[int, bool], int] = {}
         end: dict[tuple[int, bool], int] = {}
+        primals = problem.primals
         for position, (entry, reads, writes) in enumerate(zip(entries, touched, written, strict=True)):
+            backward = entry.backward
             for v in writes:
-                begin.setdefault((v, entry.backward), position)
-                end[v, entry.backward] = position
+                key = (v, backward)
+                begin.setdefault(key, position)
+                end[key] = position
             for v in reads:
-                if v in problem.primals:
+                if v in primals:
                     continue
-                key = (v, entry.backward)
+                key = (v, backward)
                 if key not in begin:
                     key = (v, False) if (v, False) in begin else key
                 if key not in begin:  # a tangent: given when the backward begins
@@ -295,8 +302,9 @@ class Simulator:
             change[position] += values[v].bytes - split[v]
             change[position + 1] -= values[v].bytes
         for key, start in begin.items():
-            change[start] += size(key)
-            change[end[key] + 1] -= size(key)
+            held = size(key)
+            change[start] += held
+            change[end[key] + 1] -= held
         memory: list[int] = []
         live = problem.constant
         for position in range(count):

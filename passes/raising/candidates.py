@@ -92,6 +92,8 @@ class Candidates:
         self.copies = Copies(self.graph)
         self.operands = [tuple(node.operands()) for node in self.graph.nodes]
         self.effects = [node.name for node in self.graph.nodes if has_effect(node, self.graph)]
+        #: What components became, and why others stay as they are.
+        self.worked_out: dict[Component, Candidate | str] = {}
 
     def traffic(self, stage: Stage, wanted: Collection[str], space: Space, tensors: Mapping[str, Tensor]) -> Traffic:
         """What a stage moves and computes, at the prices of the device."""
@@ -118,7 +120,18 @@ class Candidates:
         return found
 
     def work_out(self, component: Component) -> Candidate:
-        """Raises ``NotFused``."""
+        """The component as kernels, once however often it is asked for. Raises ``NotFused``."""
+        if component not in self.worked_out:
+            try:
+                self.worked_out[component] = self._worked_out(component)
+            except NotFused as refusal:
+                self.worked_out[component] = str(refusal)
+        found = self.worked_out[component]
+        if isinstance(found, str):
+            raise NotFused(found)
+        return found
+
+    def _worked_out(self, component: Component) -> Candidate:
         if len(component.core) > MAX_CORE:
             raise NotFused(f"{len(component.core)} Einsums hang together, more than the {MAX_CORE} of a kernel")
         for _ in range(_MAX_ABSORBED):

@@ -149,14 +149,25 @@ class Chosen:
 
 def choose(raised: Raised, choice: Choice | None = None) -> Chosen:
     """The groups of a raised graph, in the order of its nodes."""
-    return _Chooser(raised, choice or Choice()).run()
+    choice = choice or Choice()
+    return choose_among(candidates_of(raised, choice), choice)
+
+
+def candidates_of(raised: Raised, choice: Choice) -> Candidates:
+    """What a raised graph's components could become, for all choices with the rates of this one."""
+    return Candidates(with_own_copies(raised), choice.rates.tables)
+
+
+def choose_among(candidates: Candidates, choice: Choice) -> Chosen:
+    """``choose`` where another choice may have been made among the same candidates: what was worked out is known."""
+    return _Chooser(candidates, choice).run()
 
 
 class _Chooser:
-    def __init__(self, raised: Raised, choice: Choice) -> None:
-        self.raised, self.choice = with_own_copies(raised), choice
-        self.graph: Graph = raised.graph
-        self.candidates = Candidates(self.raised, choice.rates.tables)
+    def __init__(self, candidates: Candidates, choice: Choice) -> None:
+        self.raised, self.choice = candidates.raised, choice
+        self.graph: Graph = self.raised.graph
+        self.candidates = candidates
         self.space = self.candidates.space
         self.refused: list[Refused] = []
         #: Components of which no way is worth it.

@@ -16,6 +16,7 @@ from effcc.cost_model.devices import Figure, load_device
 from effcc.passes.activation.candidates import evaluate
 from effcc.passes.activation.cut import PricedCuts
 from effcc.passes.activation.floor_program import program_bound
+from effcc.passes.activation.master import Master
 from effcc.passes.activation.options import _needed_in
 from effcc.passes.activation.search import ActivationSearch
 from effcc.passes.activation.simulate import Entry, Simulator
@@ -38,6 +39,21 @@ def test_a_priced_cut_is_the_best_of_all_choices() -> None:
             assert cost == pytest.approx(best, rel=1e-6, abs=1e-5), f"price {price}"
 
 
+def test_a_master_problem_forgets_the_budgets_it_was_solved_for() -> None:
+    rng = fresh_random()
+    compared = 0
+    for _ in range(12):
+        search = ActivationSearch(random_joint(rng))
+        options, moments = search.offers[0]
+        low, high = search.steps[-1].peak, search.plain.peak
+        kept = Master(search.blocks, options, moments)
+        for budget in (high, low // 2, None, (low + high) // 2, high):
+            fresh = Master(search.blocks, options, moments).solve(budget)
+            assert kept.solve(budget) == fresh, f"budget {budget}"
+            compared += fresh is not None
+    assert compared >= 12
+
+
 def test_bounds_hold_and_choices_are_near_the_best() -> None:
     rng = fresh_random()
     excess: list[float] = []
@@ -48,6 +64,7 @@ def test_bounds_hold_and_choices_are_near_the_best() -> None:
         choices = list(every_choice(search.simulator))
         least = min(c.peak for c in choices)
         assert search.floor_bound <= least
+        assert search.quick_floor_bound <= least
         assert search.least.peak >= least
         if number % 6 == 0:
             assert search.floor_bound <= search.prove_floor() <= least

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from effcc.cost_model.devices import list_devices, load_device
 from effcc.ir.graph import Graph
 from effcc.passes.raising.candidates import Candidates
-from effcc.passes.raising.choose import Choice, Rates, choose
+from effcc.passes.raising.choose import Choice, Rates, candidates_of, choose, choose_among
 from effcc.passes.raising.components import components
 from effcc.passes.raising.group import Traffic
 from effcc.passes.raising.own_copies import with_own_copies
@@ -41,6 +41,17 @@ def test_attention_over_many_keys_is_taken() -> None:
     assert may_fuse(graph, CPU)
     (group,) = choose(raise_graph(graph), CPU).groups
     assert group.traffic.fused < group.traffic.written / 5
+
+
+def test_a_second_choice_among_the_same_candidates_is_the_one_made_anew() -> None:
+    raised = raise_graph(graph_of(attention, 2200, 64))
+    strict = replace(CPU, gain=1e9, memory_ratio=1e9)
+    candidates = candidates_of(raised, CPU)
+    for choice in (CPU, strict, CPU):
+        chosen, anew = choose_among(candidates, choice), choose(raised, choice)
+        assert [each.nodes for each in chosen.groups] == [each.nodes for each in anew.groups]
+        assert chosen.refused == anew.refused and chosen.decisions == anew.decisions
+        assert bool(chosen.groups) == (choice is CPU)
 
 
 def test_one_query_over_keys_that_heads_share_is_taken() -> None:
