@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 
 from ..cost_model.devices import Device
 from ..cost_model.fusion import Kernel, group_kernels, kernel_of
+from ..cost_model.near_operands import with_near_operands
 from ..cost_model.region_memory import (
     KernelOrder,
     RegionMemory,
@@ -231,7 +232,8 @@ class _Flattener:
     ) -> list[Cost]:
         """One cost a kernel: of its ops where they are known, else an equal share of what no kernel names."""
         if groups is not None:
-            return [kernel_cost(kernel, graph, self.device, table, storages) for kernel in groups]
+            priced = [kernel_cost(kernel, graph, self.device, table, storages) for kernel in groups]
+            return with_near_operands(groups, priced, table, storages, self.device)
         by_name = {node.name: node for node in unit.nodes}
         readers: dict[int, set[str]] = {}
         for node in unit.nodes:
@@ -242,8 +244,8 @@ class _Flattener:
         rest = [node for node in unit.nodes if node.name not in named]
         share = Cost()
         if unnamed := members.count(()):
-            kernels = group_kernels(rest, graph, table, storages, kept | _read_outside(rest, readers, storages))
-            whole = total(kernel_cost(kernel, graph, self.device, table, storages) for kernel in kernels)
+            unknown = group_kernels(rest, graph, table, storages, kept | _read_outside(rest, readers, storages))
+            whole = total(kernel_cost(kernel, graph, self.device, table, storages) for kernel in unknown)
             share = replace(
                 whole,
                 flop=whole.flop // unnamed,
@@ -251,13 +253,15 @@ class _Flattener:
                 seconds=whole.seconds / unnamed,
                 matmul_flop=whole.matmul_flop // unnamed,
             )
-        costs = []
+        costs: list[Cost] = []
+        launched: list[Kernel | None] = []
         for nodes, launch in zip(members, memory.kernels, strict=True):
-            if nodes:
-                kernel = kernel_of(nodes, storages, kept | _read_outside(nodes, readers, storages))
-                costs.append(kernel_cost(kernel, graph, self.device, table, storages, launch.nests))
-            else:
-                costs.append(share)
+            kernel = kernel_of(nodes, storages, kept | _read_outside(nodes, readers, storages)) if nodes else None
+            launched.append(kernel)
+            costs.append(
+                kernel_cost(kernel, graph, self.device, table, storages, launch.nests) if kernel is not None else share
+            )
+        costs = with_near_operands(launched, costs, table, storages, self.device)
         return [
             cost
             if launch.seconds is None
