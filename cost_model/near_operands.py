@@ -14,7 +14,8 @@ from dataclasses import replace
 
 from ..ir.graph import Node
 from .devices import Device
-from .fusion import Kernel, kind_of
+from .fusion import Kernel
+from .op_classes import kind_of
 from .product_cost import laws_of
 from .roofline import Cost, bandwidth, gemm_shape, product_seconds
 from .storages import StorageTable
