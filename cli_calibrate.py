@@ -64,6 +64,8 @@ def calibrate_command(
         shape = (str(each.m), str(each.k), str(each.n))
         rows.add_row(each.dtype, each.layout, *shape, each.library, count_text(each.rate, "FLOP/s"))
     out.print(rows)
+    if not device.added:
+        out.print("generated kernels were not measured and keep general figures; EFFCC_LOGS=calibrate says why")
     out.print(f"measured for {account.measured:.1f} s, after compiling for {account.compiled:.1f} s")
     if not no_save:
         kept = calibrated_device() == device

@@ -123,7 +123,7 @@ def prepare_probes(together: Together | None = None) -> Probes | None:
         with (together or _one_by_one)() as finish:
             probes = _traced()
             finish()
-    except Exception as error:  # Inductor and compilers raise what they like; the roofline does without
+    except (RuntimeError, OSError) as error:  # what Dynamo, Inductor and the C++ compiler raise; a mistake here is told
         _tell(error)
         return None
     return probes

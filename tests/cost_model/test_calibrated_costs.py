@@ -173,6 +173,16 @@ def test_without_a_compiler_generated_kernels_are_left_out(caplog: pytest.LogCap
     assert "generated kernels were not measured: RuntimeError: no compiler" in caplog.text
 
 
+def test_a_mistake_in_the_probes_is_not_taken_for_a_missing_compiler() -> None:
+    @contextlib.contextmanager
+    def mistaken() -> Iterator[Callable[[], None]]:
+        raise TypeError("a mistake")
+        yield lambda: None
+
+    with pytest.raises(TypeError, match="a mistake"):
+        generated_probes.prepare_probes(mistaken)
+
+
 def test_bounds_of_a_plan_by_hand() -> None:
     bounds = step_bounds(make_sample())
     assert bounds.seconds == bounds.bound == pytest.approx(4e-5) and bounds.gap == pytest.approx(0, abs=1e-9)
