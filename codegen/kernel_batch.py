@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 from .. import torch_internals
+from .vector_lanes import LANES, with_vector_draws
 
 #: Fewest and most kernels of a translation unit (compiling is serial within a unit).
 SMALLEST, LARGEST = 4, 10
@@ -196,7 +197,7 @@ def unit_source(kernels: list[PendingKernel]) -> str:
         lines = kernel.source.splitlines()
         includes.update(dict.fromkeys(line.strip() for line in lines if line.lstrip().startswith("#include")))
         body = "\n".join(line for line in lines if not line.lstrip().startswith("#include"))
-        body = _ENTRY.sub("void kernel(", body)
+        body = with_vector_draws(_ENTRY.sub("void kernel(", body))
         arguments = ", ".join(read_argument(kind, n) for n, kind in enumerate(kernel.argument_types))
         bodies.append(f"namespace kernel_{index} {{\n{body}\n}}  // namespace kernel_{index}\n")
         bodies.append(_BINDING.format(index=index, count=len(kernel.argument_types), arguments=arguments))
@@ -205,7 +206,7 @@ def unit_source(kernels: list[PendingKernel]) -> str:
         f'METH_FASTCALL, ""}},'
         for index in range(len(kernels))
     )
-    return "\n".join([*includes, _PRELUDE, *bodies, _MODULE.format(entries=entries)])
+    return "\n".join([*includes, LANES, _PRELUDE, *bodies, _MODULE.format(entries=entries)])
 
 
 def read_argument(kind: str, position: int) -> str:
