@@ -12,7 +12,7 @@ from . import torch_internals
 from .budget_loop import compile_within_budget
 from .candidate_timing import compile_faster
 from .cost_model.devices import load_device
-from .frontend.repeated_modules import trace_repeated_modules_once
+from .frontend.repeated_modules import inline_repeated, trace_repeated_modules_once
 from .graph_compiler import Compilation, input_role
 from .logs import logger, set_up_once
 from .options import Options, parse_options
@@ -38,6 +38,7 @@ def effcc(
     the model.
     """
     set_up_once()
+    inline_repeated(gm)
     roles = [input_role(node) for node in gm.graph.find_nodes(op="placeholder")]
     settings = parse_options(options)
     if settings.device is not None:

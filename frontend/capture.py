@@ -24,7 +24,7 @@ from .collect import CollectingBackend, GraphBreak
 from .inputs import InputSpec, check_inputs, convert, input_specs
 from .model_file import ModelSpec, parse_dtype
 from .quiet import quiet
-from .repeated_modules import RegionReport, repeated_regions, without_repeated_regions
+from .repeated_modules import RegionReport, inlined_regions, repeated_regions, without_repeated_regions
 from .state import StateBytes, model_state, optimizer_name
 from .target_device import rewrite_device
 from .without_weights import Weightless
@@ -84,7 +84,8 @@ def capture(
     train: forward and backward, with gradients and optimizer state counted; else inference under ``no_grad``.
     optimizer: overrides the file's (see ``state.OPTIMIZERS``). dtype: the model's floating-point parameters and inputs
     are converted to it. device: what the graphs' tensors are said to lie on. dynamic: as in ``torch.compile``.
-    partition: splits joint graphs, as AOTAutograd's ``partition_fn``; repeated modules are then not shared.
+    partition: splits joint graphs, as AOTAutograd's ``partition_fn``; repeated modules are then traced once, but are
+    all written out in the graphs.
 
     Raises ModelFileError for what is wrong with the file, CaptureError for a model that cannot be traced, OptionError
     for an optimizer that is not known.
@@ -137,8 +138,9 @@ def trace(
 ) -> Traced:
     """Build ``spec``'s model without weights and run one step of it through a collecting backend.
 
-    decompositions: None takes Inductor's. share_repeated: trace repeated modules once. writes_inputs: mutated inputs
-    are written inside the graphs, not returned first. partition: splits joint graphs; None: torch's minimum cut.
+    decompositions: None takes Inductor's. share_repeated: the graphs call one body for repeated modules; else these are
+    written out, and traced once all the same where there is a ``partition``. writes_inputs: mutated inputs are written
+    inside the graphs, not returned first. partition: splits joint graphs; None: torch's minimum cut.
     """
     weightless = Weightless()
     with quiet(), weightless.building():
@@ -154,8 +156,9 @@ def trace(
     backend = CollectingBackend(model, weightless, train, decompositions, writes_inputs, partition=partition)
     step = _step(spec, model, targets, backend, dynamic)
     # Where nothing is shared, this thread's frames are ours all the same: what makes their capture cheaper holds.
-    alone = contextlib.nullcontext() if share_repeated else without_repeated_regions()
-    with quiet(), errors_of_tracing(spec), repeated_regions(), alone, weightless.tracing(), _one_of_a_kind():
+    apart = without_repeated_regions() if partition is None else inlined_regions()
+    way = contextlib.nullcontext() if share_repeated else apart
+    with quiet(), errors_of_tracing(spec), repeated_regions(), way, weightless.tracing(), _one_of_a_kind():
         _run(step, args, kwargs, train, spec)
     if not backend.frames:
         raise CaptureError(

@@ -13,7 +13,7 @@ from torch._dynamo.utils import counters
 from .. import torch_internals
 from ..ir.graph import Graph, Location, Node
 from .fx_import import from_fx
-from .repeated_modules import RegionReport, report_of_frame
+from .repeated_modules import RegionReport, inline_repeated, report_of_frame
 from .without_weights import Weightless
 
 _NUMBERED = re.compile(r"^(?:primals_|arg)(\d+)(?:_1)?$")
@@ -72,6 +72,7 @@ class CollectingBackend:
         self.counted_breaks = dict(counters["graph_break"])
 
     def __call__(self, gm: torch.fx.GraphModule, example_inputs: Sequence[Any], **_: Any) -> Callable[..., Any]:
+        inline_repeated(gm)
         roles, paths = self._roles(gm)
         index = len(self.frames)
         dynamo = from_fx(gm, f"dynamo_{index}", "joint", roles=roles)

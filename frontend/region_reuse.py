@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
+import operator
 import types
 from typing import Any
 
@@ -72,7 +74,7 @@ def is_reusable(tx: Any, condition: Any, fingerprint: Any, entry: Any) -> bool:
         return False
     resolve = _Resolver({"G": tx.output.root_tx.f_globals, "L": tx.output.root_tx.f_locals})
     guards, tensors = [], []
-    for source, handler, expected, guard in _ordered_guards(condition, entry):
+    for source, handler, expected, guard in _ordered_guards(tx, condition, entry):
         moved = clone(source)
         if moved is source:
             continue
@@ -83,8 +85,7 @@ def is_reusable(tx: Any, condition: Any, fingerprint: Any, entry: Any) -> bool:
         if not handler.eval_fn(value, expected):
             return False
         if guard.create_fn_name() == "TENSOR_MATCH":
-            if source not in entry._effcc_lifted:  # those are made, in the body's order, when the call is stamped out
-                tensors.append((moved, value))
+            tensors.append((entry._effcc_places.get(source, math.inf), moved, value))
             continue
         moved_guard = moved.make_guard(_guard_function(guard, value))
         moved_guard.user_stack = guard.user_stack
@@ -93,18 +94,21 @@ def is_reusable(tx: Any, condition: Any, fingerprint: Any, entry: Any) -> bool:
     from torch._dynamo.variables.builder import VariableBuilder
 
     install_guard(*guards)
-    for moved, value in tensors:
+    for _, moved, value in sorted(tensors, key=operator.itemgetter(0)):
         VariableBuilder(tx, moved)(value)  # makes the input, and its guard
     return True
 
 
-def _ordered_guards(condition: Any, entry: Any) -> Any:
-    """The guards in an order that is the same in every process (torch takes them from a set), as is the order in which
-    the graph's inputs are then made: plans are matched by it."""
+def _ordered_guards(tx: Any, condition: Any, entry: Any) -> Any:
+    """The guards in an order that is the same in every process (torch takes them from a set). The tensors' places among
+    the graph's inputs are kept with them: a sibling's inputs are made in the order in which its trace would make them,
+    since plans are matched by it."""
     if not hasattr(entry, "_effcc_guards"):
         entry._effcc_guards = sorted(condition.guards, key=lambda item: (item[0].name, item[3].create_fn_name()))
-        origins = (getattr(origin, "source", None) for origin in entry.subgraph_input_mapping)
-        entry._effcc_lifted = {origin for origin in origins if origin is not None}
+        inputs = tx.output.root_tracer.graph.find_nodes(op="placeholder")
+        arguments = (node.meta.get("grapharg") for node in inputs)
+        sources = [getattr(argument, "source", None) for argument in arguments]
+        entry._effcc_places = {source: place for place, source in enumerate(sources) if source is not None}
     return entry._effcc_guards
 
 

@@ -14,6 +14,9 @@ lists), that return or alias one of their inputs, that contain convolutions over
 of the frame then starts
 again with that group of modules left out, so the result is what it would have been without this module.
 
+Under a memory budget each layer may save something else: the modules are traced once all the same, and the backend
+writes their calls out again before anything else is done with the graph (``inline_repeated``).
+
 Use: ``@trace_repeated_modules_once`` on a backend function, for all frames compiled by it; or
 ``with repeated_regions() as report:`` around a capture, for all frames compiled by this thread.
 """
@@ -34,6 +37,7 @@ import torch
 
 from ..errors import PlanError
 from ..ir.plan_file import load_plan
+from .inlined_regions import Traced, inline_regions
 from .module_groups import ModuleGroup, ModuleGroups
 
 Backend = TypeVar("Backend", bound=Callable[..., Any])
@@ -65,13 +69,16 @@ class RegionReport:
 
 @dataclass
 class CompileState:
-    """Decisions for one frame; they outlive the restarts of its analysis."""
+    """Decisions for one frame; they outlive the restarts of its analysis. ``inlined``: calls are written out again."""
 
+    inlined: bool = False
     report: RegionReport = field(default_factory=RegionReport)
     rejected: set[Hashable] = field(default_factory=set)
     groups: ModuleGroups = field(default_factory=ModuleGroups)
     functions: dict[Hashable, types.FunctionType] = field(default_factory=dict)
     calls: dict[Hashable, int] = field(default_factory=dict)
+    #: The bodies by the names that they have in Dynamo's graph.
+    bodies: dict[str, Traced] = field(default_factory=dict)
     inside: bool = False
     attempt: object = None
 
@@ -81,7 +88,7 @@ class CompileState:
             self.attempt = output_graph
             self.inside = False
             self.groups = ModuleGroups()
-            self.functions, self.calls = {}, {}
+            self.functions, self.calls, self.bodies = {}, {}, {}
             self.report.calls.clear()
             self.report.traces.clear()
 
@@ -109,6 +116,7 @@ class _Active(threading.local):
 
     def __init__(self) -> None:
         self.depth = 0
+        self.inlined = 0
         self.suspended = 0
         self.states: OrderedDict[object, CompileState] = OrderedDict()
 
@@ -163,6 +171,24 @@ def without_repeated_regions() -> Iterator[None]:
         _active.suspended -= 1
 
 
+@contextlib.contextmanager
+def inlined_regions() -> Iterator[None]:
+    """In frames that this thread compiles inside the block, calls are written out again (``inline_repeated``)."""
+    _active.inlined += 1
+    try:
+        yield
+    finally:
+        _active.inlined -= 1
+
+
+def inline_repeated(gm: torch.fx.GraphModule) -> None:
+    """Write out the calls of repeated modules, in place, where the frame that is being compiled wants that: a backend
+    does so first of all. ``gm`` is then the graph of a frame in which no module was shared."""
+    state = _active.states.get(torch._guards.CompileContext.current_compile_id())
+    if state is not None and state.inlined:
+        inline_regions(gm, state.bodies, _call_module.__code__.co_filename)
+
+
 def report_of_frame(compile_id: object) -> RegionReport:
     """The report of a compilation by a marked backend on this thread (``CompileContext.current_compile_id()``)."""
     state = _active.states.get(compile_id)
@@ -175,11 +201,14 @@ def state_of_frame(compile_id: object, backend: object, options: object = None) 
     backend, options: what ``torch.compile`` was given; ``repeated_modules=False`` in the options of a marked backend
     inlines everything.
     """
-    if _active.suspended or not (is_ours(backend) and (_active.depth or _wanted(options))):
+    if _active.suspended or not is_ours(backend):
+        return None
+    way = _way(options)
+    if way == "traced" and not _active.depth:
         return None
     state = _active.states.get(compile_id)
     if state is None:
-        state = _active.states[compile_id] = CompileState()
+        state = _active.states[compile_id] = CompileState(inlined=bool(_active.inlined) or way == "inlined")
         while len(_active.states) > _KEPT_REPORTS:
             _active.states.popitem(last=False)
     return state
@@ -190,22 +219,23 @@ def is_ours(backend: object) -> bool:
     return bool(_active.depth) or bool(getattr(backend, _MARK, False))
 
 
-def _wanted(options: object) -> bool:
-    """The option ``repeated_modules`` of a mapping or an options object; wrong values are the backend's to refuse.
-
-    Under a memory budget each layer may save something else, so layers are not shared.
-    """
+def _way(options: object) -> str:
+    """What the ``options`` of a backend say: each repeated module is "traced", or their calls are "shared", or shared
+    while tracing and then "inlined". Options are a mapping or an object; wrong values are the backend's to refuse."""
 
     def given(name: str, default: object) -> object:
         return options.get(name, default) if isinstance(options, Mapping) else getattr(options, name, default)
 
-    if given("repeated_modules", True) is False or given("memory_budget", None) is not None:
-        return False
+    if given("repeated_modules", True) is False:
+        return "traced"
+    if given("memory_budget", None) is not None:
+        return "inlined"
     path = given("plan", None)
     try:
-        return not (isinstance(path, str | os.PathLike) and _has_budget(os.fspath(path), os.stat(path).st_mtime_ns))
+        planned = isinstance(path, str | os.PathLike) and _has_budget(os.fspath(path), os.stat(path).st_mtime_ns)
     except (OSError, PlanError):  # a plan that cannot be read is the backend's to refuse, too
-        return True
+        planned = False
+    return "inlined" if planned else "shared"
 
 
 @functools.lru_cache(maxsize=16)

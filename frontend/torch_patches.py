@@ -6,19 +6,23 @@ care.
 - ``build_input_fingerprint``, ``is_reusable``, ``save_reuse_entry``: when a trace may be used again (``region_reuse``).
 - ``InvokeSubgraphHOP.gen_schema``: torch traces the whole subgraph again at every call under autograd, to see whether
   it mutates its inputs; the answer does not change from call to call and is kept.
+- ``inline_single_use_invoke_subgraph``: regions that are to be inlined are inlined first (``inlined_regions``).
 - What makes capture itself cheaper: ``capture_speed``.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import threading
+import types
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from . import capture_speed, region_reuse, repeated_modules
+from .inlined_regions import Traced
 from .module_groups import ModuleGroup
 from .repeated_modules import MAXIMUM_VARIANTS, CompileState
 
@@ -70,6 +74,8 @@ def install() -> str | None:
         reuse.build_input_fingerprint = _build_fingerprint(reuse.build_input_fingerprint)
         reuse.save_reuse_entry = _save_reuse_entry(reuse.save_reuse_entry)
         InvokeSubgraphHOP.gen_schema = _gen_schema(InvokeSubgraphHOP.gen_schema)
+        with contextlib.suppress(ImportError, AttributeError):
+            _inline_ours_first()
         return None
 
 
@@ -143,11 +149,42 @@ def _shareable_group(state: CompileState, module: Any, tx: Any, args: Any, kwarg
     group = state.groups.by_module.get(id(value))
     if group is None or group.key in state.rejected:
         return None
+    if state.inlined and _numbers_may_vary(tx):
+        state.reject(group, module.source.name, "sizes or numbers may vary, which a shared body takes as arguments")
+        return None
+    if state.inlined and _makes_inputs([*args, *kwargs.values()]):
+        return None
     if torch._C._len_torch_function_stack() or any(
         _is_model_tensor(state, tx, arg) for arg in (*args, *kwargs.values())
     ):
         return None
     return group
+
+
+def _numbers_may_vary(tx: Any) -> bool:
+    """Whether sizes of the frame, and with them numbers like a dropout rate, are symbols, or may become symbols because
+    they were others when the frame was compiled before. How these enter a body differs from how they enter a graph."""
+    config = torch._dynamo.config
+    compiled_before = bool(getattr(_current_compile_id(), "frame_compile_id", 0))
+    if not config.assume_static_by_default or (config.automatic_dynamic_shapes and compiled_before):
+        return True
+    return bool(tx.output.shape_env.backed_var_to_val)
+
+
+def _makes_inputs(arguments: list[Any]) -> bool:
+    """Whether some argument has not been looked at yet. It becomes an input of the graph when a call is shared, else
+    when the module uses it, after inputs that the module uses before: this call is traced by itself."""
+    from torch._dynamo.variables.base import VariableTracker
+    from torch._dynamo.variables.lazy import LazyVariableTracker
+
+    found = []
+
+    def look(variable: Any) -> None:
+        if isinstance(variable, LazyVariableTracker) and not variable.is_realized():
+            found.append(not isinstance(variable.peek_value(), bool | int | float | str | types.NoneType))
+
+    VariableTracker.visit(look, arguments)
+    return any(found)
 
 
 def _outermost_module(tx: Any, source: Any, value: torch.nn.Module) -> torch.nn.Module:
@@ -211,6 +248,7 @@ def _call_as_region(state: CompileState, group: ModuleGroup, module: Any, tx: An
 
     function = UserFunctionVariable(state.function(group, _global_mode()))
     name = module.source.name
+    inputs = len(tx.output.root_tracer.graph.find_nodes(op="placeholder"))
     state.inside = True
     try:
         with (
@@ -219,7 +257,7 @@ def _call_as_region(state: CompileState, group: ModuleGroup, module: Any, tx: An
             torch._dynamo.config.patch(specialize_float=True),
         ):
             result = _region_variable().call_function(tx, [function, module, *args], kwargs)
-        reason = _why_not_shareable(state, group, function, tx)
+            reason = _why_not_shareable(state, group, function, tx, inputs)
     except (exc.RestartAnalysis, exc.SkipFrame):
         raise
     except Exception as error:  # whatever torch cannot put into a subgraph is inlined instead, and reported
@@ -249,8 +287,9 @@ def _reuse_entries(tx: Any, function: Any) -> list[Any]:
     return list(cache.subgraph_reuse_cache.get(function.get_function().__code__, ()))
 
 
-def _why_not_shareable(state: CompileState, group: ModuleGroup, function: Any, tx: Any) -> str | None:
-    """Reasons that show after a trace. None if it may be used again for the siblings."""
+def _why_not_shareable(state: CompileState, group: ModuleGroup, function: Any, tx: Any, inputs: int) -> str | None:
+    """Reasons that show after a trace. None if it may be used again for the siblings. ``inputs``: how many the graph
+    had before."""
     entries = _reuse_entries(tx, function)
     if not entries:
         return "its outputs or arguments are not plain tensors and constants"
@@ -259,8 +298,13 @@ def _why_not_shareable(state: CompileState, group: ModuleGroup, function: Any, t
     for _, entry in entries:
         if not getattr(entry, "_effcc_checked", False):
             entry._effcc_checked = True
-            if reason := _entry_hazard(group, entry, tx):
+            reason = _entry_hazard(group, entry, tx)
+            if reason is None and state.inlined:
+                reason = _inlining_hazard(entry, tx, inputs)
+            if reason is not None:
                 return reason
+            path, _ = list(tx.nn_module_stack.values())[-1]
+            state.bodies.setdefault(entry.body_name, Traced(path, len(tx.nn_module_stack) + 1))
     return None
 
 
@@ -298,6 +342,17 @@ def _body_hazard(body: torch.fx.GraphModule) -> str | None:
             return "it reads a number from a tensor"
         if "unbacked_bindings" in node.meta:
             return "it has sizes that depend on data"
+    return None
+
+
+def _inlining_hazard(entry: Any, tx: Any, inputs: int) -> str | None:
+    """What keeps a body from being written out for the siblings as their own traces would have been."""
+    if any(node.op in ("get_attr", "call_module") for node in entry.body_gmod.graph.nodes):
+        return "it holds objects of its graph"
+    for node in tx.output.root_tracer.graph.find_nodes(op="placeholder")[:inputs]:
+        source = getattr(node.meta.get("grapharg"), "source", None)
+        if source is not None and _is_below(source, entry.arg_sources[0]):
+            return f"{source.name} was used before, so that the order of the siblings' inputs is not known"
     return None
 
 
@@ -354,6 +409,25 @@ def _name_symbols(tx: Any, entry: Any, p_args: Any) -> None:
             origin.expr = example.node._expr
         if grapharg is not None and _is_below(grapharg.source, own):
             entry._effcc_hazard = f"its {grapharg.source.name} is a number that varies"
+
+
+# --- inlining ---------------------------------------------------------------------------------------------------------
+
+
+def _inline_ours_first() -> None:
+    """Torch inlines bodies that are called once, with what is known of their nodes as it is."""
+    from torch._higher_order_ops.passes import inline_invoke_subgraph as passes
+
+    def after_ours(original: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(original)
+        def inline(gm: Any) -> Any:
+            repeated_modules.inline_repeated(gm)
+            return original(gm)
+
+        return inline
+
+    passes.inline_single_use_invoke_subgraph = after_ours(passes.inline_single_use_invoke_subgraph)
+    passes.inline_invoke_subgraph = after_ours(passes.inline_invoke_subgraph)
 
 
 # --- cost per call ----------------------------------------------------------------------------------------------------

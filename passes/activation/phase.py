@@ -24,11 +24,12 @@ class Phase:
         self.stored: dict[int, bool] = {}
         #: Result that does not lie in memory -> what is read in its place. What is not of this phase lies in memory.
         inside: dict[int, tuple[int, ...]] = {}
-        reads = problem.distinct_reads
+        reads, read_inside = problem.distinct_reads, inside.keys()
+        all_sources, all_stored, is_stored = self.sources, self.stored, self._is_stored
         for op in sorted(ops, key=_INDEX):
             index = op.index
             sources = reads[index]
-            if inside and not inside.keys().isdisjoint(sources):
+            if not read_inside.isdisjoint(sources):
                 parts: list[int] = []
                 for value in sources:
                     if value in inside:
@@ -36,17 +37,18 @@ class Phase:
                     else:
                         parts.append(value)
                 sources = tuple(dict.fromkeys(parts))
-            self.sources[index] = sources
-            stored = self.stored[index] = not op.inlined or self._is_stored(op.writes[0], len(sources))
-            if not stored:
-                for value in op.writes:
-                    if value not in given:
-                        inside[value] = sources
+            all_sources[index] = sources
+            if not op.inlined or (writes := op.writes)[0] in kept or is_stored(writes[0], len(sources)):
+                all_stored[index] = True
+                continue
+            all_stored[index] = False
+            for value in writes:
+                if value not in given:
+                    inside[value] = sources
 
     def _is_stored(self, value: int, reads: int) -> bool:
-        """Whether a value that could be computed where it is read, of so many others, lies in memory."""
-        if value in self.kept:
-            return True
+        """Whether a value that could be computed where it is read, of so many others, lies in memory though nobody
+        keeps it."""
         members = self.members
         if not members.isdisjoint(self.problem.library_users.get(value, ())):
             return True

@@ -7,8 +7,9 @@ where only generated kernels read them; what they read then lives until those ke
 
 from __future__ import annotations
 
+import itertools
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
@@ -91,6 +92,22 @@ class Simulator:
         self._fixed = [op.banned or not problem.overwritten.isdisjoint(op.reads) for op in problem.ops]
         self._bytes = [value.bytes for value in problem.values]
         self.given = problem.primals | problem.tangents | {v.id for v in problem.values if v.op < 0}
+        #: By value: the op of the forward that makes it, or -1; and whether it is kept wherever it is needed.
+        self._maker = [value.op if value.id in self.made_forward else -1 for value in problem.values]
+        self._held = [
+            maker >= 0 and (value.id in self.handed_out or self._fixed[maker])
+            for value, maker in zip(problem.values, self._maker, strict=True)
+        ]
+        self._untouchable = self.given | self.outputs
+        #: For each op its entries: of the forward, of the backward, run again, and with its result fetched.
+        self._entries = [
+            (Entry(i, False, False), Entry(i, True, False), Entry(i, True, True), Entry(i, True, True, True))
+            for i in range(len(problem.ops))
+        ]
+        #: What the forward runs whatever is saved.
+        acting = [op for op in self.forward_ops if not op.writes]
+        self._always = {op.index for op in acting}
+        self._extend(self._always, [*problem.forward_outputs, *(v for op in acting for v in op.reads)])
         #: The last choices that were simulated: several searches ask for the same ones.
         self._known: OrderedDict[tuple[frozenset[int], frozenset[int], Shares], Simulation] = OrderedDict()
 
@@ -105,6 +122,8 @@ class Simulator:
     def portions(self, saved: frozenset[int], split: Mapping[int, float]) -> tuple[dict[int, float], frozenset[int]]:
         """Share of each op's rows that runs again where of the values in ``split`` that share of the rows is not kept,
         and the kept values that are read."""
+        if not split:
+            return self._whole(saved)
         problem = self.problem
         again: dict[int, float] = {}
         used: set[int] = set()
@@ -126,6 +145,28 @@ class Simulator:
                 again[maker] = share
                 by_rows = problem.row_reads.get(maker, ())
                 waiting += [(v, share if v in by_rows else 1.0) for v in problem.ops[maker].reads]
+        return again, frozenset(used)
+
+    def _whole(self, saved: frozenset[int]) -> tuple[dict[int, float], frozenset[int]]:
+        """``portions`` where nothing is split."""
+        ops, makers, held = self.problem.ops, self._maker, self._held
+        again: dict[int, float] = {}
+        used: set[int] = set()
+        seen: set[int] = set()
+        waiting = [*self.asked]
+        while waiting:
+            value = waiting.pop()
+            if value in seen:
+                continue
+            seen.add(value)
+            maker = makers[value]
+            if maker < 0:
+                continue
+            if value in saved or held[value]:
+                used.add(value)
+            elif maker not in again:
+                again[maker] = 1.0
+                waiting += ops[maker].reads
         return again, frozenset(used)
 
     def fixed(self, op: Op) -> bool:
@@ -152,35 +193,38 @@ class Simulator:
         entries: list[Entry] = []
         touched: list[tuple[int, ...]] = []
         written: list[tuple[int, ...]] = []
+        ops, kinds = problem.ops, self._entries
         # Forward.
         keep = used | frozenset(problem.forward_outputs) | frozenset(split)
         forward = Phase(problem, [op for op in self.forward_ops if op.index in needed_forward], keep, self.given)
         for op in forward.ops:
-            if forward.stored[op.index]:
-                entries.append(Entry(op.index, False, False))
-                touched.append(forward.sources[op.index])
+            index = op.index
+            if forward.stored[index]:
+                entries.append(kinds[index][0])
+                touched.append(forward.sources[index])
                 written.append(op.writes)
         # Backward: the order of its ops, with recomputation at first need.
         ready = set(used - away) | self.given
-        order = [op for op in problem.ops if op.index in again]
+        order = [ops[index] for index in sorted(again)]
         kept = frozenset(problem.backward_outputs) | frozenset(split)
         backward = Phase(problem, [*order, *self.backward_ops], kept, self.given | used)
         done: set[int] = set()
         marks: list[int] = []
         for op in self.backward_ops:
-            if not backward.stored[op.index]:
+            index = op.index
+            if not backward.stored[index]:
                 continue
-            sources = backward.sources[op.index]
+            sources = backward.sources[index]
             if not ready.issuperset(sources):
                 for maker, fetched in self._missing(sources, ready, done, backward, away):
-                    entries.append(Entry(maker, True, True, fetched is not None))
+                    entries.append(kinds[maker][2 if fetched is None else 3])
                     touched.append(backward.sources[maker] if fetched is None else ())
-                    written.append(problem.ops[maker].writes if fetched is None else (fetched,))
-            entries.append(Entry(op.index, True, False))
+                    written.append(ops[maker].writes if fetched is None else (fetched,))
+            marks.append(len(entries))
+            entries.append(kinds[index][1])
             touched.append(sources)
             written.append(op.writes)
             ready.update(op.writes)
-            marks.append(len(entries) - 1)
         found = self._measure(entries, touched, written, marks, again, used - away, away, split)
         return replace(found, shares=frozenset((v, q) for v, q in shares if v in split)) if shares else found
 
@@ -226,21 +270,18 @@ class Simulator:
 
     def _needed(self, used: frozenset[int]) -> set[int]:
         """Ops that the forward runs: for its outputs, for what is saved, and those that act."""
-        problem = self.problem
-        waiting = [*problem.forward_outputs, *used]
-        waiting += [v for op in self.forward_ops if not op.writes for v in op.reads]
-        needed = {op.index for op in self.forward_ops if not op.writes}
-        seen: set[int] = set()
-        while waiting:
-            value = waiting.pop()
-            if value in seen:
-                continue
-            seen.add(value)
-            maker = problem.values[value].op
-            if maker >= 0 and maker not in needed and problem.ops[maker].forward:
-                needed.add(maker)
-                waiting.extend(problem.ops[maker].reads)
+        needed = set(self._always)
+        self._extend(needed, [*used])
         return needed
+
+    def _extend(self, needed: set[int], waiting: list[int]) -> None:
+        """Add the ops of the forward that make the values in ``waiting``, and what those read."""
+        ops, makers = self.problem.ops, self._maker
+        while waiting:
+            maker = makers[waiting.pop()]
+            if maker >= 0 and maker not in needed:
+                needed.add(maker)
+                waiting += ops[maker].reads
 
     def _measure(
         self,
@@ -258,58 +299,58 @@ class Simulator:
         partly = [(op, share) for op, share in again.items() if share < 1.0]
         sizes = {v: int(values[v].bytes * s) for op, s in partly for v in problem.ops[op].writes if v not in split}
 
-        whole = self._bytes
-
-        def size(key: tuple[int, bool]) -> int:
-            return sizes.get(key[0], whole[key[0]]) if sizes and key[1] else whole[key[0]]
-
-        count = len(entries)
+        count, many = len(entries), len(values)
         first_backward = next((i for i, e in enumerate(entries) if e.backward), count)
-        # Each (value, run) has one interval; a recomputed value has one in the forward and one in the backward.
-        begin: dict[tuple[int, bool], int] = {}
-        end: dict[tuple[int, bool], int] = {}
-        primals = problem.primals
+        # Each (value, run) has one interval, at value and (in the backward) at value + many; -1: it has none. A
+        # recomputed value has one in the forward and one in the backward. ``runs``: those that have one.
+        begin, end = [-1] * (2 * many), [-1] * (2 * many)
+        runs: list[int] = []
+        primals, tangents = problem.primals, problem.tangents
         for position, (entry, reads, writes) in enumerate(zip(entries, touched, written, strict=True)):
-            backward = entry.backward
+            base = many if entry.backward else 0
             for v in writes:
-                key = (v, backward)
-                begin.setdefault(key, position)
+                key = v + base
+                if begin[key] < 0:
+                    begin[key] = position
+                    runs.append(key)
                 end[key] = position
             for v in reads:
                 if v in primals:
                     continue
-                key = (v, backward)
-                if key not in begin:
-                    key = (v, False) if (v, False) in begin else key
-                if key not in begin:  # a tangent: given when the backward begins
-                    begin[key] = first_backward if v in problem.tangents else position
+                key = v + base
+                if begin[key] < 0:
+                    if begin[v] >= 0:
+                        key = v
+                    else:  # a tangent: given when the backward begins
+                        begin[key] = first_backward if v in tangents else position
+                        runs.append(key)
                 end[key] = position
         for v in used:
-            if (v, False) in begin:
-                end[v, False] = max(end[v, False], first_backward - 1)
+            if begin[v] >= 0:
+                end[v] = max(end[v], first_backward - 1)
         for v in self.outputs:
-            for key in ((v, False), (v, True)):
-                if key in begin:
+            for key in (v, v + many):
+                if begin[key] >= 0:
                     end[key] = count - 1
                     break
-        joined = {v: begin[v, True] for v in split if (v, True) in begin}
+        joined = {v: begin[v + many] for v in split if begin[v + many] >= 0}
         stall, issued = self._copies(entries, again, away, split, first_backward, begin, end)
         change = [0] * (count + 1)
+        # Bytes of each run.
+        size = self._bytes * 2
+        for v, held in sizes.items():
+            size[v + many] = held
         reuse = self._reuse(entries, touched, written, end, used, size)
         for v, position in joined.items():  # the rows that come back, then the others too, and then both in one
-            change[begin[v, True]] += split[v]
-            begin[v, True] = position
+            change[begin[v + many]] += split[v]
+            begin[v + many] = position
             change[position] += values[v].bytes - split[v]
             change[position + 1] -= values[v].bytes
-        for key, start in begin.items():
-            held = size(key)
-            change[start] += held
-            change[end[key] + 1] -= held
-        memory: list[int] = []
-        live = problem.constant
-        for position in range(count):
-            live += change[position]
-            memory.append(live - reuse[position])
+        for key in runs:
+            change[begin[key]] += size[key]
+            change[end[key] + 1] -= size[key]
+        change[0] += problem.constant
+        memory = [live - saving for live, saving in zip(itertools.accumulate(change[:count]), reuse, strict=True)]
         peak = max(memory, default=problem.constant)
         where = memory.index(peak) if memory else 0
         at: list[int] = []
@@ -327,7 +368,7 @@ class Simulator:
             saved=used,
             swapped=away | frozenset(split),
             at=tuple(at),
-            lives=tuple((key[0], start, end[key]) for key, start in begin.items()),
+            lives=tuple([(key if key < many else key - many, begin[key], end[key]) for key in runs]),
             stall=stall,
             issued=issued,
             portions={index: share for index, share in again.items() if share < 1.0},
@@ -340,22 +381,22 @@ class Simulator:
         away: frozenset[int],
         split: dict[int, int],
         backward: int,
-        begin: dict[tuple[int, bool], int],
-        end: dict[tuple[int, bool], int],
+        begin: list[int],
+        end: list[int],
     ) -> tuple[float, tuple[tuple[int, int], ...]]:
         """Seconds that copies take from the step, and when values come back. Their lives are set accordingly."""
-        values = self.problem.values
-        fetched = {v: begin[v, True] for v in (*away, *split) if (v, True) in begin}
+        values, many = self.problem.values, len(self.problem.values)
+        fetched = {v: begin[v + many] for v in (*away, *split) if begin[v + many] >= 0}
         if self.link is None or not fetched:
             return 0.0, ()
         share = [0.0 if e.fetched else again.get(e.op, 1.0) if e.again else 1.0 for e in entries]
         seconds = [self.problem.ops[entry.op].seconds * part for entry, part in zip(entries, share, strict=True)]
         moved = {v: split.get(v, values[v].bytes) for v in fetched}
-        copies = [Copy(v, moved[v], begin[v, False], used) for v, used in sorted(fetched.items())]
+        copies = [Copy(v, moved[v], begin[v], used) for v, used in sorted(fetched.items())]
         windows = copy_windows(seconds, backward, copies, self.link)
         for copy in copies:
-            begin[copy.value, True] = windows.issued[copy.value]
-            end[copy.value, False] = max(end[copy.value, False], windows.released[copy.value])
+            begin[copy.value + many] = windows.issued[copy.value]
+            end[copy.value] = max(end[copy.value], windows.released[copy.value])
         return windows.stall, tuple(sorted(windows.issued.items(), key=lambda item: fetched[item[0]]))
 
     def _reuse(
@@ -363,28 +404,32 @@ class Simulator:
         entries: list[Entry],
         touched: list[tuple[int, ...]],
         written: list[tuple[int, ...]],
-        end: dict[tuple[int, bool], int],
+        end: list[int],
         used: frozenset[int],
-        size: Callable[[tuple[int, bool]], int],
+        size: list[int],
     ) -> list[int]:
         """Bytes by which each op needs less, because it writes over an equally large value that it is the last to
         read. Generated kernels do that, save with what their graph is lent: inputs, and gradients of the outputs. What
         the forward has kept is the backward's own: autograd gives it up as it calls it."""
-        problem = self.problem
+        ops, many, untouchable = self.problem.ops, len(size) // 2, self._untouchable
         saving = [0] * len(entries)
         for position, entry in enumerate(entries):
-            if not problem.ops[entry.op].fused:
+            if not ops[entry.op].fused:
                 continue
-            dying = [
-                size((v, entry.backward and (v, True) in end))
-                for v in touched[position]
-                if v not in self.given
-                and v not in self.outputs
-                and ((v, entry.backward) in end or v in used)
-                and max(end.get((v, True), -1), end.get((v, False), -1)) == position
-            ]
+            base = many if entry.backward else 0
+            dying: list[int] = []
+            for v in touched[position]:
+                again, first = end[v + many], end[v]
+                if (again if again > first else first) != position or v in untouchable:
+                    continue
+                if base and again >= 0:
+                    dying.append(size[v + many])
+                elif not base or v in used:
+                    dying.append(size[v])
+            if not dying:
+                continue
             for v in written[position]:
-                room = size((v, entry.backward))
+                room = size[v + base]
                 if room in dying:
                     dying.remove(room)
                     saving[position] += room
