@@ -11,6 +11,7 @@ from effcc import torch_internals
 from effcc.codegen import kernel_batch
 from effcc.torch_internals import cpp_kernels
 from fresh_seed import fresh_random
+from some_by_default import some_by_default
 
 pytestmark = pytest.mark.usefixtures("clean_compiler")
 
@@ -35,20 +36,12 @@ def run(inputs: Tensors, seed: int) -> Tensors:
     return torch.compile(everything, backend="effcc", dynamic=False)(*inputs)  # type: ignore[no-any-return]
 
 
-SLOW = pytest.mark.slow
+NAMES = ("float32", "float64", "bfloat16", "int64", "int32")
 
 
-@pytest.mark.parametrize(
-    "dtype",
-    [
-        torch.float32,
-        torch.int64,
-        *(pytest.param(getattr(torch, name), marks=SLOW) for name in ("float64", "bfloat16", "int32")),
-    ],
-    ids=str,
-)
-def test_the_same_bits_as_lane_by_lane(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    choice = fresh_random()
+@pytest.mark.parametrize("name", some_by_default(NAMES, {"float32"}))
+def test_the_same_bits_as_lane_by_lane(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    choice, dtype = fresh_random(), getattr(torch, name)
     shape = (choice.randint(2, 9), choice.randint(1, 90))
     torch.manual_seed(choice.randrange(1 << 30))
     inputs = (*((5 * torch.randn(shape)).to(dtype) for _ in range(2)), torch.rand(shape) > 0.5)
