@@ -5,7 +5,7 @@ Sets
 Variables
     x[i,o] in {0,1}   block i takes option o
     stall  >= 0       seconds that the step waits for copies
-    equal blocks in a row take options in order of saved bytes, so x counts how many take each
+    equal blocks take options in order of saved bytes, so x counts how many take each
     saved[i], swapped[i], again[i] = sum_o (bytes kept, bytes on the host, seconds of recomputation) x[i,o]
 Constraints
     sum_o x[i,o] = 1
@@ -142,18 +142,21 @@ def _weighed(amounts: Iterable[float], row: Sequence[Any]) -> Any:
 def _order_equal_blocks(
     model: Any, blocks: Sequence[Block], options: Sequence[Sequence[Option]], x: Sequence[Sequence[Any]]
 ) -> None:
-    """Of two equal blocks in a row, the later one in the forward saves no less than the earlier: its backward comes
-    first, and what it saves is gone when the earlier one's begins. Only the counts are left to choose."""
+    """Of two equal blocks, with others between them or none, the later one in the forward saves no less than the
+    earlier: its backward comes first, and what it saves is gone when the earlier one's begins. Only the counts are
+    left to choose."""
     from ortools.math_opt.python import mathopt
 
-    for i in range(len(blocks) - 1):
-        if blocks[i].kind != blocks[i + 1].kind or len(options[i]) != len(options[i + 1]):
-            continue
-        if [o.saved_bytes for o in options[i]] != [o.saved_bytes for o in options[i + 1]]:
+    last: dict[tuple[object, ...], int] = {}
+    for k, block in enumerate(blocks):
+        alike = (block.kind, *(o.saved_bytes for o in options[k]))
+        i = last.get(alike)
+        last[alike] = k
+        if i is None:
             continue
         order = sorted(range(len(options[i])), key=lambda o: -options[i][o].saved_bytes)
         for end in range(1, len(order)):
             if options[i][order[end - 1]].saved_bytes == options[i][order[end]].saved_bytes:
                 continue
-            earlier, later = (mathopt.fast_sum([x[k][o] for o in order[:end]]) for k in (i, i + 1))
+            earlier, later = (mathopt.fast_sum([x[b][o] for o in order[:end]]) for b in (i, k))
             model.add_linear_constraint(earlier <= later)
