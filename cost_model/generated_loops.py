@@ -41,6 +41,8 @@ _WELFORD = re.compile(r"= welford_combine\(\w+, tmp\d+")
 MEASURED = {
     "exp2": "exp", "expm1": "exp", "log2": "log", "log1p": "log", "sqrt": "rsqrt", "cos": "sin", "welford": "var_mean",
 }  # fmt: skip
+#: Bytes of a cache line: accesses that lie one apart are fetched ahead.
+LINE = 64
 #: Bytes of an element of a pointer's type, where it is not four.
 _BYTES = {"double": 8, "int64_t": 8, "bfloat16": 2, "half": 2, "int16_t": 2, "bool": 1, "int8_t": 1, "uint8_t": 1}
 
@@ -48,13 +50,15 @@ _BYTES = {"double": 8, "int64_t": 8, "bfloat16": 2, "half": 2, "int16_t": 2, "bo
 class Nest(msgspec.Struct, frozen=True):
     """One loop nest. ``bytes``: what it reads and writes, each place once. ``vectors``, ``scalars``: statements that it
     executes, on vectors and on single elements; ``calls``: elements for which functions are called as well, by name: a
-    call for a single element takes as long as one for all lanes of a vector; ``draws``: random numbers, by kind."""
+    call for a single element takes as long as one for all lanes of a vector; ``draws``: random numbers, by kind;
+    ``strides``: accesses that each touch another cache line than the one before."""
 
     bytes: int
     vectors: int
     scalars: int
     calls: dict[str, int] = {}
     draws: dict[str, int] = {}
+    strides: int = 0
 
 
 def issued_seconds(nest: Nest, added: Mapping[str, Figure]) -> float:
@@ -62,6 +66,7 @@ def issued_seconds(nest: Nest, added: Mapping[str, Figure]) -> float:
     calls = ((MEASURED.get(name, name), elements) for name, elements in nest.calls.items())
     called = sum(elements * added[name].value for name, elements in calls if name in added)
     called += sum(draw_seconds(name, count, added) for name, count in nest.draws.items())
+    called += nest.strides * added["stride"].value if "stride" in added else 0.0
     return (nest.vectors + nest.scalars) * added["statement"].value + called
 
 
@@ -109,7 +114,7 @@ class _Reader:
     def __init__(self, sizes: dict[str, int], booleans: set[str], lanes: int) -> None:
         self.sizes, self.booleans, self.lanes = sizes, booleans, lanes
         self.moved: dict[tuple[str, bool], float] = {}
-        self.vectors = self.scalars = 0.0
+        self.vectors = self.scalars = self.strides = 0.0
         self.calls: dict[str, float] = {}
         self.draws: dict[str, float] = {}
         self.together = 1
@@ -146,7 +151,8 @@ class _Reader:
                     stack.pop()
         counts = {name: round(count) for name, count in self.calls.items()}
         draws = {name: round(count) for name, count in self.draws.items()}
-        return Nest(round(sum(self.moved.values())), round(self.vectors), round(self.scalars), counts, draws)
+        moved = round(sum(self.moved.values()))
+        return Nest(moved, round(self.vectors), round(self.scalars), counts, draws, round(self.strides))
 
     def statement(self, line: str, block: _Block) -> None:
         text = line.strip()
@@ -187,6 +193,7 @@ class _Reader:
 
     def touch(self, pointer: str, value: str, block: _Block, written: bool) -> None:
         """Places are told apart by the loops whose variable the index names."""
+        self.strides += self.jumps(pointer, value, block)
         places = 1.0
         picked = bool(_TEMPORARY.search(value[value.index(pointer) :].partition(")")[0]))  # an index read from memory
         for name, trips in block.trips.items():
@@ -197,6 +204,18 @@ class _Reader:
             places *= max(1.0, (trips if inside else block.extents[name]) / (int(divided[1]) if divided else 1))
         key = (pointer, written)
         self.moved[key] = max(self.moved.get(key, 0.0), places * self.sizes.get(pointer, 4))
+
+    def jumps(self, pointer: str, value: str, block: _Block) -> float:
+        """How often the access is to another cache line than the one before and than the one after that: where each
+        step of the innermost loop that the index changes with is longer than a line."""
+        index, within = value[value.index(pointer) :], 1.0
+        for name in reversed(block.trips):
+            trips = block.trips[name]
+            if trips > 1 and (factor := re.search(rf"(?:(\d+)L?\*)?\b{name}\b", index)):
+                step = int(factor[1] or 1) * block.steps[name] * self.sizes.get(pointer, 4)
+                return block.times / within if step > LINE else 0.0
+            within *= max(1.0, trips)
+        return 0.0
 
 
 def _part(block: _Block, name: str, low: int, high: int) -> _Block:

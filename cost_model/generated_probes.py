@@ -46,9 +46,9 @@ CHAIN, STRANDS = 32, 4
 class GeneratedKernels:
     """``added``: op -> seconds that it adds for each element (of its input, for a reduction), kind of random number ->
     for each one that is drawn; ``statement`` for each statement of the generated code that is executed, whatever it
-    works on; ``turn`` of a loop over groups. ``call``: seconds of a generated kernel's call and its buffers,
-    ``library`` of an op of a library beside its work, ``graph`` of calling a compiled graph of a training step,
-    ``parameter`` of each parameter of it."""
+    works on; ``stride`` for each access to another cache line than the one before; ``turn`` of a loop over groups.
+    ``call``: seconds of a generated kernel's call and its buffers, ``library`` of an op of a library beside its work,
+    ``graph`` of calling a compiled graph of a training step, ``parameter`` of each parameter of it."""
 
     added: Mapping[str, float]
     call: float
@@ -65,6 +65,8 @@ def ops() -> dict[str, Callable[[torch.Tensor], torch.Tensor]]:
     signs = torch.randn(ELEMENTS // WIDTH, WIDTH)  # so that nothing can guess what is stored
     mask = signs > 0
     rows = torch.randperm(ELEMENTS // WIDTH)
+    vectors = ELEMENTS // WIDTH // vector_lanes()  # of which each row has WIDTH
+    columns = torch.rand(WIDTH, vectors)
 
     def statements(x: torch.Tensor) -> torch.Tensor:
         strands = [x] * STRANDS
@@ -89,6 +91,7 @@ def ops() -> dict[str, Callable[[torch.Tensor], torch.Tensor]]:
         "amax": lambda x: x.amax(-1),
         "var_mean": lambda x: torch.add(*torch.var_mean(x, -1, correction=0)),
         "mean": lambda x: x.mean(0),
+        "stride": lambda x: (x.reshape(vectors, WIDTH, -1) * columns.t()[:, :, None]).reshape(x.shape),
         "atomic_add": lambda x: torch.zeros_like(x).index_put((rows,), x, accumulate=True),
         "mask_write": lambda x: signs * x > 0.0,
     }
@@ -199,6 +202,7 @@ def measure_probes(probes: Probes, seconds: float) -> GeneratedKernels | None:
             added[name] = max(0.0, taken[name] - share * plain) / ELEMENTS
     added |= {name: max(0.0, spent - plain) / ELEMENTS for name, spent in drawn.items()}
     added["turn"] = _turn(MOST)
+    added["stride"] *= vector_lanes()  # one for each vector
     # One statement does a vector's elements; the kernel that it is compared to has one too.
     added["statement"] *= vector_lanes() / (2 * CHAIN + STRANDS - 2)
     return GeneratedKernels(added, *calls)

@@ -56,6 +56,7 @@ def choosing(monkeypatch: pytest.MonkeyPatch, plain: Choice, short: Choice) -> N
     monkeypatch.setattr(cascade_fusion, "for_memory", lambda choice: replace(choice, memory_ratio=short.memory_ratio))
 
 
+@pytest.mark.slow
 def test_cascades_are_fused_for_their_memory_where_it_is_short(monkeypatch: pytest.MonkeyPatch) -> None:
     model, x = Attending(), torch.randn(2, 300, 32)
     model(x).backward()

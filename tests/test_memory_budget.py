@@ -201,6 +201,7 @@ def test_an_optimizer_that_does_not_fit_is_named() -> None:
     step_of(model, inputs, least, optimizer)()
 
 
+@pytest.mark.slow
 def test_the_least_counts_the_graph_where_the_optimizer_alone_is_too_much(refusal: str) -> None:
     model, inputs = tower()
     graph = floor_in(refusal)

@@ -44,6 +44,7 @@ def stored_in(reports: list[effcc.GraphReport]) -> list[str]:
     return [line for line in lines if line.startswith("# stored, not computed for each reader")]
 
 
+@pytest.mark.slow
 def test_masks_and_angles_are_stored_and_nothing_else_changes() -> None:
     random = fresh_random()
     torch.manual_seed(random.randrange(1 << 30))

@@ -98,6 +98,17 @@ def test_what_inductor_writes_is_understood() -> None:
 
 
 @torch_internals.without_code_cache()
+def test_steps_from_line_to_line_are_told_from_others() -> None:
+    """A matrix is read along its columns, and along its rows, once for each vector of the result."""
+    x, matrix = torch.randn(6, 40, 16), torch.randn(40, 24)[:, :6]
+    found = []
+    for each in (matrix.t(), matrix.t().contiguous()):
+        kernels = loops_of(source_of(lambda x, y: x * y[:, :, None], x, each)).values()
+        found.append(sum(nest.strides for kernel in kernels for nest in kernel))
+    assert found == [6 * 40, 0]
+
+
+@torch_internals.without_code_cache()
 def test_sums_into_places_that_data_choose_go_element_by_element() -> None:
     def step(x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         return torch.zeros(8, 48).index_put((rows,), x, accumulate=True)

@@ -120,6 +120,7 @@ def draws_in(function: Callable[[torch.Tensor], object], x: torch.Tensor) -> dic
     return found
 
 
+@pytest.mark.slow
 @torch_internals.without_code_cache()
 def test_numbers_are_counted_in_what_inductor_writes() -> None:
     """Of a length that no vector divides: the last one draws for all of its lanes. Masks are stored for the caller, or

@@ -53,7 +53,7 @@ def test_plan_is_sound_and_counts_all_state(name: str) -> None:
     assert plan.peak["device"] > 4 * parameters
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", some_by_default(NAMES, {NAMES[0]}))
 def test_plan_is_deterministic(name: str) -> None:
     captured, device = example(name), load_device("cpu")
     assert make_plan(name, captured.graphs, device, place=False) == make_plan(
