@@ -179,7 +179,7 @@ class CollectingBackend:
 
     def _note_regions(self) -> None:
         """Count the repeated modules of this graph. (A frame may be analysed several times until it yields one.)"""
-        found = report_of_frame(torch._guards.CompileContext.current_compile_id())
+        found = report_of_frame()
         for total, counts in ((self.regions.calls, found.calls), (self.regions.traces, found.traces)):
             for name, count in counts.items():
                 total[name] = total.get(name, 0) + count

@@ -28,6 +28,7 @@ import functools
 import os
 import threading
 import types
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -80,12 +81,13 @@ class CompileState:
     #: The bodies by the names that they have in Dynamo's graph.
     bodies: dict[str, Traced] = field(default_factory=dict)
     inside: bool = False
-    attempt: object = None
+    #: Of what Dynamo holds while it analyses the frame: the state outlives it, and must not keep a model alive.
+    attempt: weakref.ref[Any] | None = None
 
     def begin_attempt(self, output_graph: object) -> None:
         """Counts start anew with each analysis of the frame; what was rejected stays rejected."""
-        if self.attempt is not output_graph:
-            self.attempt = output_graph
+        if self.attempt is None or self.attempt() is not output_graph:
+            self.attempt = weakref.ref(output_graph)
             self.inside = False
             self.groups = ModuleGroups()
             self.functions, self.calls, self.bodies = {}, {}, {}
@@ -184,19 +186,25 @@ def inlined_regions() -> Iterator[None]:
 def inline_repeated(gm: torch.fx.GraphModule) -> None:
     """Write out the calls of repeated modules, in place, where the frame that is being compiled wants that: a backend
     does so first of all. ``gm`` is then the graph of a frame in which no module was shared."""
-    state = _active.states.get(torch._guards.CompileContext.current_compile_id())
+    state = _active.states.get(current_compilation())
     if state is not None and state.inlined:
         inline_regions(gm, state.bodies, _call_module.__code__.co_filename)
 
 
-def report_of_frame(compile_id: object) -> RegionReport:
-    """The report of a compilation by a marked backend on this thread (``CompileContext.current_compile_id()``)."""
-    state = _active.states.get(compile_id)
+def current_compilation() -> object:
+    """What stands for the compilation of a frame that this thread is at, through all restarts of its analysis. (Its id
+    does not: ids start anew after ``torch._dynamo.reset()``.)"""
+    return torch._guards.CompileContext.try_get()
+
+
+def report_of_frame() -> RegionReport:
+    """The report of the compilation by a marked backend that this thread is at."""
+    state = _active.states.get(current_compilation())
     return state.report if state is not None else RegionReport()
 
 
-def state_of_frame(compile_id: object, backend: object, options: object = None) -> CompileState | None:
-    """The state if repeated modules are to be traced once in this frame, else None.
+def state_of_frame(backend: object, options: object = None) -> CompileState | None:
+    """The state of the frame that is being compiled if its repeated modules are to be traced once, else None.
 
     backend, options: what ``torch.compile`` was given; ``repeated_modules=False`` in the options of a marked backend
     inlines everything.
@@ -206,9 +214,10 @@ def state_of_frame(compile_id: object, backend: object, options: object = None) 
     way = _way(options)
     if way == "traced" and not _active.depth:
         return None
-    state = _active.states.get(compile_id)
+    compilation = current_compilation()
+    state = _active.states.get(compilation)
     if state is None:
-        state = _active.states[compile_id] = CompileState(inlined=bool(_active.inlined) or way == "inlined")
+        state = _active.states[compilation] = CompileState(inlined=bool(_active.inlined) or way == "inlined")
         while len(_active.states) > _KEPT_REPORTS:
             _active.states.popitem(last=False)
     return state
@@ -244,17 +253,10 @@ def _has_budget(path: str, _changed: int) -> bool:
     return load_plan(path, validate=False).plan.budget is not None
 
 
-def is_active(compile_id: object) -> bool:
+def is_active() -> bool:
     """True while a frame is compiled in which some module call became a shared subgraph."""
-    state = _active.states.get(compile_id)
+    state = _active.states.get(current_compilation())
     return state is not None and bool(state.calls)
-
-
-def forget_modules(compile_id: object) -> None:
-    """Drop the references to modules once a frame's trace is over; the report stays."""
-    state = _active.states.get(compile_id)
-    if state is not None:
-        state.groups, state.attempt = ModuleGroups(), None
 
 
 def _merge(report: RegionReport, other: RegionReport) -> None:

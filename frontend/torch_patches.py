@@ -101,7 +101,7 @@ def _current_compile_id() -> object:
 
 
 def _state(tx: Any) -> CompileState | None:
-    return repeated_modules.state_of_frame(_current_compile_id(), *_backend_and_options(tx.output.compiler_fn))
+    return repeated_modules.state_of_frame(*_backend_and_options(tx.output.compiler_fn))
 
 
 def _backend_and_options(compiler: Any) -> tuple[Any, Any]:
@@ -438,7 +438,7 @@ def _gen_schema(original: Callable[..., Any]) -> Callable[..., Any]:
     def gen_schema(self: Any, subgraph: Any, identifier: Any, *operands: Any) -> Any:
         from torch._higher_order_ops.invoke_subgraph import get_invoke_subgraph_cache
 
-        cache = get_invoke_subgraph_cache() if repeated_modules.is_active(_current_compile_id()) else None
+        cache = get_invoke_subgraph_cache() if repeated_modules.is_active() else None
         if cache is None:
             return original(self, subgraph, identifier, *operands)
         known = cache.__dict__.setdefault("_effcc_schemas", {})

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import gc
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +16,7 @@ from effcc.frontend.repeated_modules import (
     inline_repeated,
     inlined_regions,
     repeated_regions,
+    trace_repeated_modules_once,
     without_repeated_regions,
 )
 from functorch.compile import min_cut_rematerialization_partition
@@ -254,3 +257,26 @@ def test_a_frame_compiled_again_is_left_apart() -> None:
             compiled(**vectors())
     assert len(watch.dynamo) == 2
     assert report.calls == {"Block": 4} and "may vary" in report.rejections[0].reason
+
+
+def test_each_compilation_has_its_own_way_also_after_a_reset() -> None:
+    """Dynamo then numbers its frames anew. No model is kept alive by what is remembered of its compilation."""
+    calls: list[int] = []
+
+    @trace_repeated_modules_once
+    def keep(gm: torch.fx.GraphModule, _: Any, options: dict[str, Any] | None = None) -> Any:
+        inline_repeated(gm)
+        calls.append(sum(node.target is INVOKE for node in gm.graph.nodes))
+        return gm.forward
+
+    model = Lines([Block() for _ in range(4)]).eval()
+    for options in ({}, {"memory_budget": 1 << 20}, {}):
+        torch._dynamo.reset()
+        with torch.no_grad():
+            torch.compile(model, backend=keep, options=options)(**vectors())
+    assert calls[1] == 0 and calls[0] == calls[2] >= 4
+    gone = weakref.ref(model)
+    del model
+    torch._dynamo.reset()
+    gc.collect()
+    assert gone() is None
