@@ -159,7 +159,7 @@ def test_the_capture_and_the_configuration_say_the_same(name: str) -> None:
     from effcc.plan_request import PlanRequest
 
     path = str(Path(__file__).parents[1] / "examples" / f"{name}.py")
-    captured = capture_model(PlanRequest(path))
+    captured = capture_model(PlanRequest(path, fuse=False))
     seen, _ = shape_of_graph(captured.graphs[0], captured.sizes)
     with Weightless().building():
         config = load_model_file(path).build_model().config.to_dict()
