@@ -3,7 +3,7 @@
 Under a memory budget each layer may save something else, so what comes after Dynamo must see every layer's own ops.
 Dynamo need not trace each of them for that: it traces one (``repeated_modules``), and its ops are copied here to where
 the siblings are called. The copies are what Dynamo would have made: their source lines begin with the lines of their
-own call, and their modules are the sibling's.
+own call, their modules are the sibling's, and their values share storage with each other's only (``own_values``).
 
     rewrite: hidden = invoke_subgraph(@layer, layers[0].w, hidden)           hidden = linear(hidden, layers[0].w)
              hidden = invoke_subgraph(@layer, layers[1].w, hidden)    ->     hidden = linear(hidden, layers[1].w)
@@ -18,6 +18,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+
+from .own_values import OwnValues
 
 _FRAME = re.compile(r'^(?=  File ")', re.MULTILINE)
 
@@ -66,6 +68,12 @@ def _inline(gm: torch.fx.GraphModule, call: torch.fx.Node, traced: Traced, calls
     values: dict[torch.fx.Node, Any] = dict(zip(places, operands, strict=True))
     move = _mover(call, traced, calls_from)
     results: Any = ()
+    own = OwnValues()
+    for place, operand in zip(places, operands, strict=True):
+        own.stands_for(_value(place), _value(operand))
+    (returned,) = body.graph.find_nodes(op="output")
+    for user in call.users:
+        own.stands_for(_value(returned.args[0][user.args[1]]), _value(user))
     with gm.graph.inserting_before(call):
         for node in body.graph.nodes:
             if node.op == "output":
@@ -73,11 +81,17 @@ def _inline(gm: torch.fx.GraphModule, call: torch.fx.Node, traced: Traced, calls
             elif node.op != "placeholder":
                 copy = values[node] = gm.graph.node_copy(node, values.__getitem__)
                 copy.meta = move(node, copy.name)
+                if "example_value" in copy.meta:
+                    copy.meta["example_value"] = own.of(copy.meta["example_value"])
     for user in list(call.users):
         assert user.target is operator.getitem, "Dynamo takes a region's results apart"
         user.replace_all_uses_with(results[user.args[1]])
         gm.graph.erase_node(user)
     gm.graph.erase_node(call)
+
+
+def _value(node: Any) -> Any:
+    return node.meta.get("example_value") if isinstance(node, torch.fx.Node) else None
 
 
 def _mover(call: torch.fx.Node, traced: Traced, calls_from: str) -> Callable[[torch.fx.Node, str], dict[str, Any]]:

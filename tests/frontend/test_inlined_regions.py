@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from effcc.frontend.fx_aliases import node_aliases
 from effcc.frontend.repeated_modules import (
     RegionReport,
     inline_repeated,
@@ -62,12 +63,17 @@ class Watch:
 
     def __init__(self) -> None:
         self.dynamo: list[Any] = []
+        #: What is a view of what, and what is written.
+        self.aliases: list[Any] = []
         self.joint: list[Any] = []
         self.names: list[str] = []
 
     def __call__(self, gm: torch.fx.GraphModule, inputs: Any) -> Any:
         inline_repeated(gm)
         self.dynamo.append(everything(gm))
+        number = {node.name: index for index, node in enumerate(gm.graph.nodes)}
+        aliases = node_aliases(gm, set(number))
+        self.aliases += [(number[each.name], number[each.base], each.writes) for each in aliases]
         return aot_autograd(fw_compiler=self.keep, partition_fn=self.partition)(gm, inputs)
 
     def partition(self, joint: torch.fx.GraphModule, inputs: Any, **others: Any) -> Any:
@@ -105,6 +111,7 @@ def check(
     apart, nothing, expected = run(build, inputs, False, train, dynamic)
     assert not nothing.calls
     assert watch.dynamo == apart.dynamo
+    assert watch.aliases == apart.aliases
     assert watch.joint == apart.joint
     assert watch.names == apart.names
     assert len(found) == len(expected) and all(map(torch.equal, found, expected))
@@ -152,7 +159,7 @@ class Block(torch.nn.Module):
         if self.writes:
             self.count += 1
         noise = torch.nn.functional.dropout(self.down(torch.relu(self.up(x))), 0.4, self.training)
-        return x + noise * self.scale + self.count
+        return x + (noise * self.scale + self.count)  # the result and what is added to it are of one kind
 
 
 class Lines(torch.nn.Module):
