@@ -44,7 +44,7 @@ class OwnValues:
                 whole = torch.empty(original.untyped_storage().nbytes(), dtype=torch.uint8, device=original.device)
                 storage = self._storages[_key(original)] = whole.untyped_storage()
             value = torch.empty(0, dtype=original.dtype, device=original.device)
-            value.set_(storage, offset, size, stride)  # type: ignore[call-overload]
+            value.set_(storage, offset, size, stride)
         return value.requires_grad_(original.requires_grad)
 
 
@@ -53,4 +53,4 @@ def _has_storage(value: Any) -> bool:
 
 
 def _key(value: torch.Tensor) -> int:
-    return value.untyped_storage()._cdata
+    return int(value.untyped_storage()._cdata)
