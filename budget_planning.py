@@ -133,11 +133,15 @@ class BudgetPlanner:
         ``make`` plans a capture. Raises BudgetError with the least budget that works and a bound below which none can.
         """
         least = made = make(captured)
+        # Where the optimizer's step alone is above the budget, the least that works is what it needs.
+        aim = max(budget, _beside_graphs(made))
         for _ in range(ROUNDS):
-            over = made.peak.get("device", 0) - budget
-            if over <= 0:
+            over = _peak(made) - aim
+            if over <= 0 and aim == budget:
                 return self._loosen(captured, made, budget, make)
-            if _beside_graphs(made) > budget or not self._tighten(over):
+            if over <= 0:
+                raise floor_error(made, budget, self._bound(made))
+            if not self._tighten(over):
                 break
             captured = self._split_again(captured)
             made = make(captured)
@@ -212,7 +216,7 @@ class BudgetPlanner:
         plan holds all along in place of what the joint graph does."""
         beside = _beside_graphs(plan)
         graphs = [graph for graph in self.graphs if graph is not None]
-        if len(graphs) != 1:
+        if len(graphs) != 1 or beside >= _peak(plan):
             return beside
         last = len(plan.steps)
         held = sum(
@@ -221,8 +225,7 @@ class BudgetPlanner:
             if buffer.tier == "device" and buffer.lower == 0 and buffer.upper >= last and buffer.role != "output"
         )
         search = graphs[0].search
-        proven = search.floor_bound if beside >= _peak(plan) else search.prove_floor(PROOF_SECONDS)
-        return max(beside, proven - search.problem.constant + held)
+        return max(beside, search.prove_floor(PROOF_SECONDS) - search.problem.constant + held)
 
     def choices(self, budget: int | None) -> list[ActivationChoice]:
         """What was chosen for each joint graph."""

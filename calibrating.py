@@ -18,7 +18,7 @@ from .codegen.kernel_batch import Batch, Collector, CompileAlone, PendingKernel,
 from .cost_model.calibrate import CascadeShare, calibrate
 from .cost_model.cascade_cost import map_seconds
 from .cost_model.devices import Device
-from .cost_model.measuring_time import Account
+from .cost_model.measuring_time import SECONDS, Account
 from .errors import EffccError
 from .logs import logger
 from .runtime.freed_memory import keep_freed_memory
@@ -43,7 +43,7 @@ SETS = 4
 ENOUGH = 16
 
 
-def calibrate_machine(seconds: float = 20.0, save: bool = True, account: Account | None = None) -> Device:
+def calibrate_machine(seconds: float = SECONDS, save: bool = True, account: Account | None = None) -> Device:
     """Measure this machine's CPU in about ``seconds``, after compiling what is measured, which takes about as long
     where nothing is in a cache. ``account``, if given, is told what took how long."""
     keep_freed_memory()  # as where a step runs

@@ -8,12 +8,13 @@ from typing import Annotated
 import typer
 
 from .cli_support import JsonOption, check_writable, console, heading, print_json, stage, table, write_text
+from .cost_model.measuring_time import SECONDS
 from .errors import OptionError
 from .formatting import bytes_text, count_text, seconds_text
 
 
 def calibrate_command(
-    seconds: Annotated[float, typer.Option("--seconds", min=1.0, max=600.0, help="How long to measure.")] = 20.0,
+    seconds: Annotated[float, typer.Option("--seconds", min=1.0, max=600.0, help="How long to measure.")] = SECONDS,
     output: Annotated[Path | None, typer.Option("-o", "--output", help="Also write the device file here.")] = None,
     no_save: Annotated[bool, typer.Option("--no-save", help="Do not keep the result for later plans.")] = False,
     from_data: Annotated[

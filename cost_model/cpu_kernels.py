@@ -11,8 +11,11 @@ import itertools
 import math
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+
+from .library_laws import AttentionSize, Parts, convolution_law, convolution_parts, fit_law
 
 if TYPE_CHECKING:
     import torch
@@ -27,8 +30,8 @@ HELD = 8 << 20
 FEWEST_WARM = 1
 
 
-def bandwidth_ladder(seconds: float, launch: float) -> dict[int, float]:
-    """Bytes that a kernel moves -> bytes a second, where each value is read a few kernels after it was made,
+def walking_seconds(seconds: float) -> dict[int, float]:
+    """Bytes that a kernel moves -> seconds with its call, where each value is read a few kernels after it was made,
     and results are allocated anew."""
     import torch
 
@@ -50,8 +53,13 @@ def bandwidth_ladder(seconds: float, launch: float) -> dict[int, float]:
             start = time.perf_counter()
             walk()
             spent.append((time.perf_counter() - start) / SETS)
-        found[moved] = 12 * count / max(statistics.median(spent) - launch, 1e-8)
+        found[moved] = statistics.median(spent)
     return found
+
+
+def bandwidth_ladder(spent: Mapping[int, float], launch: float) -> dict[int, float]:
+    """Bytes that a kernel moves -> bytes a second, from ``walking_seconds``; ``launch``: seconds of a call."""
+    return {moved: moved // 12 * 12 / max(seconds - launch, 0.1 * seconds) for moved, seconds in spent.items()}
 
 
 def fresh_seconds(seconds: float, size: int = 64 << 20) -> float:
@@ -103,20 +111,26 @@ CONVOLUTIONS = (
 )
 
 
-def library_laws(seconds: float, call: float) -> dict[str, float]:
-    """Coefficients of the laws of fused attention and of convolution, forward and backward (``library_laws.py``);
-    ``call``: seconds of a library op's call."""
+@dataclass(frozen=True)
+class LawCase:
+    """An op of a library: ``parts`` of its law (``library_laws.py``) forward, and backward."""
+
+    kind: str
+    parts: tuple[Parts, Parts]
+    forward: Callable[[], torch.Tensor]
+
+
+def law_cases() -> list[LawCase]:
+    """The attentions and convolutions that are measured."""
     import torch
     import torch.nn.functional as F
 
-    from .library_laws import AttentionSize, Parts, convolution_law, convolution_parts, fit_law
-
-    cases: list[tuple[str, tuple[Parts, Parts], Callable[[], torch.Tensor]]] = []
+    cases: list[LawCase] = []
     for samples, heads, length, size, causal in ATTENTIONS:
         q, k, v = (torch.rand(samples, heads, length, size, requires_grad=True) for _ in range(3))
         parts = AttentionSize(samples * heads, length, length, size, causal).parts
         attend = functools.partial(F.scaled_dot_product_attention, q, k, v, is_causal=causal)
-        cases.append(("attention", (parts, parts), attend))
+        cases.append(LawCase("attention", (parts, parts), attend))
     for shape, results, kernel, stride, groups in CONVOLUTIONS:
         x, w = torch.rand(shape), torch.rand(results, shape[1] // groups, *(kernel for _ in shape[2:]))
         x = x.to(memory_format=torch.channels_last) if x.dim() == 4 else x
@@ -127,15 +141,28 @@ def library_laws(seconds: float, call: float) -> dict[str, float]:
         made = convolve()
         shapes, flop = (tuple(made.shape), shape, tuple(w.shape)), 2.0 * made.numel() * w[0].numel()
         both = (convolution_parts(*shapes, flop), convolution_parts(*shapes, 2 * flop))
-        cases.append((convolution_law(*shapes), both, convolve))
+        cases.append(LawCase(convolution_law(*shapes), both, convolve))
+    return cases
+
+
+def law_seconds(cases: Sequence[LawCase], seconds: float) -> dict[tuple[int, bool], float]:
+    """(number of a case, whether backward) -> seconds."""
+    found: dict[tuple[int, bool], float] = {}
+    for number, case in enumerate(cases):
+        found[number, False], found[number, True] = _both_ways(case.forward, seconds / len(cases))
+    return found
+
+
+def library_laws(cases: Sequence[LawCase], spent: Mapping[tuple[int, bool], float], call: float) -> dict[str, float]:
+    """Coefficients of the laws of fused attention and of convolution, forward and backward, from ``law_seconds``;
+    ``call``: seconds of a library op's call."""
     rows: dict[tuple[str, bool], list[tuple[Parts, float]]] = collections.defaultdict(list)
-    for kind, parts_of_both, forward in cases:
-        ahead, back = _both_ways(forward, seconds / len(cases))
-        for backward, parts, spent in ((False, parts_of_both[0], ahead), (True, parts_of_both[1], back)):
-            rows[kind, backward].append((parts, max(spent - call, 0.1 * spent)))
+    for (number, backward), seconds in spent.items():
+        case = cases[number]
+        rows[case.kind, backward].append((case.parts[backward], max(seconds - call, 0.1 * seconds)))
     found: dict[str, float] = {}
     for (kind, backward), measured in rows.items():
-        found |= fit_law(kind, backward, [parts for parts, _ in measured], [spent for _, spent in measured])
+        found |= fit_law(kind, backward, [parts for parts, _ in measured], [seconds for _, seconds in measured])
     return found
 
 

@@ -74,6 +74,10 @@ class GemmMeasurement(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     #: Products of that size in one call.
     batch: int = 1
 
+    @property
+    def flop(self) -> float:
+        return 2.0 * self.batch * self.m * self.k * self.n
+
 
 class Device(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What the cost model knows about a device."""

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from .cpu_kernels import WALKED
+from .measuring_time import agreed
 
 if TYPE_CHECKING:
     import torch
@@ -55,6 +56,12 @@ class GeneratedKernels:
     library: float
     graph: float
     parameter: float
+
+    def agreed(self, other: GeneratedKernels) -> GeneratedKernels:
+        """What two passes say (``measuring_time.py``)."""
+        names = ("call", "library", "graph", "parameter")
+        calls = agreed(*({name: getattr(each, name) for name in names} for each in (self, other)))
+        return GeneratedKernels(agreed(self.added, other.added), **calls)
 
 
 def ops() -> dict[str, Callable[[torch.Tensor], torch.Tensor]]:

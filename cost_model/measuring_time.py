@@ -2,6 +2,9 @@
 
 What is measured keeps to the budget as far as the fewest rounds of each part allow; what is compiled first counts
 apart. Both are told under the log topic ``calibrate``, part by part.
+
+What else runs on a machine comes and goes within seconds. So all is measured in two passes, one after the other, and
+where they differ the faster one is believed (``agreed``).
 """
 
 from __future__ import annotations
@@ -9,8 +12,16 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TypeVar
+
+Key = TypeVar("Key", bound=Hashable)
+
+#: Seconds that a calibration measures for where nothing else is asked.
+SECONDS = 24.0
+#: Times further apart than this share of the shorter one: something else ran beside the longer one.
+APART = 0.1
 
 
 @dataclass(frozen=True)
@@ -27,7 +38,7 @@ class Part:
 class Account:
     """``budget``: seconds to measure."""
 
-    budget: float = 20.0
+    budget: float = SECONDS
     parts: list[Part] = field(default_factory=list)
 
     @property
@@ -56,6 +67,16 @@ class Account:
         self.parts.append(spent)
         word = "compiled" if compiled else "measured"
         logger("calibrate").info("%s: %s in %.1f s (%.1f s of processors)", name, word, spent.seconds, spent.processor)
+
+
+def agreed(first: Mapping[Key, float], second: Mapping[Key, float]) -> dict[Key, float]:
+    """Seconds of what was measured in two passes: the mean, or the shorter where both are ``APART``; what only one
+    pass measured as it is."""
+    found = dict(first)
+    for key, seconds in second.items():
+        low, high = sorted((seconds, found.get(key, seconds)))
+        found[key] = (low + high) / 2 if high <= (1 + APART) * low else low
+    return found
 
 
 def _processor_seconds() -> float:

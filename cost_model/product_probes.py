@@ -121,6 +121,17 @@ def batched_products(seconds: float) -> Iterator[GemmMeasurement]:
     yield from _both_dtypes([Shape("batched", *sizes) for sizes in BATCHED_SHAPES], seconds, measure_batched)
 
 
+def measured_again(entries: Sequence[GemmMeasurement], seconds: float) -> Iterator[GemmMeasurement]:
+    """The same products once more, in about ``seconds``."""
+    taking: dict[tuple[str, Shape], float] = {}
+    for each in entries:
+        shape = Shape(each.layout, each.batch, each.m, each.k, each.n)
+        taking[each.dtype, shape] = taking.get((each.dtype, shape), 0.0) + shape.flop / each.rate
+    shares = fair_shares([(FEWEST_WARM + ENOUGH) * call for call in taking.values()], seconds)
+    for (dtype, shape), share in zip(taking, shares, strict=True):
+        yield from (measure_batched if shape.layout == "batched" else measure_product)(dtype, shape, share)
+
+
 def _both_dtypes(shapes: Sequence[Shape], seconds: float, measure: Measure) -> Iterator[GemmMeasurement]:
     begin = time.perf_counter()
     few = measured("bf16", shapes, OF_BF16 * seconds, first_rate("bf16"), measure)

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from ..ir.graph import Graph, Node
 from . import op_classes
-from .calibrate import calibration_folder, machine
+from .calibrate import calibration_folder
 from .cascade_cost import kernel_seconds, map_seconds
 from .devices import Device, GemmMeasurement
 from .flops import FORMULAS, Call, contraction_flop, executed_fraction
@@ -30,6 +30,7 @@ from .product_cost import chosen_library, laws_of, timed_product
 from .random_draws import OPERATIONS, drawn
 from .storages import StorageTable, storage_table
 from .tensors import Bindings, TensorTable, called, evaluate
+from .this_machine import machine
 
 
 @dataclass(frozen=True)

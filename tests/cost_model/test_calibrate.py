@@ -12,7 +12,7 @@ import msgspec
 import pytest
 import torch
 from effcc.cost_model import calibrate as calibration
-from effcc.cost_model import product_probes
+from effcc.cost_model import product_probes, this_machine
 from effcc.cost_model.calibrate import calibrate, calibrated_device
 from effcc.cost_model.devices import Device, GemmMeasurement, load_device
 from effcc.cost_model.product_probes import LAYOUTS, Shape, measure_product
@@ -26,7 +26,7 @@ def device(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Device]:
         patch.setenv("EFFCC_CACHE_DIR", str(folder))
         patch.setattr(product_probes, "LINEAR_SHAPES", ((8, 64, 32), (64, 128, 128)))
         calibrated_device.cache_clear()
-        yield calibrate(0.3, generated=False)
+        yield calibrate(1.0, generated=False)
     calibrated_device.cache_clear()
 
 
@@ -56,11 +56,11 @@ def test_everything_is_measured(device: Device) -> None:
 
 def test_it_is_kept_and_read_back(device: Device) -> None:
     assert calibrated_device() == device
-    assert device.machine == calibration.machine()
+    assert device.machine == this_machine.machine()
 
 
 def test_another_thread_count_is_another_machine(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(calibration, "_threads", lambda: 77)
+    monkeypatch.setattr(this_machine, "threads", lambda: 77)
     calibrated_device.cache_clear()
     assert calibrated_device() == load_device("cpu")
     calibrated_device.cache_clear()

@@ -129,9 +129,10 @@ def test_a_calibrated_device_is_read_back() -> None:
 
 
 def test_what_is_measured_is_of_the_right_size() -> None:
-    ladder = cpu_kernels.bandwidth_ladder(0.05, 1e-6)
+    ladder = cpu_kernels.bandwidth_ladder(cpu_kernels.walking_seconds(0.05), 1e-6)
     assert tuple(ladder) == cpu_kernels.RUNGS and all(1e8 < rate < 1e13 for rate in ladder.values())
-    laws = cpu_kernels.library_laws(0.05, 1e-6)
+    cases = cpu_kernels.law_cases()
+    laws = cpu_kernels.library_laws(cases, cpu_kernels.law_seconds(cases, 0.05), 1e-6)
     assert set(laws) == {name for kind in LAWS for backward in (False, True) for name in names_of(kind, backward)}
     assert all(0 <= coefficient < 1e-2 for coefficient in laws.values()) and any(laws.values())
     assert 0 <= cpu_kernels.fresh_seconds(0.01) < 1e-8

@@ -5,12 +5,13 @@ from __future__ import annotations
 import time
 from types import SimpleNamespace
 
+import msgspec
 import pytest
 import torch
 from effcc.cost_model import product_probes
 from effcc.cost_model.cpu_kernels import FEWEST_WARM, in_turn
 from effcc.cost_model.devices import GemmMeasurement
-from effcc.cost_model.measuring_time import Account, fair_shares
+from effcc.cost_model.measuring_time import Account, agreed, fair_shares
 from effcc.cost_model.product_probes import FEWEST, LEAST_ROWS, MOST_CUT, Shape, interleaved, measured
 from fresh_seed import fresh_random
 
@@ -139,3 +140,22 @@ def test_the_account_tells_measuring_from_compiling() -> None:
     assert 0.02 <= account.compiled < 1 and 0.01 <= account.measured < 1
     assert account.left == pytest.approx(1.0 - account.measured)
     assert [part.name for part in account.parts] == ["a", "b"] and all(part.processor >= 0 for part in account.parts)
+
+
+def test_what_ran_beside_one_pass_is_not_counted() -> None:
+    first = {"both": 1.0, "disturbed": 3.0, "later": 1.0, "one": 5.0}
+    second = {"both": 1.08, "disturbed": 1.0, "later": 2.0, "other": 7.0}
+    expected = {"both": 1.04, "disturbed": 1.0, "later": 1.0, "one": 5.0, "other": 7.0}
+    assert agreed(first, second) == agreed(second, first) == pytest.approx(expected)
+
+
+def test_the_second_pass_measures_the_same_products() -> None:
+    entries = [
+        GemmMeasurement(library="blas", dtype=dtype, layout=layout, m=8, k=16, n=24, rate=1e9, batch=batch)
+        for dtype in ("f32", "bf16")
+        for layout, batch in ((*((layout, 1) for layout in product_probes.LAYOUTS), ("batched", 3)))
+    ]
+    found = list(product_probes.measured_again(entries, 0.05))
+    keys = {msgspec.structs.replace(each, rate=0.0) for each in found if each.library == "blas"}
+    assert keys == {msgspec.structs.replace(each, rate=0.0) for each in entries}
+    assert all(each.rate > 1e5 for each in found)
