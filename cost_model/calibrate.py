@@ -22,7 +22,7 @@ from ..logs import logger
 from .calibration_pass import Pass, measure_pass, with_rate
 from .cpu_kernels import LawCase, bandwidth_ladder, fresh_seconds, law_cases, library_laws
 from .devices import Cache, Device, Figure, Tier, load_device, parse_device
-from .generated_probes import GeneratedKernels, Together, prepare_probes, vector_lanes
+from .generated_probes import Together, generated_kernels, prepare_probes, vector_lanes
 from .measuring_time import SECONDS, Account
 from .product_probes import DTYPES
 from .this_machine import cache_sizes, machine, processor, threads, total_memory
@@ -68,9 +68,9 @@ def calibrate(
     first = measure_pass(probes, cases, (account.left - cascades) / 2, account)
     found = first.agreed(measure_pass(probes, cases, account.left - cascades, account, first))
     device = _device(found, disk, source)
-    if found.generated is not None:
-        device = _with_kernels(device, found, found.generated, cases, fresh, source)
-    if found.generated is not None and share_of is not None:
+    if found.generated:
+        device = _with_kernels(device, found, cases, fresh, source)
+    if found.generated and share_of is not None:
         with account.part("cascades"):
             share = share_of(device, cascades)
         efficiency = dict(device.efficiency) | {"cascade": Figure(value=share, source=source)}
@@ -93,17 +93,11 @@ def calibrated_device() -> Device:
         return load_device("cpu")
 
 
-def _with_kernels(
-    device: Device,
-    found: Pass,
-    kernels: GeneratedKernels,
-    cases: Sequence[LawCase],
-    fresh: float,
-    source: str,
-) -> Device:
+def _with_kernels(device: Device, found: Pass, cases: Sequence[LawCase], fresh: float, source: str) -> Device:
     def figure(value: float) -> Figure:
         return Figure(value=value, source=source)
 
+    kernels = generated_kernels(found.generated)
     added = dict(kernels.added) | library_laws(cases, found.laws, kernels.library)
     return msgspec.structs.replace(
         device,
@@ -115,7 +109,7 @@ def _with_kernels(
         fresh=figure(max(fresh, 1e-15)),
         ladder=tuple(
             Cache(name=f"{moved >> 10} KiB", bytes=figure(float(moved)), bandwidth=figure(rate))
-            for moved, rate in bandwidth_ladder(found.walks, found.memory["call"]).items()
+            for moved, rate in bandwidth_ladder(found.walks).items()
         ),
         vector_lanes=vector_lanes(),
     )

@@ -12,15 +12,15 @@ import msgspec
 
 from .cpu_kernels import LawCase, law_seconds, walking_seconds
 from .devices import GemmMeasurement
-from .generated_probes import GeneratedKernels, Probes, measure_probes
-from .measuring_time import Account, agreed
+from .generated_probes import Probes, ProbeSeconds, probe_seconds
+from .measuring_time import Account, agreed, agreed_together
 from .product_probes import batched_products, interleaved, linear_products, measured_again
 from .this_machine import cache_sizes
 
 #: Part -> share of the seconds. Products get what the others leave of the whole, and no less than their own share.
 SHARES = {
     "memory": 0.1,
-    "generated kernels": 0.15,
+    "generated kernels": 0.25,
     "ladder": 0.05,
     "laws": 0.1,
     "batched": 0.075,
@@ -31,26 +31,23 @@ SHARES = {
 @dataclass(frozen=True)
 class Pass:
     """What a pass measured, in seconds: of memory (``memory_seconds``); of products, whose keys have
-    no rate; of kernels by the bytes that they move, and of attention and convolution, both empty without a compiler,
-    as ``generated`` is None."""
+    no rate; of kernels by the bytes that they move, of attention and convolution, and of what is generated, all three
+    empty without a compiler."""
 
     memory: Mapping[str, float]
     products: Mapping[GemmMeasurement, float]
     walks: Mapping[int, float]
     laws: Mapping[tuple[int, bool], float]
-    generated: GeneratedKernels | None
+    generated: ProbeSeconds
 
     def agreed(self, other: Pass) -> Pass:
         """What both passes say."""
-        kernels = self.generated or other.generated
-        if self.generated is not None and other.generated is not None:
-            kernels = self.generated.agreed(other.generated)
         return Pass(
             agreed(self.memory, other.memory),
             agreed(self.products, other.products),
             agreed(self.walks, other.walks),
             agreed(self.laws, other.laws),
-            kernels,
+            {name: agreed_together(spent, other.generated[name]) for name, spent in self.generated.items()},
         )
 
 
@@ -61,12 +58,12 @@ def measure_pass(
     begun = account.measured
     with account.part("memory"):
         memory = memory_seconds(SHARES["memory"] * seconds)
-    kernels: GeneratedKernels | None = None
+    kernels: ProbeSeconds | None = None
     walks: dict[int, float] = {}
     laws: dict[tuple[int, bool], float] = {}
     if probes is not None:
         with account.part("generated kernels"):
-            kernels = measure_probes(probes, SHARES["generated kernels"] * seconds)
+            kernels = probe_seconds(probes, SHARES["generated kernels"] * seconds)
     if kernels is not None:
         with account.part("memory by size"):
             walks = walking_seconds(SHARES["ladder"] * seconds)
@@ -83,7 +80,7 @@ def measure_pass(
             known = [with_rate(each, spent) for each, spent in before.products.items()]
             products = list(measured_again(known, max(left, (SHARES["products"] + SHARES["batched"]) * seconds)))
     spent = {msgspec.structs.replace(each, rate=0.0): each.flop / each.rate for each in products}
-    return Pass(memory, spent, walks, laws, kernels)
+    return Pass(memory, spent, walks, laws, kernels or {})
 
 
 def with_rate(product: GemmMeasurement, seconds: float) -> GemmMeasurement:

@@ -32,12 +32,12 @@ FEWEST_WARM = 1
 
 def walking_seconds(seconds: float) -> dict[int, float]:
     """Bytes that a kernel moves -> seconds with its call, where each value is read a few kernels after it was made,
-    and results are allocated anew."""
+    and results are allocated anew. Nearly none (0) first: what the call takes."""
     import torch
 
     found: dict[int, float] = {}
-    for moved in RUNGS:
-        count = moved // 12
+    for moved in (0, *RUNGS):
+        count = max(1, moved // 12)
         sets = [(torch.ones(count), torch.ones(count)) for _ in range(SETS)]
         results: list[Any] = [None] * SETS
 
@@ -49,7 +49,7 @@ def walking_seconds(seconds: float) -> dict[int, float]:
             walk()
         spent: list[float] = []
         begin = time.perf_counter()
-        while len(spent) < 3 or time.perf_counter() - begin < seconds / len(RUNGS):
+        while len(spent) < 3 or time.perf_counter() - begin < seconds / (1 + len(RUNGS)):
             start = time.perf_counter()
             walk()
             spent.append((time.perf_counter() - start) / SETS)
@@ -57,9 +57,11 @@ def walking_seconds(seconds: float) -> dict[int, float]:
     return found
 
 
-def bandwidth_ladder(spent: Mapping[int, float], launch: float) -> dict[int, float]:
-    """Bytes that a kernel moves -> bytes a second, from ``walking_seconds``; ``launch``: seconds of a call."""
-    return {moved: moved // 12 * 12 / max(seconds - launch, 0.1 * seconds) for moved, seconds in spent.items()}
+def bandwidth_ladder(spent: Mapping[int, float]) -> dict[int, float]:
+    """Bytes that a kernel moves -> bytes a second without its call, from ``walking_seconds``."""
+    return {
+        moved: moved // 12 * 12 / max(seconds - spent[0], 0.1 * seconds) for moved, seconds in spent.items() if moved
+    }
 
 
 def fresh_seconds(seconds: float, size: int = 64 << 20) -> float:

@@ -21,7 +21,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from .cpu_kernels import WALKED
-from .measuring_time import agreed
 
 if TYPE_CHECKING:
     import torch
@@ -29,6 +28,9 @@ if TYPE_CHECKING:
 #: Kernels of graphs that are compiled inside are put off: called before the given function has compiled them, together,
 #: they do nothing. It raises RuntimeError where that fails.
 Together: TypeAlias = Callable[[], contextlib.AbstractContextManager[Callable[[], None]]]
+
+#: What is measured beside each other, so that it may be compared -> its parts -> seconds.
+ProbeSeconds: TypeAlias = Mapping[str, Mapping[str, float]]
 
 #: Elements of the kernels that are compared, and width of the rows that are reduced.
 ELEMENTS, WIDTH = 1 << 18, 512
@@ -56,12 +58,6 @@ class GeneratedKernels:
     library: float
     graph: float
     parameter: float
-
-    def agreed(self, other: GeneratedKernels) -> GeneratedKernels:
-        """What two passes say (``measuring_time.py``)."""
-        names = ("call", "library", "graph", "parameter")
-        calls = agreed(*({name: getattr(each, name) for name in names} for each in (self, other)))
-        return GeneratedKernels(agreed(self.added, other.added), **calls)
 
 
 def ops() -> dict[str, Callable[[torch.Tensor], torch.Tensor]]:
@@ -185,34 +181,35 @@ def _traced() -> Probes:
     return Probes(turns, profiled.pop(""), profiled, layers, steps)
 
 
-def measure_probes(probes: Probes, seconds: float) -> GeneratedKernels | None:
+def probe_seconds(probes: Probes, seconds: float) -> ProbeSeconds | None:
     """In about ``seconds``. None where Inductor made other kernels than one of each op."""
     import torch
 
     found = list(dict.fromkeys(probes.turns))
     with torch.no_grad():
-        numbered = _numbered(_by_kernel(probes.ops, 0.35 * seconds))
+        numbered = _numbered(_by_kernel(probes.ops, 0.25 * seconds))
         if sorted(numbered) != list(range(len(found))):
             return None
-        drawn = {}
+        taken = {name: statistics.median(numbered[index]) for index, name in enumerate(found)}
         for name, draw in probes.draws.items():
             kernels = _by_kernel(draw, 0.15 * seconds / len(probes.draws))
-            drawn[name] = sum(statistics.median(spent) for spent in kernels.values())
-    calls = _calls(probes, 0.45 * seconds)
-    taken = {name: statistics.median(numbered[index]) for index, name in enumerate(found)}
-    plain = taken["add"]
-    added = {}
-    for name in found:
+            taken[name] = sum(statistics.median(spent) for spent in kernels.values())
+    return {"kernels": taken, "turn": {"turn": _turn(MOST)}, **_graph_seconds(probes, 0.6 * seconds)}
+
+
+def generated_kernels(spent: ProbeSeconds) -> GeneratedKernels:
+    """What ``probe_seconds`` say."""
+    added = dict(spent["turn"])
+    plain = spent["kernels"]["add"]
+    for name, seconds in spent["kernels"].items():
         if name != "add":
             # A reduction writes next to nothing: half of the plain kernel's bytes.
             share = 0.5 if name in ("sum", "amax", "var_mean", "mean") else 1.0
-            added[name] = max(0.0, taken[name] - share * plain) / ELEMENTS
-    added |= {name: max(0.0, spent - plain) / ELEMENTS for name, spent in drawn.items()}
-    added["turn"] = _turn(MOST)
+            added[name] = max(0.0, seconds - share * plain) / ELEMENTS
     added["stride"] *= vector_lanes()  # one for each vector
     # One statement does a vector's elements; the kernel that it is compared to has one too.
     added["statement"] *= vector_lanes() / (2 * CHAIN + STRANDS - 2)
-    return GeneratedKernels(added, *calls)
+    return GeneratedKernels(added, *_calls(spent))
 
 
 def vector_lanes() -> int:
@@ -296,9 +293,8 @@ def _training_step(depth: int) -> Callable[[], float]:
     return step
 
 
-def _calls(probes: Probes, seconds: float) -> tuple[float, float, float, float]:
-    """Seconds of a generated kernel's call, of a library op's, of a graph's in a training step, and of each parameter
-    there."""
+def _graph_seconds(probes: Probes, seconds: float) -> ProbeSeconds:
+    """Seconds of a library op, and of graphs of ``DEPTH`` layers and of one: inference, and training."""
     import torch
 
     weight, bias, out = torch.rand(16, 16), torch.rand(16), torch.empty(16, 16)
@@ -306,13 +302,24 @@ def _calls(probes: Probes, seconds: float) -> tuple[float, float, float, float]:
     with torch.no_grad():
         library = statistics.median(_seconds(lambda: torch.addmm(bias, weight, weight, out=out)) for _ in range(MOST))
         long, short = _in_rounds([functools.partial(_after, run, between) for run in probes.layers], seconds / 3)
-    both = max(long - short, 1e-7) / (DEPTH - 1)
-    library = min(library, 0.5 * both)
     with torch.enable_grad():
         deep, flat = _in_rounds(probes.steps, 2 * seconds / 3)
+    return {
+        "library": {"op": library},
+        "inference": {"deep": long, "flat": short},
+        "training": {"deep": deep, "flat": flat},
+    }
+
+
+def _calls(spent: ProbeSeconds) -> tuple[float, float, float, float]:
+    """Seconds of a generated kernel's call, of a library op's, of a graph's in a training step, and of each parameter
+    there."""
+    inference, training = spent["inference"], spent["training"]
+    both = max(inference["deep"] - inference["flat"], 1e-7) / (DEPTH - 1)
+    library = min(spent["library"]["op"], 0.5 * both)
     # A layer's backward has two products, and a kernel for the activation and the bias.
-    parameter = max((deep - flat) / (DEPTH - 1) - 2 * both - library, 0.0) / 2
-    return both - library, library, max(flat - 2 * both - library - 2 * parameter, 0.0) / 2, parameter
+    parameter = max((training["deep"] - training["flat"]) / (DEPTH - 1) - 2 * both - library, 0.0) / 2
+    return both - library, library, max(training["flat"] - 2 * both - library - 2 * parameter, 0.0) / 2, parameter
 
 
 def _in_rounds(runs: Sequence[Callable[[], float]], seconds: float) -> list[float]:

@@ -11,7 +11,7 @@ import torch
 from effcc.cost_model import product_probes
 from effcc.cost_model.cpu_kernels import FEWEST_WARM, in_turn
 from effcc.cost_model.devices import GemmMeasurement
-from effcc.cost_model.measuring_time import Account, agreed, fair_shares
+from effcc.cost_model.measuring_time import Account, agreed, agreed_together, fair_shares
 from effcc.cost_model.product_probes import FEWEST, LEAST_ROWS, MOST_CUT, Shape, interleaved, measured
 from fresh_seed import fresh_random
 
@@ -147,6 +147,12 @@ def test_what_ran_beside_one_pass_is_not_counted() -> None:
     second = {"both": 1.08, "disturbed": 1.0, "later": 2.0, "other": 7.0}
     expected = {"both": 1.04, "disturbed": 1.0, "later": 1.0, "one": 5.0, "other": 7.0}
     assert agreed(first, second) == agreed(second, first) == pytest.approx(expected)
+
+
+def test_what_is_compared_comes_from_one_pass() -> None:
+    quiet, disturbed, near = {"add": 1.0, "exp": 2.0}, {"add": 4.0, "exp": 1.5}, {"add": 1.1, "exp": 2.1}
+    assert agreed_together(quiet, disturbed) == agreed_together(disturbed, quiet) == quiet
+    assert agreed_together(quiet, near) == pytest.approx({"add": 1.05, "exp": 2.05})
 
 
 def test_the_second_pass_measures_the_same_products() -> None:
