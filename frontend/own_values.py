@@ -9,6 +9,8 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch._subclasses import FakeTensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 
 class OwnValues:
@@ -37,19 +39,20 @@ class OwnValues:
         return self._known[id(original)]
 
     def _copied(self, original: Any) -> torch.Tensor:
+        """Made as FakeTensorMode makes what ops return, from meta tensors: its own ops take a millisecond each."""
         size, stride, offset = original.size(), original.stride(), original.storage_offset()
-        with original.fake_mode, torch.no_grad():
+        with _disable_current_modes(), torch.no_grad():
             storage = self._storages.get(_key(original))
             if storage is None:
-                whole = torch.empty(original.untyped_storage().nbytes(), dtype=torch.uint8, device=original.device)
+                whole = torch.empty(original.untyped_storage().nbytes(), dtype=torch.uint8, device="meta")
                 storage = self._storages[_key(original)] = whole.untyped_storage()
-            value = torch.empty(0, dtype=original.dtype, device=original.device)
-            value.set_(storage, offset, size, stride)
+            meta = torch.empty(0, dtype=original.dtype, device="meta").set_(storage, offset, size, stride)
+            value = FakeTensor(original.fake_mode, meta, original.device)
         return value.requires_grad_(original.requires_grad)
 
 
 def _has_storage(value: Any) -> bool:
-    return isinstance(value, torch._subclasses.FakeTensor) and value.layout is torch.strided
+    return isinstance(value, FakeTensor) and value.layout is torch.strided
 
 
 def _key(value: torch.Tensor) -> int:

@@ -106,7 +106,7 @@ def perfect(generator: random.Random, height: int, width: int, cuts: int) -> lis
 )
 def test_optimum_of_small_problems(alignments: tuple[int, ...], seed: int) -> None:
     generator = random.Random(seed)
-    for _ in range(40):
+    for _ in range(20):
         rows = random_rows(generator, generator.randint(2, 7), alignments)
         p = problem(rows)
         best = optimum(rows)
