@@ -127,7 +127,7 @@ def variant_rows(name: str, size: str, rounds: int) -> tuple[list[dict[str, Any]
         config._attn_implementation = "eager"  # attention written out: what cascades fuse
     held = sum(value.nbytes for value in (*sample.model.parameters(), *sample.model.buffers()))
     steps, predicted, budgets = {}, {}, {}
-    for cascades, gemm in itertools.product((True, False), ("measure", "blas")):
+    for cascades, gemm in itertools.product((True, False), ("blas", "onednn")):
         floor = peak = 0
         for share in SHARES:
             label = f"cascades={cascades} gemm={gemm} budget={share}"

@@ -275,7 +275,8 @@ def test_things_that_are_no_tensors_pass_through() -> None:
 # Several processes
 
 
-@pytest.mark.parametrize("count", [2, pytest.param(8, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [2, 8])
 def test_processes_that_share_a_cold_cache(tmp_path: Path, count: int) -> None:
     """All compile the same model at the same time, from the moment that the last one has started."""
     code = STEP + (

@@ -102,6 +102,7 @@ def test_auto_is_the_memory_of_the_device() -> None:
     assert found.plan.budget == load_device("h200").memory
 
 
+@pytest.mark.slow
 def test_swapped_values_are_copies_in_the_plan(monkeypatch: pytest.MonkeyPatch) -> None:
     from effcc import budget_planning
 

@@ -137,6 +137,7 @@ def test_two_losses_with_gradients_of_their_own() -> None:
         assert_close(mine, theirs, rtol=1e-11, atol=1e-13)
 
 
+@pytest.mark.slow
 def test_logits_are_never_whole() -> None:
     """Peak memory of a step: gradients and a chunk, not tokens x words."""
     head, x, target = drawn(plain)

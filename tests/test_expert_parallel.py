@@ -26,8 +26,12 @@ def worker(call: str, cache: Path, ranks: int) -> list[Any]:
 @pytest.mark.parametrize(
     ("ranks", "cases"),
     [
-        (2, [("mixtral", 2, "home", 8), ("qwen3", 1, "coherent", 8), ("mixtral", 2, "coherent", 12)]),
-        pytest.param(2, [("qwen3", 3, "auto", 8), ("mixtral", 1, "home", 12)], marks=pytest.mark.slow),
+        (2, [("mixtral", 2, "home", 8), ("qwen3", 1, "coherent", 8)]),
+        pytest.param(
+            2,
+            [("qwen3", 3, "auto", 8), ("mixtral", 1, "home", 12), ("mixtral", 2, "coherent", 12)],
+            marks=pytest.mark.slow,
+        ),
         pytest.param(
             4,
             [("qwen3", 2, "home", 12), ("qwen3", 2, "coherent", 16), ("mixtral", 1, "coherent", 8)],

@@ -42,6 +42,7 @@ def faults(how: str, **variables: str) -> float:
     return float(done.stdout.split("faults")[-1])
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's own allocator")
 def test_freed_memory_is_kept() -> None:
     assert faults("keep") < 100

@@ -102,7 +102,7 @@ def perfect(generator: random.Random, height: int, width: int, cuts: int) -> lis
 
 
 @pytest.mark.parametrize(
-    "alignments", [(1,), (1, 3), *(pytest.param(each, marks=pytest.mark.slow) for each in ((2,), (1, 2)))]
+    "alignments", [(1, 3), *(pytest.param(each, marks=pytest.mark.slow) for each in ((1,), (2,), (1, 2)))]
 )
 def test_optimum_of_small_problems(alignments: tuple[int, ...], seed: int) -> None:
     generator = random.Random(seed)
