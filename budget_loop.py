@@ -32,7 +32,7 @@ def compile_within_budget(
     budget = budget_in_bytes(compilation.options.memory_budget, example_inputs)
     options = dataclasses.replace(compilation.options, memory_budget=budget)
     name = compilation.options.device or cost_device(example_inputs, GraphReport("", ""))
-    device = device_named(name)
+    device = device_named(name, options.gemm)
     inputs = real_inputs(gm)
     elsewhere = held_elsewhere(inputs, device)
     if options.swap:

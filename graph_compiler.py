@@ -49,7 +49,7 @@ from .runtime.freed_memory import keep_freed_memory
 from .runtime.peak_meter import PeakMeter
 from .runtime.reports import GraphReport, RegionReport, add_report
 from .step_planner import Member, StepPlanner, move_to_scratch
-from .summary import device_named, summarize
+from .summary import summarize
 
 
 @dataclass
@@ -77,11 +77,11 @@ class Compilation:
     records: dict[str, tuple[Member, GraphRecord]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.planner = StepPlanner(self.options.device or "cpu", self.options.memory_budget is not None)
-        device = device_named(self.options.device or "cpu")
+        budgeted = self.options.memory_budget is not None
+        self.planner = StepPlanner(self.options.device or "cpu", self.options.gemm, outside_loss=budgeted)
         self.fusion.short_of_memory = self.short_of_memory
-        self.fusion.looks_ahead = self.options.memory_budget is not None
-        self.fusion.choice = choice_for(device, self.short_of_memory)
+        self.fusion.looks_ahead = budgeted
+        self.fusion.choice = choice_for(self.planner.costs, self.short_of_memory)
 
     def run(self, gm: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         """Compile Dynamo's graph, forward and backward."""
@@ -113,7 +113,7 @@ class Compilation:
         torch_internals.refresh_values(gm, example_inputs)
         source = self.source(gm, report)
         near = self.activation.fusions(phase) if self.activation is not None else contextlib.nullcontext()
-        stored = shared_values(device_named(self.planner.device)) if self.stores_shared else contextlib.nullcontext()
+        stored = shared_values(self.planner.costs) if self.stores_shared else contextlib.nullcontext()
         with torch_internals.region_settings(), kernel_order(self.options.kernel_order), stored, near:
             # Dumps show passes at work, so they are run.
             key = None if wants_dumps(self.options) else record_key(gm, example_inputs, kwargs, self.options.gemm)

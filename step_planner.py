@@ -11,6 +11,7 @@ from .codegen.region_compiler import CompiledSegment, CompiledSegments
 from .codegen.region_memory import SegmentMemory, memory_of_segments
 from .codegen.scratch import ScratchLayout, call_function, movable, use_scratch
 from .codegen.scratch_choice import choose_layouts, without
+from .cost_model.devices import Device
 from .cost_model.region_memory import RegionMemory
 from .errors import EffccError, PlanError
 from .ir.graph import Graph
@@ -50,9 +51,15 @@ class StepPlanner:
 
     #: What costs are taken from: a name or file, see ``cost_model.devices``.
     device: str
+    #: The option ``gemm``.
+    gemm: str = "measure"
     #: Whether memory of a loss that the caller computes is counted: under a budget.
     outside_loss: bool = False
     members: dict[str, Member] = field(default_factory=dict)
+
+    @property
+    def costs(self) -> Device:
+        return device_named(self.device, self.gemm)
 
     def plan(self, moved: Mapping[str, frozenset[str]] | None = None) -> Plan:
         """Plan of the step; ``moved`` buffers (by segment identity) are left out. Raises EffccError for a step with a
@@ -63,8 +70,7 @@ class StepPlanner:
                 "a graph of this step has no form in the IR", remedy="Its report says which op is in the way."
             )
         memory = functools.partial(self.region_memory, moved or {})
-        device = device_named(self.device)
-        return make_plan("model", graphs, device, None, memory, place=False, outside_loss=self.outside_loss)
+        return make_plan("model", graphs, self.costs, None, memory, place=False, outside_loss=self.outside_loss)
 
     def plan_or_none(self) -> Plan | None:
         try:

@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 
+import msgspec
+
 from .cost_model.devices import Device, load_device
+from .cost_model.gemm_measurement import LIBRARIES
 from .errors import DeviceError
 from .formatting import bytes_text, count_text, seconds_text
 from .ir.plan import Buffer, Plan, Step
@@ -71,16 +74,18 @@ class Summary:
     words: tuple[str, ...] = field(default=())
 
 
-def device_named(name: str) -> Device:
+def device_named(name: str, gemm: str = "measure") -> Device:
     """The device of that name or file; ``cpu`` is this machine's as measured by ``effcc calibrate``, if it was.
+    ``gemm`` is the option: its products take what the library takes that it fixes.
 
     Raises DeviceError for an unknown one.
     """
-    if name.lower() == "cpu":
-        from .cost_model.calibrate import calibrated_device
+    if name.lower() != "cpu":
+        return load_device(name)
+    from .cost_model.calibrate import calibrated_device
 
-        return calibrated_device()
-    return load_device(name)
+    device = calibrated_device()
+    return msgspec.structs.replace(device, library=gemm) if gemm in LIBRARIES else device
 
 
 def device_of(plan: Plan) -> Device | None:

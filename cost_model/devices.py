@@ -100,6 +100,8 @@ class Device(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     #: Class of kernel -> fraction of the roofline that good libraries reach; ``calibrate`` replaces them.
     efficiency: dict[str, Figure]
     gemm: tuple[GemmMeasurement, ...] = ()
+    #: The library that runs f32 products; empty: whichever is faster (the option ``gemm`` fixes one).
+    library: str = ""
     #: Bandwidth of kernels by the bytes that they move, values read a few kernels after they were made (calibrated).
     ladder: tuple[Cache, ...] = ()
     #: Op -> seconds that it adds to a generated kernel for each element (calibrated; see ``op_additions.py``).

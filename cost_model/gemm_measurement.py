@@ -52,7 +52,7 @@ class GemmMeasurements:
     def __call__(self, m: int, k: int, n: int, left: tuple[int, int], right: tuple[int, int]) -> str:
         if not has_onednn() or 2 * m * k * n < SMALL_FLOP:
             return "blas"
-        if self.mode in ("onednn", "blas"):
+        if self.mode in LIBRARIES:
             return self.mode
         key = f"{m}x{k}x{n} {layout(left, (m, k))}{layout(right, (k, n))}"
         with self.lock:
@@ -63,7 +63,7 @@ class GemmMeasurements:
                     return "blas"
                 self.known[key] = seconds
                 self.save()
-        return "onednn" if seconds["onednn"] < MARGIN * seconds["blas"] else "blas"
+        return faster_library(seconds)
 
     def load(self) -> dict[str, dict[str, float]]:
         if self.path is None:
@@ -78,6 +78,10 @@ class GemmMeasurements:
             keep_measurements(self.path, self.machine, self.known)
         except OSError:
             self.path = None
+
+
+def faster_library(seconds: Mapping[str, float]) -> str:
+    return "onednn" if seconds["onednn"] < MARGIN * seconds["blas"] else "blas"
 
 
 def keep_measurements(path: Path, machine: str, known: Mapping[str, dict[str, float]]) -> None:

@@ -68,8 +68,9 @@ def ops() -> dict[str, Callable[[torch.Tensor], torch.Tensor]]:
     signs = torch.randn(ELEMENTS // WIDTH, WIDTH)  # so that nothing can guess what is stored
     mask = signs > 0
     rows = torch.randperm(ELEMENTS // WIDTH)
-    vectors = ELEMENTS // WIDTH // vector_lanes()  # of which each row has WIDTH
-    columns = torch.rand(WIDTH, vectors)
+    # Rows of one vector each, in the loops that they are read in: what is only viewed so has no vectors.
+    vectors = torch.rand(ELEMENTS // WIDTH // vector_lanes(), WIDTH, vector_lanes())
+    columns = torch.rand(WIDTH, len(vectors))
 
     def statements(x: torch.Tensor) -> torch.Tensor:
         strands = [x] * STRANDS
@@ -94,7 +95,7 @@ def ops() -> dict[str, Callable[[torch.Tensor], torch.Tensor]]:
         "amax": lambda x: x.amax(-1),
         "var_mean": lambda x: torch.add(*torch.var_mean(x, -1, correction=0)),
         "mean": lambda x: x.mean(0),
-        "stride": lambda x: (x.reshape(vectors, WIDTH, -1) * columns.t()[:, :, None]).reshape(x.shape),
+        "stride": lambda x: ((vectors + x[0, 0]) * columns.t()[:, :, None]).reshape(x.shape),
         "atomic_add": lambda x: torch.zeros_like(x).index_put((rows,), x, accumulate=True),
         "mask_write": lambda x: signs * x > 0.0,
     }

@@ -79,7 +79,7 @@ def with_near_operands(
 def _saved(product: Node, read: int, table: TensorTable, device: Device, rate: float) -> float:
     """Seconds by which a plain f32 product takes less where the ``read`` bytes of its operands come at ``rate``."""
     batch, m, k, n = gemm_shape(product, table)
-    law = laws_of(device, "f32").get("blas")
+    law = laws_of(device, "f32").get(device.library or "blas")
     if batch != 1 or law is None or table.of(product.name)[0].dtype != "f32":
         return 0.0
     way = max(0.0, read / bandwidth(read, "memory", device) - read / rate)

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .devices import Device, GemmMeasurement
-from .gemm_measurement import MARGIN, SMALL_FLOP
+from .gemm_measurement import LIBRARIES, SMALL_FLOP, faster_library
 from .law_fit import nonnegative_fit
 
 #: Least measured products that the law is fitted to.
@@ -60,11 +60,10 @@ def chosen_library(device: Device, dtype: str, batch: int, m: int, k: int, n: in
     seconds = {library: law.seconds(batch, m, k, n) - law.call for library, law in laws.items()}
     if not seconds:
         return None
-    plain = "blas" if "blas" in seconds else min(seconds, key=seconds.__getitem__)
-    measured = batch == 1 and dtype == "f32" and 2 * m * k * n >= SMALL_FLOP and "onednn" in seconds
-    if measured and seconds["onednn"] < MARGIN * seconds[plain]:
-        return "onednn", seconds["onednn"]
-    return plain, seconds[plain]
+    library = "blas" if "blas" in seconds else min(seconds, key=seconds.__getitem__)
+    if batch == 1 and dtype == "f32" and 2 * m * k * n >= SMALL_FLOP and seconds.keys() >= LIBRARIES:
+        library = device.library or faster_library(seconds)
+    return library, seconds[library]
 
 
 def fit(rows: Sequence[GemmMeasurement]) -> ProductLaw:
@@ -81,25 +80,26 @@ def fit(rows: Sequence[GemmMeasurement]) -> ProductLaw:
     return ProductLaw(*nonnegative_fit(parts, seconds))
 
 
-def timed_product(folder: Path, m: int, k: int, n: int) -> tuple[str, float] | None:
-    """Library and seconds of an f32 product that was timed on this machine while something was compiled."""
+def timed_product(folder: Path, m: int, k: int, n: int, library: str = "") -> tuple[str, float] | None:
+    """Library and seconds of an f32 product that was timed on this machine while something was compiled: the library
+    that is asked for, or the faster one."""
     try:
         stamp = (folder / "gemm.json").stat().st_mtime_ns
     except OSError:
         return None
-    return _timed(folder, stamp).get((m, k, n))
+    return _timed(folder, stamp, library).get((m, k, n))
 
 
 @functools.lru_cache(maxsize=4)
-def _timed(folder: Path, stamp: int) -> dict[tuple[int, int, int], tuple[str, float]]:
+def _timed(folder: Path, stamp: int, asked: str) -> dict[tuple[int, int, int], tuple[str, float]]:
     from .gemm_measurement import machine_name, read_measurements
 
     found: dict[tuple[int, int, int], list[tuple[str, float]]] = {}
     for key, entry in read_measurements(folder / "gemm.json").get(machine_name(), {}).items():
         sizes = key.split(" ")[0].split("x")
-        if len(sizes) != 3 or not {"blas", "onednn"} <= entry.keys():
+        if len(sizes) != 3 or not entry.keys() >= LIBRARIES:
             continue
-        library = "onednn" if entry["onednn"] < MARGIN * entry["blas"] else "blas"
+        library = asked or faster_library(entry)
         m, k, n = map(int, sizes)
         found.setdefault((m, k, n), []).append((library, entry[library]))
     # One shape in several layouts: their geometric mean, the roofline does not know which it is.

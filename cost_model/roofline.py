@@ -269,7 +269,7 @@ def product_seconds(node: Node, dtype: str, table: TensorTable, device: Device) 
     which is then read and written once more."""
     batch, m, k, n = gemm_shape(node, table)
     here = batch == 1 and dtype == "f32" and device.machine == machine()
-    timed = timed_product(calibration_folder(), m, k, n) if here else None
+    timed = timed_product(calibration_folder(), m, k, n, device.library) if here else None
     if timed is not None:
         library, seconds = timed
     else:

@@ -6,6 +6,7 @@ import contextlib
 import math
 from collections.abc import Callable, Iterator
 from operator import mul
+from pathlib import Path
 
 import msgspec
 import pytest
@@ -16,9 +17,10 @@ from effcc.cost_model.calibrate import calibrate
 from effcc.cost_model.cascade_cost import map_seconds
 from effcc.cost_model.devices import Cache, Device, Figure, GemmMeasurement, load_device, parse_device
 from effcc.cost_model.flops import contraction_flop
+from effcc.cost_model.gemm_measurement import keep_measurements, machine_name
 from effcc.cost_model.library_laws import LAWS, convolution_law, fit_law, law_seconds, names_of
 from effcc.cost_model.op_additions import added_seconds
-from effcc.cost_model.product_cost import ProductLaw, chosen_library, fit
+from effcc.cost_model.product_cost import ProductLaw, chosen_library, fit, timed_product
 from effcc.cost_model.roofline import bandwidth, op_cost
 from effcc.cost_model.step_bounds import step_bounds, stream_loads
 from effcc.cost_model.tensors import TensorTable
@@ -92,6 +94,22 @@ def test_the_library_is_the_one_that_compilation_would_take() -> None:
     # Below the size that is measured at all, and for batches, BLAS.
     assert chosen_library(device, "f32", 1, 16, 16, 16)[0] == "blas"  # type: ignore[index]
     assert chosen_library(device, "f32", 4, 512, 512, 512)[0] == "blas"  # type: ignore[index]
+
+
+def test_a_library_that_is_asked_for_has_its_own_prices(tmp_path: Path) -> None:
+    shapes = [(2**i, 2**j, 2**k) for i in (5, 8, 11) for j in (6, 9) for k in (7, 10)]
+    fast = ProductLaw(0.0, 0.5e-11, 0.0, 0.0, 0.0)
+    device = calibrated(gemm=(*measured(LAW, "blas", shapes), *measured(fast, "onednn", shapes)))
+    assert chosen_library(msgspec.structs.replace(device, library="blas"), "f32", 1, 512, 512, 512) == (
+        "blas",
+        pytest.approx(LAW.seconds(1, 512, 512, 512) - LAW.call, rel=1e-6),
+    )
+    assert chosen_library(msgspec.structs.replace(device, library="onednn"), "f32", 1, 512, 512, 512)[0] == "onednn"  # type: ignore[index]
+    assert chosen_library(msgspec.structs.replace(device, library="onednn"), "f32", 4, 512, 512, 512)[0] == "blas"  # type: ignore[index]
+    timed = {"512x256x128 nn": {"blas": 2e-3, "onednn": 3e-3}}
+    keep_measurements(tmp_path / "gemm.json", machine_name(), timed)
+    found = [timed_product(tmp_path, 512, 256, 128, asked) for asked in ("", "blas", "onednn")]
+    assert found == [("blas", pytest.approx(2e-3)), ("blas", pytest.approx(2e-3)), ("onednn", pytest.approx(3e-3))]
 
 
 def test_bandwidth_lies_between_its_rungs() -> None:
