@@ -2,8 +2,8 @@
 
 What is measured of products has operands out of the near caches, as most of a step's are: weights that were read a
 whole step ago, activations from the other end of it. A recurrent layer reads the same weights again within a few
-kernels, and adds to the same gradients; its products then take what the law of products says (``product_cost.py``),
-less the way of their operands from memory.
+kernels, and adds to the same gradients; its products then take less by the way of their operands from memory, though
+never less than their arithmetic by the law of products (``product_cost.py``).
 """
 
 from __future__ import annotations
@@ -84,5 +84,4 @@ def _saved(product: Node, read: int, table: TensorTable, device: Device, rate: f
         return 0.0
     way = max(0.0, read / bandwidth(read, "memory", device) - read / rate)
     least = 2.0 * m * k * n * law.per_flop
-    taken = max(law.seconds(1, m, k, n) - law.call - way, least)
-    return max(0.0, product_seconds(product, "f32", table, device) - taken)
+    return min(way, max(0.0, product_seconds(product, "f32", table, device) - least))
