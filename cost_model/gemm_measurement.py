@@ -30,6 +30,8 @@ SMALL_FLOP = 2_000_000
 FEWEST, ROUNDS, ROUND_SECONDS = 5, 15, 0.03
 #: Bytes of operands that are walked over.
 WALKED = 16 << 20
+#: How many times as long as the other a library may take to be timed beside it.
+FAR = 5.0
 #: Share of the processor that a measurement must have had.
 BUSY = 0.75
 #: How much faster oneDNN must be: a tie keeps BLAS, which can write to a given address.
@@ -162,9 +164,15 @@ def _measure(product: Product) -> dict[str, float] | None:
     }
     spent: dict[str, list[float]] = {name: [] for name in candidates}
     held: collections.deque[torch.Tensor] = collections.deque(maxlen=max(1, min(count, WALKED // (8 * m * n))))
-    for run in candidates.values():
+    warm: dict[str, float] = {}
+    for name, run in candidates.items():
         for _ in range((held.maxlen or 0) + 1):  # until it has the memory that it needs
+            start = time.perf_counter()
             held.append(run(*sets[-1]))
+            warm[name] = time.perf_counter() - start
+    # One that is far slower takes no turns: threads that wait for it fall asleep, and the other one wakes them.
+    slow = {name: taken for name, taken in warm.items() if taken > FAR * min(warm.values())}
+    candidates = {name: run for name, run in candidates.items() if name not in slow}
     begin, used = time.perf_counter(), time.process_time()
     turn = itertools.cycle(sets)
     for done in range(ROUNDS):
@@ -178,7 +186,7 @@ def _measure(product: Product) -> dict[str, float] | None:
     share = (time.process_time() - used) / (time.perf_counter() - begin)
     if share < BUSY * min(torch.get_num_threads(), os.cpu_count() or 1):
         return None
-    return {name: statistics.median(found) for name, found in spent.items()}
+    return slow | {name: statistics.median(spent[name]) for name in candidates}
 
 
 def operand(shape: tuple[int, int], stride: tuple[int, int]) -> torch.Tensor:

@@ -1,9 +1,9 @@
-"""Products whose operands are still in the last cache, because kernels shortly before have read or written them.
+"""Products whose operands are still in a cache, because kernels shortly before have read or written them.
 
-What is measured of products has operands out of the near caches, as most of a step's are: weights that were read a
-whole step ago, activations from the other end of it. A recurrent layer reads the same weights again within a few
-kernels, and adds to the same gradients; its products then take less by the way of their operands from memory, though
-never less than their arithmetic by the law of products (``product_cost.py``).
+What compilation times of products has operands and results out of the near caches, as most of a step's are: weights
+that were read a whole step ago, activations from the other end of it. A recurrent layer reads the same weights again
+within a few kernels, and adds to the same gradients; its products then take no more than the law of products says
+(``product_cost.py``), whose results lie where the last ones did, and what is added to them comes at the cache's rate.
 """
 
 from __future__ import annotations
@@ -17,12 +17,13 @@ from .devices import Device
 from .fusion import Kernel
 from .op_classes import kind_of
 from .product_cost import laws_of
-from .roofline import Cost, bandwidth, gemm_shape, product_seconds
+from .roofline import Cost, bandwidth, gemm_shape, product_parts
 from .storages import StorageTable
 from .tensors import TensorTable
 
-#: Part of the last cache that is taken to hold what was touched last: others use it too.
-SHARE = 0.25
+#: Part of a cache that is taken to hold what was touched last: code and the interpreter's objects lie there too. Part
+#: of the last cache, which other processes use as well.
+SHARE, LAST_SHARE = 0.75, 0.25
 #: Part of the operands' bytes from which on all of them count as near.
 MOST = 0.9
 
@@ -55,10 +56,17 @@ def with_near_operands(
 ) -> list[Cost]:
     """``costs`` of ``kernels`` in the order they run, those of products with near operands at what they then take. None
     stands for a kernel of which nothing is known."""
-    caches = sorted(device.caches, key=lambda cache: cache.bytes.value)
-    if not device.added or not caches:
+    largest = max((cache.bytes.value for cache in device.caches), default=0.0)
+    levels = [
+        (
+            LastTouched((LAST_SHARE if cache.bytes.value == largest else SHARE) * cache.bytes.value),
+            cache.bandwidth.value,
+        )
+        for cache in device.caches
+        if cache.bandwidth.value > device.bandwidth  # one that many share may give no more than memory does
+    ]
+    if not device.added or not levels:
         return list(costs)
-    last = LastTouched(SHARE * caches[-1].bytes.value)
     found = []
     for kernel, cost in zip(kernels, costs, strict=True):
         if kernel is None:
@@ -66,22 +74,23 @@ def with_near_operands(
             continue
         sizes = {s: storages.storages[s].bytes for s in (*kernel.reads, *kernel.writes)}
         read = sum(sizes[s] for s in kernel.reads)
-        near = sum(sizes[s] for s in kernel.reads if s in last)
         product = next((node for node in kernel.nodes if kind_of(node.op) == "gemm"), None)
-        if product is not None and near >= MOST * read:
-            saved = _saved(product, read, table, device, caches[-1].bandwidth.value)
+        if product is not None:
+            near = [rate for last, rate in levels if sum(sizes[s] for s in kernel.reads if s in last) >= MOST * read]
+            saved = _saved(product, table, device, max(near)) if near else 0.0
             cost = replace(cost, seconds=cost.seconds - saved)
-        last.touch(sizes.items())
+        for last, _ in levels:
+            last.touch(sizes.items())
         found.append(cost)
     return found
 
 
-def _saved(product: Node, read: int, table: TensorTable, device: Device, rate: float) -> float:
-    """Seconds by which a plain f32 product takes less where the ``read`` bytes of its operands come at ``rate``."""
+def _saved(product: Node, table: TensorTable, device: Device, rate: float) -> float:
+    """Seconds by which a plain f32 product takes less where its operands, and what is added to it, come at ``rate``."""
     batch, m, k, n = gemm_shape(product, table)
     law = laws_of(device, "f32").get(device.library or "blas")
     if batch != 1 or law is None or table.of(product.name)[0].dtype != "f32":
         return 0.0
-    way = max(0.0, read / bandwidth(read, "memory", device) - read / rate)
-    least = 2.0 * m * k * n * law.per_flop
-    return min(way, max(0.0, product_seconds(product, "f32", table, device) - least))
+    seconds, added = product_parts(product, "f32", table, device)
+    saved = max(0.0, seconds - (law.seconds(1, m, k, n) - law.call))
+    return saved + max(0.0, added / bandwidth(added, "memory", device) - added / rate) if added else saved

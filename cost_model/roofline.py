@@ -265,8 +265,14 @@ def _loops_cost(
 
 
 def product_seconds(node: Node, dtype: str, table: TensorTable, device: Device) -> float:
-    """A product on a calibrated CPU, without its call; a row that is added first is copied to all rows of the result,
-    which is then read and written once more."""
+    """A product on a calibrated CPU, without its call, with what is added to it."""
+    seconds, added = product_parts(node, dtype, table, device)
+    return seconds + added / bandwidth(added, "memory", device) if added else seconds
+
+
+def product_parts(node: Node, dtype: str, table: TensorTable, device: Device) -> tuple[float, int]:
+    """Seconds of a product by itself, and the bytes that an addend moves: it is copied to the result first, which is
+    then read and written once more."""
     batch, m, k, n = gemm_shape(node, table)
     here = batch == 1 and dtype == "f32" and device.machine == machine()
     timed = timed_product(calibration_folder(), m, k, n, device.library) if here else None
@@ -275,10 +281,8 @@ def product_seconds(node: Node, dtype: str, table: TensorTable, device: Device) 
     else:
         chosen = chosen_library(device, dtype, batch, m, k, n)
         library, seconds = chosen or ("blas", gemm_seconds(batch, m, k, n, dtype, device))
-    if packet(node.op) in ("aten.addmm", "aten.baddbmm") and library == "blas":
-        result = sum(tensor.bytes for tensor in table.of(node.name))
-        seconds += 3 * result / bandwidth(3 * result, "memory", device)
-    return seconds
+    adds = packet(node.op) in ("aten.addmm", "aten.baddbmm") and library == "blas"
+    return seconds, 3 * sum(tensor.bytes for tensor in table.of(node.name)) if adds else 0
 
 
 def grouped_seconds(shapes: Sequence[tuple[int, int, int, int]], dtype: str, device: Device) -> float:
