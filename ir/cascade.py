@@ -112,6 +112,12 @@ class NotEqual(CascadeFunction):
     nargs = 2
 
 
+def is_literal(e: sympy.Expr) -> bool:
+    """Whether an expression is a number as it stands: functions of the language are not evaluated, not even those of
+    numbers."""
+    return bool(e.is_number) and not e.has(CascadeFunction)
+
+
 #: Text of a comparison -> its class.
 COMPARISONS: dict[str, type[CascadeFunction]] = {
     "<": Less,

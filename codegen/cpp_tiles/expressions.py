@@ -15,6 +15,7 @@ from ...ir.cascade import (
     Round,
     Sigmoid,
     Where,
+    is_literal,
     is_rank,
     is_size,
     ranks_of,
@@ -78,7 +79,7 @@ class Emitter:
         """The expression as a vector (of equal lanes, if the vector rank is not in it)."""
         if (e, False) in self.known:
             return self.known[e, False]
-        if e.is_number:
+        if is_literal(e):
             return f"Vec(scalar_t({_number(e)}))"
         return self.named(e, self._text(e))
 
@@ -86,7 +87,7 @@ class Emitter:
         """The expression as a mask: all bits of a lane set where it is not 0."""
         if (e, True) in self.known:
             return self.known[e, True]
-        if e.is_number:
+        if is_literal(e):
             value = bool(e != 0)
             return f"(Vec(scalar_t(0)) {'==' if value else '!='} Vec(scalar_t(0)))"
         if type(e) in _COMPARISON_TEXT:

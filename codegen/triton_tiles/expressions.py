@@ -20,6 +20,7 @@ from ...ir.cascade import (
     Sigmoid,
     Where,
     accesses,
+    is_literal,
     is_rank,
     is_size,
     ranks_of,
@@ -69,7 +70,7 @@ class Emitter:
 
     def piece(self, e: sympy.Expr, frame: tuple[sympy.Symbol, ...]) -> Piece:
         """The expression in the kind that it has by itself, with those of the frame's dimensions that it needs."""
-        if e.is_number:
+        if is_literal(e):
             return self._literal(e)
         key = (e, self._dims(e, frame))
         found = self.scopes.known.get(key)
@@ -346,7 +347,7 @@ class Emitter:
                 x = self.scopes.named((base, x.dims, "base"), x)
             text = " * ".join(["{0}"] * abs(int(exponent)))
             return self.combined(f"({text})" if exponent > 0 else f"(1.0 / ({text}))", [x], FLOAT)
-        if base.is_number and base > 0:
+        if is_literal(base) and base > 0:
             logarithm = sympy.log(base, 2).evalf(20)
             return self.combined("tl.exp2({0})", [self.number(scaled(exponent, logarithm), frame)], FLOAT)
         parts = [self.number(base, frame), self.number(exponent, frame)]

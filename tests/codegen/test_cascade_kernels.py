@@ -56,6 +56,16 @@ def test_random_cascades() -> None:
         assert each.worst() < 1e-9
 
 
+@pytest.mark.parametrize(
+    ("number", "value"), [("round(0)", 0.0), ("where(1 < 0, 3, 5)", 5.0), ("max(round(2), 3)*sigmoid(0)", 1.5)]
+)
+def test_functions_of_numbers(number: str, value: float) -> None:
+    cascade = parse_cascade(f"T[n] = where({number} < 1, X[n], 2*X[n])\nY[n] = T[n] + {number}\n")
+    x = torch.randn(37, dtype=torch.float64)
+    found = compile_cascade(cascade, {"n": 37}, "f64")({"X": x})["Y"]
+    torch.testing.assert_close(found, (x if value < 1 else 2 * x) + value)
+
+
 def test_sums_over_a_rank_that_others_keep() -> None:
     """``T2`` is re-based from step to step and sums over ``m`` within a step; ``T5`` keeps ``m``, in tiles."""
     text = "\n".join(

@@ -164,7 +164,7 @@ def test_generated_kernels_are_told_apart() -> None:
     assert taken is not None
     found = generated_probes.generated_kernels(taken)
     assert set(found.added) == set(generated_probes.ops()) - {"add"} | {"turn"} | set(generated_probes.draws())
-    assert found.added["rand"] > 20 * found.added["statement"] and found.added["randn"] > found.added["statement"]
+    assert found.added["rand"] > 5 * found.added["statement"] and found.added["randn"] > found.added["statement"]
     assert found.added["pow"] > found.added["rsqrt"] and found.added["tanh"] > found.added["div"]
     assert 0 < found.call < 1e-3 and 0 < found.library < 1e-3 and 0 <= found.graph < 1e-1
 
